@@ -1,0 +1,201 @@
+"""What ``parallelize`` refuses before it touches the model, on all ranks alike."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from hf_sp.errors import ConfigError, HfSpError
+from hf_sp.mesh import launched_world, start_distributed
+from hf_sp.state import parallel_state
+
+
+def check_arguments(
+    tp: int | None,
+    sp: bool,
+    cp_mode: str,
+    degrees: dict[str, int],
+    keep_logits: bool,
+    loss_chunk: int,
+) -> None:
+    """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
+    for name, flag in {"sp": sp, "keep_logits": keep_logits}.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(
+                f"{name} is a switch, not a degree",
+                got=f"{name}={flag!r}",
+                rule=f"{name} shards over the tp ranks and has no size of its own"
+                if name == "sp"
+                else f"{name} is True or False",
+                legal="True, False",
+            )
+    sizes = {"loss_chunk": loss_chunk, **degrees, **({} if tp is None else {"tp": tp})}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(
+                f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
+            )
+    if cp_mode not in ("ulysses", "ring", "hybrid"):
+        raise ConfigError(
+            "unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'"
+        )
+    for name, size in degrees.items():
+        if size != 1:
+            raise ConfigError(
+                f"{name} is not built yet",
+                got=f"{name}={size}",
+                rule="this release has tensor and sequence parallelism over one axis",
+                legal=f"{name}=1",
+            )
+
+
+def check_environment() -> None:
+    """Refuse a launcher setting that means another kind of sequence parallelism."""
+    size = os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "")
+    if size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            "accelerate's sp_size is not Megatron's sequence parallelism",
+            where="PARALLELISM_CONFIG_SP_SIZE (parallelism_config_sp_size in the YAML)",
+            got=size,
+            rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
+            remedy="remove it and set parallelism_config_tp_size; "
+            "parallelize(model, sp=True) shards the sequence over the tp ranks",
+        )
+    size = os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "")
+    if size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            "context parallelism is not built yet",
+            where="PARALLELISM_CONFIG_CP_SIZE (parallelism_config_cp_size in the YAML)",
+            got=size,
+            legal="1",
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no whole, plain, unwrapped transformers model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError("parallelize takes a model", got=type(model).__name__)
+    name = type(model).__name__
+    if parallel_state(model) is not None:
+        raise ConfigError(
+            f"{name} is parallelized already",
+            rule="parallelize is called once per model",
+            remedy="to change tp, build the model again",
+        )
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"{name} has adapters",
+            rule="this release shards plain models; a replicated LoRA factor would silently get "
+            "a part of its gradient",
+            remedy="merge the adapters first, or train the whole model",
+        )
+    for attribute in ("config", "get_input_embeddings", "get_output_embeddings"):
+        if not hasattr(model, attribute):
+            raise ConfigError(
+                f"{name} is not a transformers model",
+                where=f"{name}.{attribute}",
+                rule="hf_sp reads the plan, the config and the embeddings of a PreTrainedModel",
+                remedy="pass the model itself, before it is wrapped (DDP, FSDP, compile)",
+            )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None or getattr(model, "is_quantized", False):
+        raise ConfigError(
+            f"{name} has quantised weights",
+            got=type(quantizer).__name__,
+            rule="packed weights cannot be cut into shards",
+            remedy="load the model in bf16",
+        )
+    devices = getattr(model, "hf_device_map", None) or {}
+    if len(set(map(str, devices.values()))) > 1 or {"disk", "cpu"} & set(devices.values()):
+        raise ConfigError(
+            f"{name} is dispatched by device_map",
+            got=f"{len(set(map(str, devices.values())))} devices",
+            rule="every rank needs the whole model on one device; hf_sp places the shards",
+            remedy="load it without device_map",
+        )
+    if getattr(model, "_hf_hook", None) is not None:
+        raise ConfigError(
+            f"{name} carries accelerate's dispatch hooks",
+            rule="they would move the shards of hf_sp between devices",
+            remedy="load it without device_map and without cpu_offload",
+        )
+    sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ConfigError(
+            f"{name} is sharded already",
+            where=sharded,
+            rule="parallelize takes whole parameters",
+            remedy="load it without DistributedConfig and before FSDP",
+        )
+
+
+def check_optimizers(model: nn.Module) -> None:
+    """Refuse if an optimizer or a gradient already refers to the whole parameters."""
+    parameters = {id(p): n for n, p in model.named_parameters()}
+    graded = next((n for n, p in model.named_parameters() if p.grad is not None), None)
+    if graded is not None:
+        raise ConfigError(
+            "the model has gradients of its whole parameters",
+            where=f"{graded}.grad",
+            rule="parallelize replaces the parameters; these gradients would be lost",
+            remedy="parallelize first, or call model.zero_grad() if they are not needed",
+        )
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.optim.Optimizer):
+            continue
+        held = [
+            parameters[id(p)]
+            for group in getattr(thing, "param_groups", [])
+            for p in group["params"]
+            if id(p) in parameters
+        ]
+        if held:
+            raise ConfigError(
+                "an optimizer was built on the whole parameters",
+                where=f"{type(thing).__name__} holds {held[0]}",
+                rule="parallelize replaces the parameters; that optimizer would train nothing",
+                remedy="call parallelize before the optimizer and the Trainer are made",
+            )
+
+
+def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: str) -> None:
+    """Raise on every rank if one refuses, or if they were asked for different things.
+
+    Collectives: 1 all-gather of a short text over the ranks (none in a world of one).
+
+    Raises:
+        HfSpError: this rank's own problem, or a ConfigError that quotes the other's.
+    """
+    alone = launched_world() == 1 if mesh is None else mesh.size() == 1
+    if not alone:
+        start_distributed()
+        group = None if mesh is None else mesh.get_group("tp")
+        if dist.get_backend(group) != "fake":
+            mine = (None if problem is None else str(problem), settings)
+            everyone: list = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everyone, mine, group=group)
+            if problem is None:
+                _compare(everyone)
+    if problem is not None:
+        raise problem
+
+
+def _compare(everyone: list[tuple[str | None, str]]) -> None:
+    for rank, (message, _) in enumerate(everyone):
+        if message is not None:
+            raise ConfigError(f"rank {rank} refused", got=message)
+    settings = [text for _, text in everyone]
+    if len(set(settings)) > 1:
+        other = next(i for i, text in enumerate(settings) if text != settings[0])
+        raise ConfigError(
+            "the ranks were asked for different things",
+            got=f"rank 0: {settings[0].splitlines()[0]}\nrank {other}: "
+            f"{settings[other].splitlines()[0]}",
+            rule="every rank calls parallelize with the same model and arguments",
+        )

@@ -1,0 +1,37 @@
+"""The cost of a training step, counted and not timed.
+
+`count_step` runs one forward and backward and says what they cost on this rank: bytes alive after
+the forward, peak live bytes, collectives and their bytes. With `fake_world` and `fake_tensors` the
+same code says it for one rank of any world, in seconds and without memory::
+
+    with fake_world(8) as mesh, fake_tensors(torch.bfloat16):
+        model = parallelize(LlamaForCausalLM(config), mesh=mesh)
+        cost = count_step(lambda: model(input_ids=ids, labels=ids).loss)
+
+It is the training code itself that runs, so the estimate can't drift from it.
+"""
+
+from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, StepAccounting
+from hf_sp.estimate.formulas import (
+    LayerShape,
+    sp_gathered_bytes_per_token,
+    sp_shard_bytes_per_token,
+    tp_bytes_per_token,
+)
+from hf_sp.estimate.simulate import fake_tensors, fake_world
+from hf_sp.estimate.step import StepCount, count_step, per_layer
+
+__all__ = [
+    "CollectiveCount",
+    "LayerShape",
+    "LiveStorage",
+    "StepAccounting",
+    "StepCount",
+    "count_step",
+    "fake_tensors",
+    "fake_world",
+    "per_layer",
+    "sp_gathered_bytes_per_token",
+    "sp_shard_bytes_per_token",
+    "tp_bytes_per_token",
+]

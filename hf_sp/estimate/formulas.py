@@ -1,0 +1,58 @@
+"""What a Llama-style decoder layer keeps for backward, in closed form.
+
+Owns: bytes per token and layer for a pre-norm layer with RMSNorm, SwiGLU, grouped-query attention
+on flash-style kernels and no dropout, in 16 bit, as transformers' eager modules compute it. The
+measured counts are held against these. Must not know: torch.
+
+Terms, per token, with t = tp:
+    12h + 8     two RMSNorms: an fp32 copy (4h), the normalized 16-bit x (2h) and one fp32 rstd each
+    4h          the two normed inputs, of q/k/v and of gate/up
+    C           (4q + 4k + 4n)/t: q, k, v, the attention output (16 bit), its logsumexp (fp32)
+    8f/t        gate, up, silu(gate) and their product
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Shape of a decoder layer.
+
+    Attributes:
+        hidden: width h of the residual stream.
+        intermediate: width f of the MLP.
+        heads: query heads n.
+        kv_heads: key and value heads.
+        head_dim: width of one head.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def sharded_bytes(self, tp: int) -> float:
+        """Attention and MLP interior, sharded under any tensor parallelism: C + 8f/t."""
+        q, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (4 * q + 4 * k + 4 * self.heads + 8 * self.intermediate) / tp
+
+
+def tp_bytes_per_token(shape: LayerShape, tp: int) -> float:
+    """Tensor parallelism alone: norms and normed inputs on every rank. 16h + 8 + C + 8f/t.
+
+    With tp=1 it is the unsharded layer.
+    """
+    return 16 * shape.hidden + 8 + shape.sharded_bytes(tp)
+
+
+def sp_gathered_bytes_per_token(shape: LayerShape, tp: int) -> float:
+    """Sequence parallelism that saves the gathered inputs. 4h + (12h + 8)/t + C + 8f/t."""
+    return 4 * shape.hidden + (12 * shape.hidden + 8) / tp + shape.sharded_bytes(tp)
+
+
+def sp_shard_bytes_per_token(shape: LayerShape, tp: int) -> float:
+    """Sequence parallelism that saves only shards. (16h + 8)/t + C + 8f/t, 1/t of the whole."""
+    return (16 * shape.hidden + 8) / tp + shape.sharded_bytes(tp)

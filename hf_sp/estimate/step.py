@@ -1,0 +1,166 @@
+"""One training step's cost: what is alive after the forward, the peak, the collectives.
+
+Owns: `count_step`, which drives a forward and a backward under the accounting, and the arithmetic
+on its results. Must not know: how storages are tracked (accounting.py) or what the step computes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sp.errors import ConfigError
+from hf_sp.estimate.accounting import CollectiveCount, StepAccounting
+
+
+@dataclass(frozen=True, slots=True)
+class StepCount:
+    """What one forward and backward cost on this rank.
+
+    Attributes:
+        alive_bytes: bytes of the storages made during the forward that are alive when it has
+            returned: what the autograd graph saved, the loss itself, and whatever else still holds
+            on to a tensor (a cache, an output the caller keeps). Parameters, buffers and inputs
+            were there before and are not in it.
+        peak_bytes: most bytes alive at once over forward and backward, gradients included;
+            parameters, buffers, inputs and earlier `.grad` tensors are not.
+        forward: collectives of the forward by kind.
+        backward: collectives of the backward by kind, recomputed forwards included.
+    """
+
+    alive_bytes: int
+    peak_bytes: int
+    forward: Mapping[str, CollectiveCount]
+    backward: Mapping[str, CollectiveCount]
+
+    @property
+    def collectives(self) -> dict[str, CollectiveCount]:
+        """Collectives of forward and backward together, by kind."""
+        kinds = dict.fromkeys((*self.forward, *self.backward))
+        none = CollectiveCount()
+        return {k: self.forward.get(k, none) + self.backward.get(k, none) for k in kinds}
+
+    @property
+    def payload_bytes(self) -> int:
+        """Payload of all collectives."""
+        return sum(count.bytes for count in self.collectives.values())
+
+    @property
+    def wire_bytes(self) -> int:
+        """Payload of all collectives in all-gather units: an all-reduce counts twice."""
+        return sum(
+            count.bytes * (2 if kind == "all_reduce" else 1)
+            for kind, count in self.collectives.items()
+        )
+
+
+def count_step(forward: Callable[[], Tensor]) -> StepCount:
+    """Run a forward and its backward, and count what they cost on this rank.
+
+    Counts, never times: the result is the same on every machine, and the same under a fake process
+    group with fake tensors as on real ranks.
+
+    Args:
+        forward: runs the forward and returns the loss. A loss of more than one element is given a
+            gradient of ones.
+
+    Raises:
+        ConfigError: if `forward` returns something else than a tensor, or a loss that needs no
+            gradient, so that there is no backward to count.
+    """
+    accounting = StepAccounting()
+    # Garbage cycles would be freed whenever Python sees fit. With the collector stopped, the peak
+    # holds what a step can hold, and only what is still reachable counts as alive.
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with accounting:
+            loss = forward()
+            if not isinstance(loss, Tensor):
+                raise ConfigError(
+                    "a step without a loss cannot be counted",
+                    where="count_step(forward)",
+                    got=f"forward() returned {type(loss).__name__}",
+                    rule="forward() returns the loss, as a tensor",
+                    remedy="return model(**batch).loss",
+                )
+            if not loss.requires_grad:
+                raise ConfigError(
+                    "a step without a backward cannot be counted",
+                    where="count_step(forward)",
+                    got="a loss with requires_grad=False",
+                    rule="the loss depends on a parameter that is trained",
+                    remedy="call it outside torch.no_grad(), on a model with trainable parameters",
+                )
+            gc.collect()
+            alive_bytes = accounting.live_bytes
+            accounting.phase = "backward"
+            loss.backward(None if loss.numel() == 1 else torch.ones_like(loss))
+    finally:
+        if collecting:
+            gc.enable()
+    return StepCount(
+        alive_bytes=alive_bytes,
+        peak_bytes=accounting.peak_bytes,
+        forward=accounting.collectives("forward"),
+        backward=accounting.collectives("backward"),
+    )
+
+
+def per_layer(small: StepCount, large: StepCount, layers: int = 1) -> StepCount:
+    """Return the cost of one layer, from two models that differ only in their number of layers.
+
+    Embedding, rotary tables, head and loss are in both and drop out.
+
+    Args:
+        small: the count of the shallower model.
+        large: the count of the deeper model.
+        layers: how many layers more the deeper one has.
+
+    Raises:
+        ConfigError: if `layers` is less than one, or a difference is not the same for each layer.
+    """
+    if layers < 1:
+        raise ConfigError(
+            "a difference over no layers has no share per layer",
+            where="per_layer(small, large, layers)",
+            got=f"layers={layers}",
+            rule="layers >= 1",
+        )
+
+    def share(what: str, difference: int) -> int:
+        if difference % layers:
+            raise ConfigError(
+                "the layers do not cost the same",
+                where="per_layer(small, large, layers)",
+                got=f"{what} differ by {difference} over layers={layers}",
+                rule="every layer costs the same",
+                remedy="compare models that differ by one layer",
+            )
+        return difference // layers
+
+    def shares(
+        phase: str, a: Mapping[str, CollectiveCount], b: Mapping[str, CollectiveCount]
+    ) -> dict[str, CollectiveCount]:
+        none = CollectiveCount()
+        result = {}
+        for kind in dict.fromkeys((*a, *b)):
+            difference = b.get(kind, none) - a.get(kind, none)
+            if difference != none:
+                result[kind] = CollectiveCount(
+                    share(f"{phase} {kind} calls", difference.calls),
+                    share(f"{phase} {kind} bytes", difference.bytes),
+                )
+        return result
+
+    return StepCount(
+        alive_bytes=share("alive_bytes", large.alive_bytes - small.alive_bytes),
+        peak_bytes=share("peak_bytes", large.peak_bytes - small.peak_bytes),
+        forward=shares("forward", small.forward, large.forward),
+        backward=shares("backward", small.backward, large.backward),
+    )

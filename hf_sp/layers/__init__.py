@@ -1,0 +1,1 @@
+"""Parallel layers over the collectives: linears, embedding, head and loss."""

@@ -1,0 +1,146 @@
+"""Vocab-parallel LM head, and the loss function that goes with it.
+
+Shape letters: B batch, S sequence, s = S / tp, H hidden, V vocabulary, v local vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_sp import collectives as comm
+from hf_sp.layers.lazy import LazyLogits
+from hf_sp.layers.local import cast_for_autocast, local
+from hf_sp.layers.loss import LossSpec, linear_cross_entropy
+from hf_sp.layers.vocab import check_ids, vocab_range, vocab_sizes
+from hf_sp.state import ParallelState
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRequest:
+    """The head and what it was called on, for a loss that does without logits."""
+
+    head: VocabParallelHead
+    hidden: Tensor
+    shard: Tensor | None
+
+
+class VocabParallelHead(nn.Linear):
+    """An LM head whose vocabulary rows are split over tp, evenly or not.
+
+    Inside the model's forward it returns ``LazyLogits``; called by anyone else, whole logits.
+
+    Shapes:   x [B, S, H] replicated -> [B, S, V] replicated
+    Forward:  1 all-gather (of the vocabulary), when the logits are made
+    Backward: 1 reduce-scatter if x is the gathered final hidden state, else 1 all-reduce
+    Saves:    x, the weight
+    """
+
+    state: ParallelState
+    vocab: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whole logits, or a stand-in for them inside the model's own forward."""
+        request = HeadRequest(self, x, self.state.shard_of(x))
+        if not self.state.in_model:
+            return self.logits(request)
+        like = cast_for_autocast(x.new_empty(0), x)
+        return LazyLogits(
+            (*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request
+        )
+
+    def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Local weight rows and bias as this forward uses them, differentiable."""
+        bias = None if self.bias is None else cast_for_autocast(local(self.bias), like)
+        return cast_for_autocast(local(self.weight), like), bias
+
+    def logits(self, request: HeadRequest) -> Tensor:
+        """The whole logits ``[..., V]``."""
+        axis = self.state.axis
+        x = cast_for_autocast(request.hidden, request.hidden)
+        if request.shard is not None:
+            shard = cast_for_autocast(request.shard, request.hidden)
+            x = comm.gathered_reducescatter(shard, x, axis)
+        else:
+            x = comm.identity_allreduce(x, axis)
+        weight, bias = self.local_parameters(x)
+        sizes = vocab_sizes(self.vocab, axis)
+        return comm.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
+
+    def summed_loss(self, request: HeadRequest, labels_BS: Tensor, ignore_index: int) -> Tensor:
+        """Sum over tokens of the cross entropy, without logits. See ``linear_cross_entropy``."""
+        x = cast_for_autocast(request.hidden, request.hidden)
+        source = x if request.shard is None else cast_for_autocast(request.shard, request.hidden)
+        weight, bias = self.local_parameters(x)
+        spec = LossSpec(
+            axis=self.state.axis,
+            sharded=request.shard is not None,
+            start=vocab_range(self.vocab, self.state.axis)[0],
+            ignore_index=ignore_index,
+            chunk=self.state.loss_chunk,
+        )
+        return linear_cross_entropy(source, x, weight, bias, labels_BS, spec)
+
+    def extra_repr(self) -> str:
+        """Local sizes and the place on the tp axis."""
+        axis = self.state.axis
+        return f"{super().extra_repr()}, vocab={self.vocab}, tp={axis.size}, tp_rank={axis.rank}"
+
+
+class CausalLMLoss:
+    """``ForCausalLMLoss`` of transformers, over lazy logits without making them.
+
+    Same arguments and result: labels are shifted here unless ``shift_labels`` is given, the mean is
+    over the labels that count, or the sum is divided by ``num_items_in_batch``. Logits that someone
+    has touched, or another shape of labels, go to the model's own loss function.
+
+    Args:
+        original: the loss function that the model had.
+    """
+
+    def __init__(self, original: Callable[..., Tensor]) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss, a scalar equal on all ranks."""
+        targets = labels if shift_labels is None else shift_labels
+        if (
+            not isinstance(logits, LazyLogits)
+            or targets is None
+            or targets.shape != logits.shape[:-1]
+            or targets.dim() != 2
+        ):
+            return self.original(
+                logits=logits.materialize() if isinstance(logits, LazyLogits) else logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        request: HeadRequest = logits.request
+        if shift_labels is None:
+            targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
+        targets = targets.to(request.hidden.device)
+        check_ids(targets, request.head.vocab, "labels", ignore_index)
+        total = request.head.summed_loss(request, targets, ignore_index)
+        if num_items_in_batch is None:
+            # No counted label: 0 / 0, as torch's mean.
+            return total / targets.ne(ignore_index).sum()
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch

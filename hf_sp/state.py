@@ -1,0 +1,141 @@
+"""What one parallelized model knows about itself, and the small state of its current forward.
+
+Owns ``ParallelState``. It hangs on the model (``parallel_state(model)``) and on the modules that
+need it, is copied with them, and holds no tensor between two forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from hf_sp.collectives import Axis
+from hf_sp.plan.schema import Plan
+
+ATTRIBUTE = "_hf_sp_state"
+_SHARD = "_hf_sp_shard"
+
+
+@dataclass
+class ParallelState:
+    """The parallel side of one model.
+
+    Args:
+        mesh: 1-D mesh whose axis is named ``tp``.
+        axis: the same axis as plain data, for the collectives.
+        sp: whether hidden states between blocks are sequence shards.
+        plan: what was done to the model.
+        keep_logits: whether a training forward with labels also returns logits.
+        loss_chunk: tokens per chunk of the LM head's loss.
+        single_token: this forward decodes one token: plain TP, nothing is scattered.
+        length: whole sequence length of the current forward of the decoder, None outside one.
+        in_model: inside the forward of the whole model, where the LM head may return lazy logits.
+        logits_wanted: whether anyone reads the logits of a forward with labels in eval.
+        checks_left: forwards whose inputs are still compared over the ranks.
+    """
+
+    mesh: DeviceMesh
+    axis: Axis
+    sp: bool
+    plan: Plan
+    keep_logits: bool = False
+    loss_chunk: int = 4096
+    single_token: bool = False
+    in_model: bool = False
+    length: int | None = None
+    logits_wanted: bool = True
+    checks_left: int = 8
+    _hidden: Any = field(default=None, repr=False)
+
+    @property
+    def tp(self) -> int:
+        """Tensor parallel degree."""
+        return self.axis.size
+
+    @property
+    def rank(self) -> int:
+        """This rank's place on the tp axis."""
+        return self.axis.rank
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The tp process group."""
+        return self.mesh.get_group()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether hidden states of the current forward are sequence shards."""
+        return self.sp and not self.single_token
+
+    @contextlib.contextmanager
+    def no_logits(self) -> Iterator[None]:
+        """Forwards with labels inside return ``logits=None``, in eval too."""
+        wanted, self.logits_wanted = self.logits_wanted, False
+        try:
+            yield
+        finally:
+            self.logits_wanted = wanted
+
+    def remember_hidden(self, full_BSH: Tensor, shard_BsH: Tensor) -> None:
+        """Tie the gathered final hidden states to the shard they were gathered from."""
+        # The shard lives as long as the tensor that the user holds, not as long as the model.
+        setattr(full_BSH, _SHARD, shard_BsH)
+        self._hidden = weakref.ref(full_BSH)
+
+    def shard_of(self, x: Tensor) -> Tensor | None:
+        """The sequence shard that ``x`` was gathered from, if ``x`` is that tensor or a view of it.
+
+        HF slices the hidden states (``[:, -logits_to_keep:]``, by default all of them) before the
+        head, which makes a new tensor over the same memory.
+        """
+        full = self._hidden() if self._hidden is not None else None
+        if full is None or x.shape != full.shape or x.dtype != full.dtype:
+            return None
+        same = (
+            x is full
+            or x.untyped_storage()._cdata == full.untyped_storage()._cdata
+            and x.storage_offset() == full.storage_offset()
+            and x.stride() == full.stride()
+        )
+        return getattr(full, _SHARD) if same else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
+        # The mesh is a handle on process groups, shared like them; weak references do not copy.
+        copy = ParallelState(
+            self.mesh, self.axis, self.sp, self.plan, self.keep_logits, self.loss_chunk
+        )
+        copy.checks_left = self.checks_left
+        memo[id(self)] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_hidden"] = None
+        return state
+
+
+def parallel_state(model: nn.Module | None) -> ParallelState | None:
+    """The state of a parallelized model, None for any other; sees through wrappers.
+
+    Looks at the model itself, then through ``.module`` (DDP, compiled), ``base_model`` and
+    ``.model`` (adapters), so that it can be asked of whatever a Trainer holds.
+    """
+    seen: set[int] = set()
+    while isinstance(model, nn.Module) and id(model) not in seen:
+        seen.add(id(model))
+        state = model.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            return state
+        for name in ("module", "_orig_mod", "base_model", "model"):
+            inner = model._modules.get(name)
+            if inner is not None:
+                model = inner
+                break
+    return None

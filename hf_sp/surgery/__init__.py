@@ -1,0 +1,1 @@
+"""What is done to a model: leaves swapped, hooks at the boundaries, inputs guarded."""

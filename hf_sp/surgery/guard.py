@@ -1,0 +1,111 @@
+"""Are all ranks of a tp group given the same batch, and is the model still the one we made?
+
+Asked on the first forwards only, by a digest of fixed size: ranks with different shapes get an
+error that names the cause, where the first activation collective would have hung.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_sp import collectives as comm
+from hf_sp.errors import BatchMismatchError, ConfigError
+from hf_sp.state import ParallelState
+
+
+def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]) -> None:
+    """Compare this forward's inputs over the tp ranks, on the first forwards.
+
+    Collectives: 1 all-gather of 24 bytes a rank, and a synchronisation, while checks are left.
+
+    Raises:
+        BatchMismatchError: on every rank, naming the inputs that differ.
+        ConfigError: on every rank, if a parameter was added after ``parallelize``.
+    """
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    if state.checks_left <= 0 or not all(type(t) is Tensor for t in tensors.values()):
+        return
+    state.checks_left -= 1
+    _check_parameters(model)
+    if state.tp == 1 or dist.get_backend(state.group) == "fake":
+        return
+    structure, summary = _structure(tensors, inputs), _values(tensors)
+    mine = torch.tensor([zlib.crc32(structure.encode())], dtype=torch.int64)
+    mine = torch.cat([mine.to(summary.device), summary]).to(state.mesh.device_type)
+    everyone = comm.all_gather(mine[None], state.axis)
+    sums = everyone[:, 2].contiguous().view(torch.float64)
+    # Float inputs (inputs_embeds) may differ in their last bits where their kernels do.
+    close = torch.allclose(sums, sums[0].expand_as(sums), rtol=1e-3, equal_nan=True)
+    if bool((everyone[:, :2] == everyone[0, :2]).all()) and close:
+        return
+    _raise_mismatch(tensors, inputs, state)
+
+
+def _structure(tensors: dict[str, Tensor], inputs: dict[str, Any]) -> str:
+    present = sorted(k for k, v in inputs.items() if v is not None)
+    shapes = {k: (tuple(t.shape), str(t.dtype)) for k, t in sorted(tensors.items())}
+    return f"{present} {shapes}"
+
+
+def _values(tensors: dict[str, Tensor]) -> Tensor:
+    """``[digest of the integer inputs, bits of the float inputs' sum]``, int64."""
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    digest = torch.zeros((), dtype=torch.int64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index, (_, tensor) in enumerate(sorted(tensors.items())):
+        if tensor.is_floating_point():
+            total += tensor.detach().sum(dtype=torch.float64).to(device)
+        elif not tensor.is_complex():
+            flat = tensor.flatten().to(device, torch.int64)
+            # Odd weights that depend on the place, so that swapped rows are seen; int64 wraps.
+            weights = torch.arange(flat.numel(), device=device) * 2654435761 + 2 * index + 1
+            digest += ((flat + 1) * (weights | 1)).sum()
+    return torch.stack([digest, total.view(torch.int64)])
+
+
+def _raise_mismatch(
+    tensors: dict[str, Tensor], inputs: dict[str, Any], state: ParallelState
+) -> None:
+    mine = {k: _describe(t) for k, t in tensors.items()}
+    mine |= {k: "given" for k, v in inputs.items() if v is not None and k not in mine}
+    everyone: list[dict[str, str]] = [{} for _ in range(state.tp)]
+    dist.all_gather_object(everyone, mine, group=state.group)
+    names = sorted({k for rank in everyone for k in rank})
+    rows = []
+    for name in names:
+        seen = [rank.get(name, "missing") for rank in everyone]
+        if len(set(seen)) > 1:
+            rows += [f"{name}, tp rank {i}: {text}" for i, text in enumerate(seen)]
+    raise BatchMismatchError(
+        "the ranks of one tensor-parallel group were given different batches",
+        where="\n".join(rows) or "float inputs whose sums differ",
+        rule="every rank of a tp group is given the same whole batch; hf_sp shards it inside",
+        remedy="shard the data over data-parallel ranks only: no DistributedSampler over tp "
+        "ranks, the same seed and shuffling on all of them (Trainer does this by itself)",
+    )
+
+
+def _describe(tensor: Tensor) -> str:
+    text = f"shape {tuple(tensor.shape)}"
+    if tensor.numel() and not tensor.is_floating_point() and not tensor.is_complex():
+        digest = int(_values({"": tensor})[0]) % 2**32
+        text += f", first value {int(tensor.flatten()[0])}, digest {digest:08x}"
+    return text
+
+
+def _check_parameters(model: nn.Module) -> None:
+    plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if plain:
+        raise ConfigError(
+            "the model was given parameters after parallelize",
+            where="\n".join(plain[:5]) + ("\n..." if len(plain) > 5 else ""),
+            rule="every parameter is a DTensor on the tp mesh; a plain one would be trained on "
+            "this rank's part of the gradient",
+            remedy="build the whole model first, parallelize it last",
+        )

@@ -1,0 +1,180 @@
+"""Full parameters to DTensors, and HF modules to parallel ones, in place.
+
+Owns the placement of every parameter. Modules keep their identity, name and hooks; parameters keep
+their names and stay tied. Nothing here communicates but ``agree_on_weights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from hf_sp import collectives as comm
+from hf_sp.collectives import Axis
+from hf_sp.errors import PlanError
+from hf_sp.layers.embedding import VocabParallelEmbedding
+from hf_sp.layers.head import VocabParallelHead
+from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
+from hf_sp.layers.vocab import vocab_range
+from hf_sp.plan.schema import Leaf, Plan
+from hf_sp.state import ParallelState
+
+_WEIGHT_DIM = {"column": 0, "row": 1}
+
+
+def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
+    """``id(parameter) -> (name, placement)`` for every parameter of the model.
+
+    Raises:
+        PlanError: one tied parameter would have to be split in two ways.
+    """
+    wanted: dict[str, Placement] = {}
+    for block in plan.blocks:
+        for leaf in block.leaves:
+            if leaf.style == "column":
+                wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = Shard(0)
+            elif leaf.style == "row":
+                wanted[f"{leaf.path}.weight"] = Shard(1)
+    for path in filter(None, (plan.embedding, plan.head)):
+        wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)
+    placed: dict[int, tuple[str, Placement]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        placement = wanted.get(name, Replicate())
+        first, earlier = placed.setdefault(id(p), (name, placement))
+        if earlier != placement:
+            raise PlanError(
+                "a tied weight would have to be split in two ways",
+                where=f"{first} and {name}",
+                got=f"{earlier} and {placement}",
+                rule="tied weights stay one tensor",
+            )
+    return placed
+
+
+def agree_on_weights(model: nn.Module, mesh: torch.distributed.DeviceMesh) -> list[str]:
+    """Make every rank's parameters and buffers those of tp rank 0, as DDP does.
+
+    Ranks that built the model from different seeds would each shard another model. Digests are
+    compared first, so that equal weights (the usual case) cost one small all-gather.
+
+    Returns:
+        Names of the tensors that differed and were taken from tp rank 0.
+    """
+    group = mesh.get_group()
+    tensors = [(n, t) for n, t in _named_tensors(model) if t.numel()]
+    symbolic = any(isinstance(t, FakeTensor) or t.is_meta for _, t in tensors)
+    if mesh.size() == 1 or symbolic or dist.get_backend(group) == "fake":
+        return []
+    digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])
+    everyone = comm.all_gather(digests.to(mesh.device_type)[None], Axis.of(mesh))
+    differ = (everyone != everyone[0]).any(0).tolist()
+    source = dist.get_global_rank(group, 0)
+    names = []
+    for (name, tensor), different in zip(tensors, differ, strict=True):
+        if different:
+            buffer = tensor.detach().to(mesh.device_type).contiguous()
+            dist.broadcast(buffer, src=source, group=group)
+            tensor.detach().copy_(buffer)
+            names.append(name)
+    return names
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+    """Turn the plan's modules into parallel ones and every parameter into a DTensor."""
+    placed = placements(model, plan)
+    device = _device(state.mesh)
+    made: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if id(p) not in made:
+                made[id(p)] = _shard(p, placed[id(p)][1], state, device)
+            module._parameters[name] = made[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = buffer.to(device)
+    for block in plan.blocks:
+        for leaf in block.leaves:
+            _swap_linear(model.get_submodule(leaf.path), leaf, state)
+        if block.attention:
+            _set_local_groups(model.get_submodule(block.path), block.leaves, state.axis)
+    embedding = model.get_submodule(plan.embedding)
+    embedding.__class__ = VocabParallelEmbedding
+    embedding.axis = state.axis
+    if plan.head is not None:
+        head = model.get_submodule(plan.head)
+        head.state, head.vocab = state, head.out_features
+        start, stop = vocab_range(head.vocab, state.axis)
+        head.out_features = stop - start
+        head.__class__ = VocabParallelHead
+
+
+def _device(mesh: torch.distributed.DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def _shard(
+    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+) -> nn.Parameter:
+    """This rank's part of a full parameter, as a DTensor parameter."""
+    data = p.detach()
+    if isinstance(placement, Shard):
+        dim = placement.dim
+        # As DTensor's Shard lays uneven sizes out: ceil-sized pieces, the last ones short or empty.
+        start, stop = vocab_range(data.shape[dim], state.axis)
+        data = data.narrow(dim, start, stop - start)
+        # A copy of its own, so that the full storage is freed.
+        piece = data.to(device, copy=True).contiguous()
+    else:
+        piece = data.to(device).contiguous()
+    tensor = DTensor.from_local(
+        piece,
+        state.mesh,
+        (placement,),
+        run_check=False,
+        shape=p.shape,
+        stride=p.contiguous().stride() if not p.is_contiguous() else p.stride(),
+    )
+    new = nn.Parameter(tensor, requires_grad=p.requires_grad)
+    # Marks that transformers leaves on parameters (already initialised, no weight decay).
+    new.__dict__.update(p.__dict__)
+    return new
+
+
+def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState) -> None:
+    axis = state.axis
+    assert isinstance(module, nn.Linear)
+    module.__class__ = RowParallelLinear if leaf.style == "row" else ColumnParallelLinear
+    module.axis, module.rows = axis, None
+    if leaf.style == "row":
+        module.sp = state.sp
+        module.in_features //= axis.size
+    elif leaf.style == "column":
+        module.out_features //= axis.size
+    else:
+        width = module.out_features // leaf.heads
+        # Ranks r * tp / heads .. share one head.
+        module.rows = (axis.rank * leaf.heads // axis.size * width, width)
+        module.out_features = width
+
+
+def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], axis: Axis) -> None:
+    """Query heads per key/value head, as this rank sees them."""
+    query = next(leaf.heads for leaf in leaves if leaf.style == "row")
+    key_value = min(leaf.heads for leaf in leaves if leaf.style != "row")
+    if hasattr(block, "num_key_value_groups"):
+        block.num_key_value_groups = (query // axis.size) // max(1, key_value // axis.size)

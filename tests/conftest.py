@@ -1,0 +1,31 @@
+"""Shared set-up: import path, one thread, ends the rank pools with the session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# `harness` is importable from any test, and hf_sp from the checkout, whatever pytest's import mode and working directory.
+_TESTS = Path(__file__).resolve().parent
+for _entry in (str(_TESTS.parent), str(_TESTS)):
+    if _entry not in sys.path:
+        sys.path.insert(0, _entry)
+
+from harness.pool import close_all, pool  # noqa: E402 (needs the path above)
+
+# Sums must not depend on how many cores the machine has, and ranks share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(world)`: the pool of that many persistent gloo ranks (see harness/pool.py)."""
+    return pool
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """End the ranks before pytest's own teardown, so that no process outlives the run."""
+    close_all()

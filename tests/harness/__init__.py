@@ -1,0 +1,1 @@
+"""What the tests stand on: ranks (pool), tiny models and batches (tiny, batches), gradient parity (parity)."""

@@ -1,0 +1,125 @@
+"""One two-layer model per family, with the trait that broke somebody's tensor parallelism.
+
+Owns: configurations, deterministic non-trivial weights, the float64 loss of the reference.
+Must not know: hf_sp, process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+_BASE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+# name -> (configuration class, what differs from _BASE). The comment is the trait.
+FAMILIES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
+    {
+        # grouped-query attention: two query heads per kv head
+        "llama": (LlamaConfig, {}),
+        # biases everywhere; a padding row, whose embedding gradient HF leaves at zero
+        "llama_bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "pad_token_id": 0}),
+        # one tensor is both embedding and head: its gradient is a sum of two
+        "llama_tied": (LlamaConfig, {"tie_word_embeddings": True}),
+        # 61 rows: no tp divides them, and the padding row sits in the last shard
+        "llama_odd_vocab": (LlamaConfig, {"vocab_size": 61, "pad_token_id": 60}),
+        "llama_mha": (LlamaConfig, {"num_key_value_heads": 8}),
+        # fewer kv heads than ranks: each is computed on several
+        "llama_kv1": (LlamaConfig, {"num_key_value_heads": 1}),
+        "llama_kv2": (LlamaConfig, {"num_key_value_heads": 2}),
+        # a window shorter than every sequence of the tests but the shortest
+        "mistral": (MistralConfig, {"sliding_window": 5, "head_dim": 8}),
+        # bias on q, k, v only
+        "qwen2": (Qwen2Config, {}),
+        # q_norm and k_norm see the local heads only; heads * head_dim is twice the hidden size
+        "qwen3": (Qwen3Config, {"head_dim": 16}),
+        "qwen3_tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    }
+)
+
+
+def config(family: str, **overrides: Any):
+    """The family's configuration. `overrides` are configuration fields."""
+    cls, fields = FAMILIES[family]
+    return cls(**{**_BASE, **fields, **overrides})
+
+
+def build(
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str = "sdpa", **overrides: Any
+) -> PreTrainedModel:
+    """A model whose weights depend on (family, seed) only: neither on the rank's RNG nor, up to rounding, on dtype.
+
+    HF starts norms at one, biases at zero, and matrices so small (0.02) that attention is nearly uniform: dropped
+    biases, dropped norm weights and wrong masks would hardly show. Here norms scatter around one, biases are not
+    zero, and matrices keep activations near unit size.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # from_config, not .to(dtype): `.to(bfloat16)` would round RoPE's inv_freq, which HF keeps in float32.
+        model = AutoModelForCausalLM.from_config(config(family, **overrides), dtype=dtype, attn_implementation=attn)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(_initial(name, noise))
+    return model.train()
+
+
+def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return 1 + 0.2 * noise
+    if name.endswith(".bias"):
+        return 0.2 * noise
+    if "embed_tokens" in name:
+        return 0.5 * noise
+    return noise / noise.shape[1] ** 0.5
+
+
+def float64_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """HF's ForCausalLMLoss without its `logits.float()`.
+
+    That upcast is a *down*cast for float64 logits: it rounds each logit by up to 6e-8 relative, and a logit whose two
+    computations differ by 1e-16 may round to different float32 numbers. A reference with that rounding is good to
+    1e-8, not to 1e-10. hf_sp computes the loss of float64 logits in float64, so the reference does too.
+    Written from the definition (log-sum-exp minus the target's logit), not by calling F.cross_entropy, so that it
+    does not share a fault with what it judges; test_tiny.py compares the two.
+    """
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    flat = logits.reshape(-1, vocab_size)
+    target = shift_labels.reshape(-1)
+    counted = target != ignore_index
+    picked = flat.gather(1, target.masked_fill(~counted, 0)[:, None])[:, 0]
+    # where, not multiplication: an ignored row may hold anything.
+    losses = torch.where(counted, flat.logsumexp(1) - picked, 0.0)
+    items = counted.sum() if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / items
+
+
+def reference(model: PreTrainedModel) -> PreTrainedModel:
+    """Mark an unsharded model as the judge: float64 models get the float64 loss. Returns the model."""
+    if model.dtype == torch.float64:
+        model.loss_function = float64_loss
+    return model

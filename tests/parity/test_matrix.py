@@ -1,0 +1,53 @@
+"""family x tp x sp x checkpointing x accumulation: every parameter's gradient against the unsharded model.
+
+One pytest id a cell; the cells of a (family, tp, dtype) are run in one job on the persistent ranks, at the first of
+them. Two optimizer steps each, with clipping active. See harness/parity.py for what is compared and how closely.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+from harness import tiny
+from harness.parity import Case, assert_parity
+from harness.pool import pool
+
+TPS = (2, 4)
+
+
+def _cells(family: str, dtype: str) -> list[Case]:
+    if dtype == "float64":
+        # SGD with one micro-batch, AdamW with three: both optimizers meet every family, degree and checkpointing.
+        return [
+            Case(family, sp, dtype, checkpoint, accum, "sgd" if accum == 1 else "adamw")
+            for sp, checkpoint, accum in itertools.product(
+                (True, False), ("none", "non_reentrant", "reentrant"), (1, 3)
+            )
+        ]
+    # The dtype changes the arithmetic, not the collectives: one cell that uses all of them.
+    return [Case(family, sp, dtype, "none", 3) for sp in (True, False)]
+
+
+CELLS = [
+    pytest.param(tp, case, id=f"tp{tp}-{case}")
+    for family, tp, dtype in itertools.product(tiny.FAMILIES, TPS, ("float64", "float32"))
+    for case in _cells(family, dtype)
+]
+
+
+@functools.cache
+def _reports(tp: int, family: str, dtype: str) -> dict[Case, list]:
+    """Each cell's reports, one per rank. A failure of the job as a whole is raised anew for each of its cells."""
+    cases = _cells(family, dtype)
+    per_rank = pool(tp).run("harness.parity:train_all", cases=cases, timeout=180)
+    return {case: [reports[index] for reports in per_rank] for index, case in enumerate(cases)}
+
+
+@pytest.mark.parametrize(("tp", "case"), CELLS)
+def test_training_matches_the_unsharded_model(tp, case):
+    reports = _reports(tp, case.family, case.dtype)[case]
+    refused = [one for one in reports if isinstance(one, str)]
+    assert not refused, "\n".join(refused)
+    assert_parity(reports)
