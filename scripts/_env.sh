@@ -30,7 +30,7 @@ _env_find_python() {
   if [[ -n "${HF_SP_PYTHON:-}" ]]; then
     _env_python_ok "$HF_SP_PYTHON" || _env_die \
       "HF_SP_PYTHON=$HF_SP_PYTHON is not a Python 3.11 or newer" \
-      "got: $("$HF_SP_PYTHON" --version 2>&1 || true)"
+      "got: $("$HF_SP_PYTHON" --version 2>&1 | head -n 1 || true)"
     echo "$HF_SP_PYTHON"
     return
   fi
@@ -47,11 +47,13 @@ _env_find_python() {
 }
 
 _env_install() {
-  local python
+  local python clear=""
   if ! "$HF_SP_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(_env_find_python)"
     _env_say "1/2 making $HF_SP_VENV with $("$python" --version)"
-    "$python" -m venv --clear "$HF_SP_VENV" || _env_die "$python -m venv failed (see above)" \
+    # Clear what is a broken environment; never a folder that is something else.
+    [[ ! -f "$HF_SP_VENV/pyvenv.cfg" ]] || clear="--clear"
+    "$python" -m venv $clear "$HF_SP_VENV" || _env_die "$python -m venv failed (see above)" \
       "Debian and Ubuntu keep it in a package of its own: apt install python3-venv"
   else
     _env_say "1/2 $HF_SP_VENV is there, its packages are out of date"
@@ -77,7 +79,6 @@ _env_main() {
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$want" ]] ||
     ! "$HF_SP_VENV/bin/python" -c '' 2>/dev/null; then
     local started=$SECONDS
-    mkdir -p "$HF_SP_VENV"
     rm -f "$stamp"
     _env_install
     printf '%s\n' "$want" >"$stamp"

@@ -2,7 +2,7 @@
 # Everything that has to be green: lint, format, types, tests. Makes its own environment.
 #
 #   scripts/test.sh                        all stages, then a table of seconds
-#   scripts/test.sh tests/unit -k plan     arguments go to pytest, and only pytest runs
+#   scripts/test.sh tests/unit -k plan     arguments go to pytest (paths from the root); only it runs
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 # shellcheck source=scripts/_env.sh
@@ -12,12 +12,11 @@ source "$here/_env.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
 
+cd "$HF_SP_ROOT"
 if (($# > 0)); then
-  # From where the user stands, so that a relative test path means what it says.
-  exec python -m pytest -c "$HF_SP_ROOT/pyproject.toml" --rootdir "$HF_SP_ROOT" "$@"
+  exec python -m pytest "$@"
 fi
 
-cd "$HF_SP_ROOT"
 rows=()
 failed=()
 

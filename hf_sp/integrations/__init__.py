@@ -1,7 +1,35 @@
-"""Where Trainer, accelerate, PEFT and TRL meet hf_sp. The only importers of those packages."""
+"""What makes stock transformers, accelerate and PEFT work with a parallelized model.
+
+The only importers of those packages' training code. ``install`` is called at the end of
+``parallelize``; every patch acts on parallelized models alone. ``names`` lists what is private.
+"""
+
+from __future__ import annotations
+
+import importlib.util
 
 from torch import nn
 
+from hf_sp.checkpoint import install_load_hook
+
 
 def install(model: nn.Module) -> None:
-    """What a model that has just been parallelized needs of the integrations."""
+    """Make the packages around ``model`` treat it as what it is. Cheap and idempotent.
+
+    Args:
+        model: a parallelized model, ``PeftModel`` around it or not.
+    """
+    # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
+    from hf_sp.integrations import accelerate, saving, trainer
+
+    saving.PATCHES.apply()
+    accelerate.PATCHES.apply()
+    accelerate.STATE_PATCHES.apply()
+    trainer.PATCHES.apply()
+    trainer.ALL_PATCHES.apply()
+    if importlib.util.find_spec("peft") is not None:
+        from hf_sp.integrations import peft
+
+        peft.PATCHES.apply()
+    accelerate.remember(model)
+    install_load_hook(model)

@@ -122,8 +122,10 @@ class Entry:
     axis: Axis
     sharded: bool
     length: int | None
+    batch_major: bool
     slots: dict[int, int] = field(default_factory=dict)
     parameters: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    trains: list[bool] = field(default_factory=list)
     dx: Tensor | None = None
     dy: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -135,11 +137,20 @@ class Entry:
         """``[B, S, F]`` in the order of the collective's buffer: sequence first if sharded."""
         return x.transpose(0, 1) if self.sharded else x
 
-    def add_input_gradient(self, dy: Tensor, weight: Tensor) -> None:
-        """Add ``dy W`` to the block's input gradient, without a buffer of its own."""
+    def receive(self, slot: int, dy: Tensor, weight: Tensor, keep: bool) -> None:
+        """A column linear's output gradient: add ``dy W`` to the block's input gradient.
+
+        Args:
+            slot: the linear's place in the entry.
+            dy: ``[B, S, o]``.
+            weight: ``[o, H]``.
+            keep: whether the entry needs dy for a weight or bias gradient.
+        """
         dy = self.buffer_order(dy)
         rows, others, features = dy.shape
         dy_To = dy.reshape(rows * others, features)
+        if keep:
+            self.dy.setdefault(slot, []).append(dy_To)
         if self.dx is None:
             height = comm.padded(rows, self.axis.size) if self.sharded else rows
             self.dx = dy.new_empty(height, others, weight.shape[1])
@@ -171,6 +182,7 @@ def enter_block(
     *,
     sharded: bool,
     length: int | None,
+    batch_major: bool,
 ) -> tuple[Tensor, Entry]:
     """Gather a block's input for its column linears.
 
@@ -187,17 +199,20 @@ def enter_block(
         axis: the tp axis.
         sharded: whether x is a sequence shard.
         length: true sequence length, None to keep the padding rows.
+        batch_major: lay the column linears' outputs out as ``[B, S, o]`` (for attention) and not
+            sequence-major.
 
     Returns:
         The gathered tensor, known to the column linears, and the entry, to be closed on exit.
     """
-    entry = Entry(axis, sharded, length)
+    entry = Entry(axis, sharded, length, batch_major)
     x = cast_for_autocast(x, x)
     flat: list[Tensor | None] = []
     for slot, linear in enumerate(linears):
         entry.slots[id(linear)] = slot
         entry.parameters.append(linear.local_parameters(x))
         flat += entry.parameters[-1]
+        entry.trains.append(any(t is not None and t.requires_grad for t in entry.parameters[-1]))
     full = _Enter.apply(entry, x, *flat)
     setattr(full, _ENTRY, entry)
     return full, entry
@@ -237,8 +252,7 @@ def _weight_gradients(
     flat: list[Tensor | None] = [None] * len(needs)
     x_TH = None
     for slot, several in dys.items():
-        for dy in several:
-            dy_To = entry.buffer_order(dy).reshape(-1, dy.shape[-1])
+        for dy_To in several:
             if needs[2 * slot]:
                 if x_TH is None:
                     (x,) = ctx.saved_tensors
@@ -259,15 +273,17 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(
         ctx: Any, entry: Entry, slot: int, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.entry, ctx.slot = entry, slot
+        ctx.entry, ctx.slot, ctx.keep = entry, slot, entry.trains[slot]
         ctx.save_for_backward(weight)
-        return entry.buffer_order(F.linear(entry.buffer_order(x), weight, bias))
+        y = entry.buffer_order(F.linear(entry.buffer_order(x), weight, bias))
+        # Attention kernels lay their output out as the query: batch first, or HF's
+        # .contiguous() behind them would keep a second copy of it. No copy for B = 1.
+        return y.contiguous() if entry.batch_major else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        ctx.entry.add_input_gradient(grads[0], weight)
-        ctx.entry.dy.setdefault(ctx.slot, []).append(grads[0])
+        ctx.entry.receive(ctx.slot, grads[0], weight, ctx.keep)
         return None, None, None, None, None
 
 

@@ -113,7 +113,12 @@ class BlockBoundary:
                 rule="its input is a sequence shard; the whole length is read from these",
             )
         full, entry = enter_block(
-            x, self.linears, self.state.axis, sharded=self.state.sharded, length=length
+            x,
+            self.linears,
+            self.state.axis,
+            sharded=self.state.sharded,
+            length=length,
+            batch_major=self.attention,
         )
         self.entries.append(entry)
         if self.attention and module.training and getattr(module, "attention_dropout", 0.0):

@@ -57,8 +57,7 @@ from hf_sp.estimate import (
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 
-# The same SDPA under a name that transformers makes no mask for. On fake tensors it would build the
-# [S, S] mask that a real run skips (fake_tensors says why); is_causal is passed either way.
+# The same SDPA under a name that transformers makes no mask for: see fake_tensors().
 ATTENTION = "sdpa_without_mask"
 
 SHAPES: dict[str, LayerShape] = {
@@ -173,16 +172,17 @@ class Row:
     to_formula: float
     to_native: float
     peak_bytes: int
+    peak_two_layers: int
     forward: str
     backward: str
     payload_bytes: int
     wire_bytes: int
 
 
-def count_model(shape: LayerShape, tp: int, seq: int, layers: int, layout: Layout) -> StepCount:
-    """Count one step of a model of `layers` layers, B = 1, as rank 0 of tp ranks."""
+def make_config(shape: LayerShape, seq: int, layers: int) -> LlamaConfig:
+    """Make the config of a model of `layers` such layers."""
     AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
@@ -193,6 +193,10 @@ def count_model(shape: LayerShape, tp: int, seq: int, layers: int, layout: Layou
         max_position_embeddings=seq,
         attn_implementation=ATTENTION,
     )
+
+
+def count_model(config: LlamaConfig, tp: int, seq: int, layout: Layout) -> StepCount:
+    """Count one step of a model, B = 1, as rank 0 of tp ranks."""
     with fake_world(tp) as mesh:
         apply = layout(mesh)
         with fake_tensors(torch.bfloat16):
@@ -201,10 +205,10 @@ def count_model(shape: LayerShape, tp: int, seq: int, layers: int, layout: Layou
             return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def count_layer(shape: LayerShape, tp: int, seq: int, layout: Layout) -> StepCount:
-    """Count one layer of the model."""
-    one, two = (count_model(shape, tp, seq, layers, layout) for layers in (1, 2))
-    return per_layer(one, two)
+def count_layer(shape: LayerShape, tp: int, seq: int, layout: Layout) -> list[StepCount]:
+    """Count one layer, as the difference between two layers and one; and the two."""
+    one, two = (count_model(make_config(shape, seq, n), tp, seq, layout) for n in (1, 2))
+    return [per_layer(one, two), two]
 
 
 def measure(case: tuple[str, int, int]) -> list[Row]:
@@ -212,44 +216,48 @@ def measure(case: tuple[str, int, int]) -> list[Row]:
     name, tp, seq = case
     shape = SHAPES[name]
     counts = {key: count_layer(shape, tp, seq, layout) for key, (layout, _) in LAYOUTS.items()}
+    native = counts["HF native TP"][0].alive_bytes
     rows = []
-    for key, count in counts.items():
-        alive, native = count.alive_bytes, counts["HF native TP"].alive_bytes
-        formula = LAYOUTS[key][1](shape, tp)
+    for key, (layer, two) in counts.items():
+        alive, formula = layer.alive_bytes, LAYOUTS[key][1](shape, tp)
         ratios = (round(alive / seq / formula, 4), round(alive / native, 4))
-        wire = (spell(count.forward), spell(count.backward), count.payload_bytes, count.wire_bytes)
-        rows.append(
-            Row(name, tp, seq, key, alive, alive / seq, formula, *ratios, count.peak_bytes, *wire)
-        )
+        peaks = (layer.peak_bytes, two.peak_bytes)
+        wire = (spell(layer.forward), spell(layer.backward), layer.payload_bytes, layer.wire_bytes)
+        rows.append(Row(name, tp, seq, key, alive, alive / seq, formula, *ratios, *peaks, *wire))
     return rows
 
 
 def spell(counts: Mapping[str, CollectiveCount]) -> str:
-    """Spell collectives out: `2 all_gather + 2 reduce_scatter`."""
-    return " + ".join(f"{c.calls} {kind}" for kind, c in sorted(counts.items())) or "-"
+    """Spell collectives out: `2 AG + 2 RS`."""
+    short = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR"}
+    return " + ".join(f"{c.calls} {short.get(k, k)}" for k, c in sorted(counts.items())) or "-"
 
 
 HEADER = ("shape", "tp", "S", "layout", "alive MiB", "B/token", "formula", "/ formula", "/ native")
-HEADER += ("peak MiB", "forward", "backward", "payload MiB", "wire MiB")
+HEADER += ("peak MiB", "peak 2L", "forward", "backward", "payload MiB", "wire MiB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row as text, in the order of HEADER."""
-    sizes = (row.alive_bytes, row.peak_bytes, row.payload_bytes, row.wire_bytes)
-    alive, peak, payload, wire = (f"{size / MIB:.1f}" for size in sizes)
+    sizes = (row.alive_bytes, row.peak_bytes, row.peak_two_layers)
+    alive, *peaks = (f"{size / MIB:.1f}" for size in sizes)
+    wire = (f"{row.payload_bytes / MIB:.1f}", f"{row.wire_bytes / MIB:.1f}")
     tokens = (alive, f"{row.bytes_per_token:.0f}", f"{row.formula:.0f}")
     ratios = (f"{row.to_formula:.3f}", f"{row.to_native:.3f}")
     case = (row.shape, str(row.tp), str(row.seq), row.layout)
-    return (*case, *tokens, *ratios, peak, row.forward, row.backward, payload, wire)
+    return (*case, *tokens, *ratios, *peaks, row.forward, row.backward, *wire)
 
 
 NOTES = """\
-Per rank and per decoder layer, bfloat16, B = 1. `alive` is what the forward leaves for the backward
+Per rank and per decoder layer, bfloat16, B = 1; AG all-gather, RS reduce-scatter, AR all-reduce.
+`alive` is what the forward leaves for the backward
 (`B/token` the same per token of the whole sequence, `formula` its closed form,
-`hf_sp/estimate/formulas.py`), `peak` the growth of the most live bytes over forward and backward,
-weight gradients included. `payload` is the size of the full buffers of the collectives; `wire`
-counts an all-reduce twice, for it moves what an all-gather and a reduce-scatter move. DTensor
-TP+SP leaves its norm weights' gradients Partial: the all-reduces they need are not in its row.
+`hf_sp/estimate/formulas.py`). `peak` is what one more layer adds to the most live bytes over
+forward and backward, weight gradients included; `peak 2L` is that most itself for two layers, with
+the transient buffers, a vocabulary of 256 and the loss. `payload` is the size of the full buffers
+of the collectives; `wire` counts an all-reduce twice, for it moves what an all-gather and a
+reduce-scatter move. DTensor TP+SP leaves its norm weights' gradients Partial: the all-reduces they
+need are not in its row.
 Parameters, allocator rounding and kernels' workspaces are not counted. The attention is the CPU
 flash kernel, which keeps q, k, v, its output and an fp32 logsumexp.
 """
@@ -277,9 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and markdown")
     options = parser.parse_args()
     console = Console(width=200) if not Console().is_terminal else Console()
-    rows: list[Row] = []
-    for case in QUICK if options.quick else CASES:
-        rows += measure(case)
+    rows = [row for case in (QUICK if options.quick else CASES) for row in measure(case)]
     table = Table(*HEADER, title="one decoder layer, one rank, one training step")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and (before.shape, before.tp) != (row.shape, row.tp):

@@ -291,7 +291,6 @@ def check_contract(report: Report, parallel: nn.Module, model: nn.Module) -> Non
         if parameter.shape != theirs[name].shape or parameter.requires_grad != theirs[name].requires_grad:
             problems.append(f"{name}: {tuple(parameter.shape)}, requires_grad={parameter.requires_grad}")
         sharded += any(p.is_shard() for p in parameter.placements)
-        report.compare(f"initial {name}", whole(parameter), theirs[name])
     # q, o and three in the mlp for each of two layers, embedding: at least these must be split.
     if sharded < 11:
         problems.append(f"only {sharded} parameters are sharded")
@@ -317,6 +316,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def fresh(batch: batches.Batch) -> batches.Batch:
     """A copy that shares nothing: leaves that want a gradient stay such leaves."""
     return {
@@ -335,13 +338,13 @@ class _Step:
     losses: list[Tensor]
     gradients: dict[str, Tensor]
     norm: Tensor
-    clipped: dict[str, Tensor]
 
 
 @dataclass
 class _Run:
     steps: list[_Step]
-    change: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
 
 
 # 44 runs of ~50k numbers in float64 at most; ranks live for the session.
@@ -373,14 +376,19 @@ def _run(model: nn.Module, case: Case, report: Report | None) -> _Run:
             if report is not None and type(loss) is not Tensor:
                 report.problems.append(f"loss is a {type(loss).__name__}, want a plain tensor")
         found = gradients(model, report)
+        unclipped = {name: _local(p.grad).clone() for name, p in model.named_parameters()}
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), case.max_norm))
-        steps.append(_Step(losses, found, norm, gradients(model)))
-        if report is not None and not norm > 2 * case.max_norm:
-            report.problems.append(f"clipping is not active: norm {norm:g}, limit {case.max_norm:g}")
+        steps.append(_Step(losses, found, norm))
+        if report is not None:
+            if not norm > 2 * case.max_norm:
+                report.problems.append(f"clipping is not active: norm {norm:g}, limit {case.max_norm:g}")
+            # Each rank's part is what it was times the one factor: clip_grad_norm_ may pass a gradient over.
+            for name, p in model.named_parameters():
+                scaled = unclipped[name] * (case.max_norm / (norm + 1e-6))
+                report.compare(f"step {step + 1} clipped grad {name}", _local(p.grad), scaled)
         optimizer.step()
         optimizer.zero_grad()
-    change = {name: whole(p).detach() - before[name] for name, p in model.named_parameters()}
-    return _Run(steps, change)
+    return _Run(steps, before, {name: whole(p).detach().clone() for name, p in model.named_parameters()})
 
 
 def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
@@ -398,17 +406,23 @@ def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 
 
 def _compare_runs(report: Report, got: _Run, want: _Run) -> None:
+    numbers = []
     for index, (mine, theirs) in enumerate(zip(got.steps, want.steps, strict=True), 1):
         for micro, (one, other) in enumerate(zip(mine.losses, theirs.losses, strict=True), 1):
-            compare_loss(report, one, other, f"step {index} micro {micro} ")
+            report.compare(f"step {index} micro {micro} loss", one, other)
         compare_gradients(report, mine.gradients, theirs.gradients, f"step {index} ")
         report.compare(f"step {index} gradient norm", mine.norm, theirs.norm)
-        compare_gradients(report, mine.clipped, theirs.clipped, f"step {index} clipped ")
-        norms = _gather_objects(float(mine.norm).hex())
-        if len(set(norms)) != 1:
-            report.problems.append(f"the gradient norm differs between the ranks: {norms}")
-    # Changes, not weights: a weight is some ten times its change and would hide a tenth of it.
-    compare_gradients(report, got.change, want.change, "change of weight: ")
+        numbers.append([float(x).hex() for x in (*mine.losses, mine.norm)])
+    everyone = _gather_objects(numbers)
+    if any(other != everyone[0] for other in everyone):
+        report.problems.append(f"losses or gradient norms differ between the ranks: {everyone}")
+    eps = torch.finfo(getattr(torch, report.dtype)).eps
+    for name, before in want.before.items():
+        report.compare(f"initial {name}", got.before[name], before)
+        # Changes, not weights: a weight is many times its change and would hide much of it. Each step rounds each
+        # weight to half a unit in its last place, in either model; no change is known better than that.
+        rounding = len(want.steps) * eps * _size(before) / TOLERANCE[report.dtype]
+        report.compare(f"change of {name}", got.after[name] - got.before[name], want.after[name] - before, rounding)
 
 
 class _WatchLength:
@@ -455,8 +469,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def _digest(tensor: Tensor) -> str:
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _local(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 

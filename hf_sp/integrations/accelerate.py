@@ -1,0 +1,331 @@
+"""accelerate and a parallelized model: same batch on all tp ranks, no wrapper, no duplicates.
+
+An ``Accelerator`` is told of the model's mesh through a ``ParallelismConfig`` that carries the
+mesh itself (no second set of process groups) and our mark. The patches act where that mark is.
+Versions named here: accelerate 1.12 to 1.15.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, recursively_apply, synchronize_rng_states
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_sp.checkpoint import gather_state_dict
+from hf_sp.errors import ConfigError
+from hf_sp.integrations.patching import Patch, Patches
+from hf_sp.state import ParallelState, parallel_state
+
+_MARK = "_hf_sp"
+_OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def remember(model: nn.Module) -> None:
+    """Note that a parallelized model is alive in this process."""
+    _models.add(model)
+
+
+def is_ours(config: ParallelismConfig | None) -> bool:
+    """Whether this configuration was made for a parallelized model."""
+    return bool(getattr(config, _MARK, False))
+
+
+def _current_is_ours() -> bool:
+    shared = AcceleratorState._shared_state
+    return is_ours(shared.get("parallelism_config"))
+
+
+def check_world(state: ParallelState, where: str) -> None:
+    """Refuse ranks beyond the tp group: nobody would average their gradients."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world != state.tp:
+        raise ConfigError(
+            f"tp={state.tp} on {world} processes leaves a data-parallel degree, which is not supported",
+            where=where,
+            got=f"world size {world}, tp {state.tp}",
+            rule="the processes are the tensor-parallel group: gradients are not averaged over others",
+            legal=f"{state.tp} processes, or parallelize(model, tp={world})",
+        )
+
+
+def check_config(config: ParallelismConfig, state: ParallelState, where: str) -> None:
+    """Refuse a user's ParallelismConfig that says other than the model."""
+    sizes = {
+        name: getattr(config, f"{name}_size")
+        for name in ("tp", "dp_replicate", "dp_shard", "cp", "sp")
+    }
+    wanted = {**dict.fromkeys(sizes, 1), "tp": state.tp}
+    if sizes != wanted:
+        differing = [n for n in sizes if sizes[n] != wanted[n]]
+        raise ConfigError(
+            "the ParallelismConfig does not agree with the parallelized model",
+            where=where,
+            got=", ".join(f"{n}_size={sizes[n]}" for n in differing),
+            rule="the model's own degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
+            legal=", ".join(f"{n}_size={wanted[n]}" for n in differing),
+            remedy="leave the ParallelismConfig out: it is made from the model",
+        )
+
+
+def config_for(state: ParallelState, given: ParallelismConfig | None, where: str) -> ParallelismConfig:
+    """The ParallelismConfig of a parallelized model, carrying its mesh and our mark."""
+    if given is not None:
+        check_config(given, state, where)
+    # Explicit ones: absent sizes are read from the environment.
+    config = given or ParallelismConfig(
+        tp_size=state.tp, dp_replicate_size=1, dp_shard_size=1, cp_size=1, sp_size=1
+    )
+    config.device_mesh = state.mesh
+    setattr(config, _MARK, True)
+    return config
+
+
+def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
+    """Tell an accelerator that was made without knowing the model of its mesh.
+
+    Raises:
+        ConfigError: it runs another engine, disagrees with the model, or has already cut a data
+            loader into different batches for each rank.
+    """
+    check_world(state, where)
+    engine = accelerator.distributed_type.value
+    if engine in _OTHER_ENGINES:
+        raise refuse_engine(engine, where)
+    current = accelerator.state.parallelism_config
+    if state.tp == 1 or is_ours(current):
+        return
+    if accelerator._dataloaders and accelerator.num_processes > 1:
+        raise ConfigError(
+            "a data loader was prepared before the parallelized model",
+            where=where,
+            got="it gives every rank another batch",
+            rule="all ranks of a tensor-parallel group are given the same batch",
+            remedy="prepare them together, or the model first: accelerator.prepare(model, loader)",
+        )
+    accelerator.state.parallelism_config = config_for(state, current, where)
+    accelerator.state.device_mesh = state.mesh
+
+
+def release() -> None:
+    """Forget the mesh of an earlier model: accelerate's state outlives the accelerator."""
+    if _current_is_ours():
+        shared = AcceleratorState._shared_state
+        shared["parallelism_config"] = None
+        shared["device_mesh"] = None
+
+
+def refuse_engine(engine: str, where: str) -> ConfigError:
+    """The refusal of another engine on top of a parallelized model."""
+    return ConfigError(
+        f"{engine} cannot be applied to a parallelized model by transformers or accelerate",
+        where=where,
+        got=engine,
+        rule="the parameters are already sharded; the engine would shard or wrap them again",
+        legal="no fsdp, deepspeed or megatron_lm plugin",
+        remedy="leave the plugin out (TrainingArguments fsdp/deepspeed, or the accelerate config)",
+    )
+
+
+def check_optimizer(
+    optimizers: Iterable[torch.optim.Optimizer], models: Iterable[nn.Module], where: str
+) -> None:
+    """Refuse an optimizer over parameters that ``parallelize`` has replaced: it would train nothing."""
+    known = {id(p) for m in models for p in m.parameters()}
+    for optimizer in optimizers:
+        held = [p for g in optimizer.param_groups for p in g["params"]]
+        foreign = sum(id(p) not in known for p in held)
+        if foreign:
+            raise ConfigError(
+                "the optimizer was not made from the parallelized model's parameters",
+                where=where,
+                got=f"{foreign} of its {len(held)} parameters are not the model's",
+                rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
+                remedy="make the optimizer after parallelize(model)",
+            )
+
+
+def agree_on_rng(state: ParallelState) -> None:
+    """Give all ranks the first rank's CPU random state, which samplers draw from."""
+    if state.tp > 1:
+        synchronize_rng_states(["torch"])
+
+
+# --- Accelerator --------------------------------------------------------------------------------
+
+PATCHES = Patches(lambda _: True)
+"""Patches that look at their arguments."""
+
+STATE_PATCHES = Patches(lambda _: _current_is_ours())
+"""Patches that act while accelerate's state carries our mark."""
+
+
+@PATCHES.on(ParallelismConfig, "_validate_accelerator")
+def allow_gloo(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
+    """accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes."""
+    cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
+    if not (cpu and (is_ours(self) or len(_models) > 0)):
+        original(self, accelerator)
+    elif self.total_size != accelerator.num_processes:
+        raise ConfigError(
+            "the ParallelismConfig does not match the number of processes",
+            where="Accelerator",
+            got=f"total size {self.total_size}, {accelerator.num_processes} processes",
+            rule="the product of the sizes is the number of processes",
+        )
+
+
+def _parallel(objects: Iterable[Any]) -> list[tuple[nn.Module, ParallelState]]:
+    found = [(o, parallel_state(o)) for o in objects if isinstance(o, nn.Module)]
+    return [(m, s) for m, s in found if s is not None]
+
+
+@PATCHES.on(Accelerator, "prepare")
+def know_the_model_first(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    """``Accelerator()`` knows nothing of the model: it would cut the batches over the tp ranks.
+
+    On several GPUs it would then raise (DTensor under DDP), on CPU wrap and train wrongly.
+    """
+    ours = _parallel(args)
+    for _, state in ours:
+        adopt(self, state, "Accelerator.prepare")
+    if ours:
+        models = [m for m in (*args, *self._models) if isinstance(m, nn.Module)]
+        optimizers = [o for o in args if isinstance(o, torch.optim.Optimizer)]
+        check_optimizer(optimizers, models, "Accelerator.prepare")
+    return original(self, *args, **kwargs)
+
+
+@PATCHES.on(Accelerator, "prepare_model")
+def know_the_model_here_too(
+    original: Patch, self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """As ``prepare``, for those who call this directly."""
+    for _, state in _parallel([model]):
+        adopt(self, state, "Accelerator.prepare_model")
+    return original(self, model, *args, **kwargs)
+
+
+@PATCHES.on(Accelerator, "_prepare_tp")
+def keep_the_parameters(original: Patch, self: Accelerator, *args: Any) -> Any:
+    """Do not map the optimizer's parameters anew by their address.
+
+    accelerate 1.12 to 1.15 finds each by its local data pointer, which is 0 for all empty shards (a
+    vocabulary smaller than tp): the optimizer would be given one parameter several times.
+    """
+    return list(args) if _parallel(args) else original(self, *args)
+
+
+@STATE_PATCHES.on(Accelerator, "prepare_data_loader")
+def same_batch_everywhere(
+    original: Patch, self: Accelerator, data_loader: DataLoader, *args: Any, **kwargs: Any
+) -> Any:
+    """Two ways to unequal batches that accelerate leaves open on tp ranks.
+
+    With the mesh, accelerate counts one process and so no longer synchronizes the sampler's random
+    state: ranks whose CPU generators differ shuffle differently. And ``split_batches`` with a
+    dispatched loader still cuts the batch over the ranks (it only logs a warning).
+    """
+    dispatches = self.dispatch_batches
+    if dispatches is None:
+        dispatches = isinstance(data_loader.dataset, IterableDataset)
+    if self.split_batches and dispatches:
+        raise ConfigError(
+            "split_batches cannot be used with a dispatched data loader",
+            where="DataLoaderConfiguration / accelerator_config",
+            got="split_batches=True, with dispatch_batches=True or an IterableDataset",
+            rule="accelerate would give each tp rank a part of the batch; each needs the whole",
+            legal="split_batches=False, or dispatch_batches=False",
+        )
+    synchronize_rng_states(["torch"])
+    prepared = original(self, data_loader, *args, **kwargs)
+    if type(prepared) is DataLoaderShard:
+        prepared.rng_types = ["torch"]
+    return prepared
+
+
+@STATE_PATCHES.on(DataLoaderDispatcher, "__len__")
+def length_in_batches(original: Patch, self: DataLoaderDispatcher) -> int:
+    """accelerate 1.12 to 1.15 divides by the number of processes though each batch goes to all."""
+    return len(self.base_dataloader)
+
+
+@STATE_PATCHES.on(Accelerator, "gather_for_metrics")
+def own_rows_are_all_rows(
+    original: Patch, self: Accelerator, input_data: Any, use_gather_object: bool = False
+) -> Any:
+    """Every tp rank already has all rows; gathering would repeat each one tp times.
+
+    transformers and accelerate drop repeated rows from the last batch only. What is left to do is
+    what they do in one process: cut what was repeated to fill the last batch.
+    """
+    state = self.gradient_state
+    if not state.end_of_dataloader or state.remainder < 1:
+        return input_data
+    remainder = state.remainder
+    if isinstance(state.active_dataloader, DataLoaderDispatcher):
+        # It counts the rows it sends to all ranks together.
+        remainder //= self.num_processes
+    if use_gather_object:
+        return input_data[:remainder]
+    try:
+        return recursively_apply(lambda t: t[:remainder], input_data, error_on_other_type=True)
+    except TypeError:
+        return input_data[:remainder]
+
+
+@STATE_PATCHES.on(Accelerator, "get_state_dict")
+def whole_state_dict(
+    original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
+) -> dict[str, Any]:
+    """accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
+    ours = _parallel([model])
+    if not ours:
+        return original(self, model, unwrap=unwrap)
+    return gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
+
+
+def _refuse_state(what: str) -> ConfigError:
+    return ConfigError(
+        f"Accelerator.{what} is not supported for a parallelized model",
+        rule="it keeps the first rank's optimizer shard only and gives it to every rank",
+        remedy="model.save_pretrained and hf_sp.checkpoint.save_optimizer / load_optimizer",
+    )
+
+
+@STATE_PATCHES.on(Accelerator, "save_state")
+def refuse_save_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    """Every rank would resume with rank 0's optimizer shard, with no error."""
+    if _parallel(self._models):
+        raise _refuse_state("save_state")
+    return original(self, *args, **kwargs)
+
+
+@STATE_PATCHES.on(Accelerator, "load_state")
+def refuse_load_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    """See ``refuse_save_state``."""
+    if _parallel(self._models):
+        raise _refuse_state("load_state")
+    return original(self, *args, **kwargs)
+
+
+@STATE_PATCHES.on(AcceleratedScheduler, "step")
+def one_step_per_step(original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any) -> Any:
+    """accelerate steps the schedule once per process, counting tp ranks as data parallel."""
+    split, self.split_batches = self.split_batches, True
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        self.split_batches = split

@@ -1,0 +1,59 @@
+"""How other packages' methods are wrapped: once, only for our models, without losing the original.
+
+A patch is a function ``(original, self, ...)`` in a ``Patches`` table. Its docstring says which
+defect of which version it covers. Must not know what is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_ORIGINAL = "__hf_sp_original__"
+
+Patch = Callable[..., Any]
+
+
+class Patches:
+    """A table of method patches that act on some instances only.
+
+    Args:
+        active: whether the patch acts on this instance; for any other the original runs.
+    """
+
+    def __init__(self, active: Callable[[Any], bool]) -> None:
+        self.active = active
+        self.entries: list[tuple[type, str, Patch]] = []
+
+    def on(self, owner: type, name: str) -> Callable[[Patch], Patch]:
+        """Decorator: ``owner.name`` becomes this function, with the original as first argument."""
+
+        def register(patch: Patch) -> Patch:
+            self.entries.append((owner, name, patch))
+            return patch
+
+        return register
+
+    def apply(self) -> None:
+        """Put every patch in place. Can be called again."""
+        for owner, name, patch in self.entries:
+            current = owner.__dict__[name]
+            if not hasattr(current, _ORIGINAL):
+                setattr(owner, name, self._wrapped(current, patch))
+
+    def _wrapped(self, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.active(instance):
+                return original(instance, *args, **kwargs)
+            return patch(original, instance, *args, **kwargs)
+
+        setattr(method, _ORIGINAL, original)
+        return method
+
+
+def original_of(owner: type, name: str) -> Callable[..., Any]:
+    """The method as its package wrote it, patched or not."""
+    current = owner.__dict__[name]
+    return getattr(current, _ORIGINAL, current)

@@ -1,0 +1,58 @@
+"""``save_pretrained`` of a parallelized ``PreTrainedModel``: called on all ranks, written by one.
+
+transformers' own gather for native TP (5.17 to 5.23, ``gather_state_dict_for_save``) keeps a CPU
+copy of the whole model on every rank, gathers nothing at tp=1, and gathers by each rank's own list
+of names, which differ when adapters are loaded in place (rank 0 has the adapter's alone: a hang).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_sp.checkpoint import gather_state_dict, meet
+from hf_sp.errors import ConfigError
+from hf_sp.integrations.patching import Patches, Patch
+from hf_sp.state import parallel_state
+
+PATCHES = Patches(lambda model: parallel_state(model) is not None)
+
+
+@PATCHES.on(PreTrainedModel, "save_pretrained")
+def save_whole_tensors(
+    original: Patch,
+    self: PreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Gather first, one tensor at a time and for the writing rank alone; then save plain tensors."""
+    if kwargs.get("distributed_checkpoint"):
+        raise ConfigError(
+            "save_pretrained(distributed_checkpoint=True) is not for a parallelized model",
+            rule="transformers writes it for its own FSDP2 models only",
+            remedy="leave it out: a plain checkpoint is written, one tensor gathered at a time",
+        )
+    state = parallel_state(self)
+    assert state is not None
+    meet(state.group, "save_pretrained")
+    writes = self.should_save_on_this_rank(is_main_process)
+    whole = gather_state_dict(self, state_dict, keep=writes)
+    return original(
+        self, save_directory, is_main_process=is_main_process, state_dict=whole, **kwargs
+    )
+
+
+@PATCHES.on(PreTrainedModel, "gather_sharded_state_dict_for_save")
+def already_gathered(
+    original: Patch,
+    self: PreTrainedModel,
+    model_to_save: Any,
+    state_dict: dict[str, Any],
+    distributed_config: Any,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Nothing is left to gather: ``save_whole_tensors`` has done it."""
+    return state_dict

@@ -1,0 +1,432 @@
+"""The stock ``Trainer`` and a parallelized model.
+
+A Trainer is ours when ``parallel_state(trainer.model)`` is not None. What it does wrong with such a
+model, in transformers 5.17 to 5.23, is corrected here one method at a time. The model carries the
+light mark only (``_tp_size`` and ``config.distributed_config``): with transformers' own mark,
+``_is_distributed_loading_by_transformers``, Trainer broadcasts and averages what is not a DTensor
+and refuses to write anything that can be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import BatchRebalanceSampler, safe_globals
+from transformers.trainer_utils import seed_worker
+
+from hf_sp.checkpoint import (
+    OPTIMIZER_DIRECTORY,
+    gather_state_dict,
+    load_full_optimizer,
+    load_optimizer,
+    save_optimizer,
+)
+from hf_sp.errors import CheckpointError, ConfigError
+from hf_sp.integrations import accelerate as our_accelerate
+from hf_sp.integrations.patching import Patch, Patches
+from hf_sp.state import ParallelState, parallel_state
+
+logger = logging.getLogger(__name__)
+
+_ENGINE_FLAGS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+}
+
+PATCHES = Patches(lambda trainer: parallel_state(trainer.model) is not None)
+"""Patches of Trainers that train a parallelized model."""
+
+
+def _state(trainer: Trainer) -> ParallelState:
+    state = parallel_state(trainer.model)
+    assert state is not None
+    return state
+
+
+# --- construction: what cannot work is refused --------------------------------------------------
+
+
+def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
+    """Refuse arguments under which a parallelized model would train wrongly.
+
+    Raises:
+        ConfigError: the first of them that is met.
+    """
+    where = "TrainingArguments"
+    our_accelerate.check_world(state, "Trainer")
+    if args.world_size != state.tp:
+        raise ConfigError(
+            "Trainer does not see the processes that the model is sharded over",
+            where=where,
+            got=f"args.world_size={args.world_size}, tp={state.tp}",
+            rule="every process would take itself for the only one, and write the checkpoint",
+            remedy="start the script with torchrun or accelerate launch",
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            "Trainer would wrap the model in DataParallel",
+            where=where,
+            got=f"n_gpu={args.n_gpu} in one process",
+            rule="one process per GPU",
+            remedy="start the script with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
+        )
+    for flag, engine in _ENGINE_FLAGS.items():
+        if os.environ.get(flag, "false").lower() == "true":
+            raise our_accelerate.refuse_engine(engine, f"environment {flag}")
+    if args.fsdp:
+        raise our_accelerate.refuse_engine("FSDP", f"{where}(fsdp=...)")
+    if args.deepspeed:
+        raise our_accelerate.refuse_engine("DEEPSPEED", f"{where}(deepspeed=...)")
+    if args.use_liger_kernel:
+        raise ConfigError(
+            "use_liger_kernel=True cannot be applied to a parallelized model",
+            where=where,
+            rule="Liger replaces the forwards that hf_sp has taken over",
+            legal="use_liger_kernel=False",
+        )
+    nodes = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    if args.save_on_each_node and nodes > 1:
+        raise ConfigError(
+            "save_on_each_node=True is not supported on several nodes",
+            where=where,
+            got=f"{nodes} nodes",
+            rule="the optimizer's shards of all nodes are read from one directory",
+            remedy="write to a file system that all nodes share",
+        )
+
+
+ALL_PATCHES = Patches(lambda _: True)
+"""Patches that have to look at the model first."""
+
+
+@ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
+def refuse_early(original: Patch, self: Trainer) -> None:
+    """The first thing a Trainer does with the model.
+
+    accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
+    model or over a plain one, would be given the mesh of the one before.
+    """
+    state = parallel_state(self.model)
+    if state is None:
+        our_accelerate.release()
+        original(self)
+        return
+    check_arguments(self.args, state)
+    original(self)
+    our_accelerate.adopt(self.accelerator, state, "Trainer")
+
+
+@ALL_PATCHES.on(Trainer, "call_model_init")
+def know_a_late_model(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """With ``model_init`` the accelerator is made before the model."""
+    model = original(self, *args, **kwargs)
+    state = parallel_state(model)
+    if state is not None:
+        check_arguments(self.args, state)
+        our_accelerate.adopt(self.accelerator, state, "Trainer(model_init=...)")
+    return model
+
+
+@PATCHES.on(Trainer, "_build_accelerator_args")
+def same_mesh(original: Patch, self: Trainer, **kwargs: Any) -> dict[str, Any]:
+    """Trainer overwrites the tp size of a given ParallelismConfig without a word, and makes a mesh anew."""
+    state, given = _state(self), self.args.parallelism_config
+    if given is not None:
+        our_accelerate.check_config(given, state, "TrainingArguments(parallelism_config=...)")
+    arguments = original(self, **kwargs)
+    if state.tp > 1:
+        arguments["parallelism_config"] = our_accelerate.config_for(
+            state, given, "TrainingArguments(parallelism_config=...)"
+        )
+    return arguments
+
+
+@PATCHES.on(Trainer, "_validate_args")
+def refuse_a_foreign_optimizer(original: Patch, self: Trainer) -> None:
+    """``Trainer(optimizers=...)`` made before ``parallelize`` trains parameters nobody uses."""
+    original(self)
+    if self.optimizer is not None:
+        our_accelerate.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "_get_train_sampler")
+def rebalance_over_data_parallel_ranks(
+    original: Patch, self: Trainer, *args: Any, **kwargs: Any
+) -> Any:
+    """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
+    sampler = original(self, *args, **kwargs)
+    if not isinstance(sampler, BatchRebalanceSampler) or sampler.dp_size == 1:
+        return sampler
+    return BatchRebalanceSampler(
+        lengths=sampler.lengths,
+        effective_batch_size=sampler.effective_batch_size // sampler.dp_size,
+        dp_size=1,
+        grad_accum=sampler.grad_accum,
+        shuffle=sampler.shuffle,
+        seed=sampler.seed,
+        rank=0,
+        drop_last=sampler.drop_last,
+    )
+
+
+@PATCHES.on(Trainer, "_get_dataloader")
+def same_workers_everywhere(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> DataLoader:
+    """Trainer seeds loader workers by rank: random collators would give each tp rank its own batch."""
+    loader = original(self, *args, **kwargs)
+    inner = getattr(loader, "base_dataloader", loader)
+    seed = inner.worker_init_fn
+    if isinstance(seed, functools.partial) and seed.func is seed_worker:
+        inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": 0})
+    return loader
+
+
+# --- counters and loss --------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "_get_num_items_in_batch")
+def count_labels_once(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Trainer divides by tp what it gathered over all ranks; without the gather, loss is tp times too big.
+
+    ``average_tokens_across_devices=False`` skips the gather but not the division (5.17: a floor
+    division at that).
+    """
+    if self.args.average_tokens_across_devices:
+        return original(self, *args, **kwargs)
+    # The gather over equal batches and the division by tp give the local count.
+    self.args.average_tokens_across_devices = True
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        self.args.average_tokens_across_devices = False
+
+
+@PATCHES.on(Trainer, "_track_num_input_tokens")
+def count_tokens_once(original: Patch, self: Trainer, inputs: Any) -> None:
+    """Trainer sums the tokens of all ranks, which are the same tokens."""
+    before = self.state.num_input_tokens_seen
+    original(self, inputs)
+    added = self.state.num_input_tokens_seen - before
+    self.state.num_input_tokens_seen = before + added // _state(self).tp
+
+
+@PATCHES.on(Trainer, "store_flos")
+def count_flos_once(original: Patch, self: Trainer) -> None:
+    """Trainer sums over all ranks the operations of the whole model (DTensors count whole)."""
+    self.current_flos /= _state(self).tp
+    original(self)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "prediction_step")
+def no_logits_for_a_loss(
+    original: Patch,
+    self: Trainer,
+    model: Any,
+    inputs: Any,
+    prediction_loss_only: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Logits of the whole vocabulary are made in eval; here nobody would read them.
+
+    A subclass that computes its own loss may read them (TRL does), so it gets them.
+    """
+    wants = not prediction_loss_only or type(self).compute_loss is not Trainer.compute_loss
+    with contextlib.nullcontext() if wants else _state(self).no_logits():
+        return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+
+
+_SAMPLES = "_hf_sp_eval_samples"
+
+
+@PATCHES.on(Trainer, "evaluation_loop")
+def one_set_of_metrics(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Ranks decide by their own metrics what to save and when to stop: they must be the same.
+
+    ``compute_metrics`` is the user's and may be random.
+    """
+    output = original(self, *args, **kwargs)
+    state = _state(self)
+    setattr(self, _SAMPLES, output.num_samples)
+    if state.tp > 1:
+        told = [output.metrics]
+        dist.broadcast_object_list(
+            told, src=dist.get_global_rank(state.group, 0), group=state.group
+        )
+        output.metrics.clear()
+        output.metrics.update(told[0])
+    return output
+
+
+def _correct_speed(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    suffix = "_steps_per_second"
+    samples = getattr(trainer, _SAMPLES, 0)
+    for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
+        runtime = metrics.get(key.removesuffix(suffix) + "_runtime", 0)
+        if runtime:
+            steps = math.ceil(samples / trainer.args.eval_batch_size)
+            metrics[key] = round(steps / runtime, 3)
+
+
+@PATCHES.on(Trainer, "log")
+def speed_of_evaluation(
+    original: Patch, self: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Trainer counts a step of evaluation as one batch on every process."""
+    _correct_speed(self, logs)
+    original(self, logs, *args, **kwargs)
+
+
+@PATCHES.on(Trainer, "predict")
+def speed_of_prediction(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """As ``speed_of_evaluation``."""
+    output = original(self, *args, **kwargs)
+    _correct_speed(self, output.metrics)
+    return output
+
+
+# --- saving -------------------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "save_model")
+def save_on_all_ranks(
+    original: Patch,
+    self: Trainer,
+    output_dir: str | None = None,
+    _internal_call: bool = False,
+) -> None:
+    """Trainer 5.17 calls ``_save`` on the writing rank alone, which would gather alone."""
+    if self.args.should_save:
+        original(self, output_dir, _internal_call=_internal_call)
+        return
+    self._save(output_dir if output_dir is not None else self.args.output_dir)
+    if self.args.push_to_hub and not _internal_call:
+        self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+@PATCHES.on(Trainer, "_save")
+def gather_on_all_ranks(
+    original: Patch,
+    self: Trainer,
+    output_dir: str | None = None,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Trainer returns at once on the other ranks (5.23), or writes its own files there (5.17)."""
+    target = output_dir if output_dir is not None else self.args.output_dir
+    saves_itself = isinstance(self.model, PreTrainedModel) or hasattr(self.model, "peft_config")
+    if not saves_itself and state_dict is None:
+        state_dict = gather_state_dict(self.model, keep=self.args.should_save)
+    if self.args.should_save:
+        original(self, target, state_dict)
+    elif saves_itself:
+        self.model.save_pretrained(target, state_dict=state_dict, is_main_process=False)
+
+
+@PATCHES.on(Trainer, "_save_checkpoint")
+def leave_together(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> None:
+    """The first rank writes ``trainer_state.json`` last: another could resume before it is there."""
+    original(self, *args, **kwargs)
+    if _state(self).tp > 1:
+        dist.barrier(group=_state(self).group)
+
+
+@PATCHES.on(Trainer, "_save_optimizer_and_scheduler")
+def save_every_shard(original: Patch, self: Trainer, output_dir: str) -> None:
+    """Trainer writes the first rank's optimizer state, and gives it to every rank on resume."""
+    save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
+    if self.args.should_save:
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "_load_optimizer_and_scheduler")
+def load_own_shard(original: Patch, self: Trainer, checkpoint: str | None) -> None:
+    """As ``save_every_shard``; also takes a one-process ``optimizer.pt``."""
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    ours, stock = folder / OPTIMIZER_DIRECTORY, folder / OPTIMIZER_NAME
+    if ours.is_dir():
+        load_optimizer(self.model, self.optimizer, ours)
+    elif stock.is_file():
+        whole = torch.load(stock, map_location="cpu", weights_only=True)
+        load_full_optimizer(self.model, self.optimizer, whole)
+    else:
+        logger.warning("No optimizer state in %s: the optimizer starts anew.", checkpoint)
+        return
+    if (folder / SCHEDULER_NAME).is_file():
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+@PATCHES.on(Trainer, "_load_rng_state")
+def rng_of_another_degree(original: Patch, self: Trainer, checkpoint: str | None) -> None:
+    """A checkpoint of another degree lacks some ranks' files; Trainer would leave those ranks as they are.
+
+    Tensor-parallel ranks share one random state, so the first rank's serves all.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    files = sorted(folder.glob("rng_state*.pth"))
+    own = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
+    if len(files) == self.args.world_size and (folder / own).is_file():
+        original(self, checkpoint)
+        return
+    first = [f for f in files if f.name in ("rng_state.pth", "rng_state_0.pth")]
+    if not first:
+        return
+    with safe_globals():
+        saved = torch.load(first[0], weights_only=True)
+    random.setstate(saved["python"])
+    np.random.set_state(saved["numpy"])
+    torch.random.set_rng_state(saved["cpu"])
+    if "cuda" in saved and torch.cuda.is_available():
+        device_states = saved["cuda"]
+        # One state of one process, or the list of all devices that it saw.
+        state = device_states if isinstance(device_states, Tensor) else device_states[0]
+        torch.cuda.set_rng_state(state)
+
+
+@PATCHES.on(Trainer, "_issue_warnings_after_load")
+def refuse_missing_weights(original: Patch, self: Trainer, load_result: Any) -> None:
+    """Trainer logs a warning and trains on with whatever the model had."""
+    ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or [])
+    missing = set(load_result.missing_keys) - ignored
+    owners: dict[int, set[str]] = {}
+    for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    # Of tied names one is saved.
+    for names in owners.values():
+        if names - missing:
+            missing -= names
+    if missing:
+        raise CheckpointError(
+            "the checkpoint lacks weights of the model",
+            where="resume_from_checkpoint / load_best_model_at_end",
+            got=", ".join(sorted(missing)[:8]) + (" ..." if len(missing) > 8 else ""),
+            rule="a resumed model has all its weights from the checkpoint",
+            remedy="resume from a checkpoint of this model",
+        )
+    original(self, load_result)
