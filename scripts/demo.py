@@ -29,7 +29,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 1001
-CORPUS_CHARS = 3_000_000
+CORPUS_CHARS = 1_500_000
 STALLED_AFTER = 600  # seconds without a line of output before a run is called stuck
 PROMPT = "    def __init__(self"
 
@@ -249,10 +249,10 @@ def check_checkpoint(one: Path, many: Path, tokenizer_dir: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    models = [
+    reference, model = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (one, many)
-    ]
-    a, b = (model.state_dict() for model in models)
+    )
+    a, b = reference.state_dict(), model.state_dict()
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         odd = sorted(a.keys() ^ b.keys()) or [n for n in a if a[n].shape != b[n].shape]
         raise DemoError(f"the two checkpoints hold different tensors: {odd[:5]}")
@@ -264,7 +264,7 @@ def check_checkpoint(one: Path, many: Path, tokenizer_dir: Path) -> str:
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    out = models[1].generate(
+    out = model.generate(
         input_ids=prompt.input_ids,
         attention_mask=prompt.attention_mask,
         max_new_tokens=60,
@@ -356,14 +356,16 @@ def main() -> None:
         folder.mkdir(parents=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [sys.executable, *(launcher if ranks > 1 else []), script]
-        command += ["--data", str(data), "--run", str(folder), "--steps", str(options.steps)]
+        command += ["--data", str(data), "--results", str(folder), "--steps", str(options.steps)]
         env = {
             "HF_SP_DEMO_DEVICE": device,
             "OMP_NUM_THREADS": str(max(1, min(8, cores // ranks))),
         }
         if ranks > 1:
             command += ["--tp", str(ranks)]
-        elif device == "cuda":  # or the Trainer would spread one process over all of them
+        if device == "cpu":  # one GPU is too few: NCCL wants one for each rank
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        elif ranks == 1:  # or the Trainer would spread one process over all of them
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
             env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
         run(title, command, env, out / f"{name}.log", options.steps)

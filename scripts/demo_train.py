@@ -1,7 +1,7 @@
 """One run of the demo: a stock Trainer, and one line for hf_sp.
 
-    python scripts/demo_train.py --data DIR --run DIR
-    torchrun --standalone --nproc_per_node 2 scripts/demo_train.py --data DIR --run DIR --tp 2
+    python scripts/demo_train.py --data DIR --results DIR
+    torchrun --standalone --nproc_per_node 2 scripts/demo_train.py --data DIR --results DIR --tp 2
 
 `demo.py` makes the data, starts both, and compares what they leave in their run folders.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -86,7 +87,7 @@ class Progress(TrainerCallback):
 
 
 def count(vocab_size: int, tp: int, sp: bool) -> dict[str, object]:
-    """Count what one training step costs this rank: the whole model, and one decoder layer of it."""
+    """Count what a training step costs this rank: the whole model, and one layer of it."""
     device = torch.device("cuda", torch.cuda.current_device()) if USE_CUDA else torch.device("cpu")
     ids = torch.randint(vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(SEED))
     ids = ids.to(device)
@@ -117,13 +118,13 @@ def count(vocab_size: int, tp: int, sp: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by demo.py")
-    parser.add_argument("--run", type=Path, required=True, help="where results and model go")
+    parser.add_argument("--results", type=Path, required=True, help="where results and model go")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tp", type=int, default=1)
     options = parser.parse_args()
 
     tokens = load_tokens(options.data / "tokens.bin")
-    vocab_size = int(tokens.max()) + 1
+    vocab_size = len(AutoTokenizer.from_pretrained(options.data / "tokenizer"))
     held_out = 8 * SEQ
 
     model = make_model(vocab_size)
@@ -133,7 +134,7 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.run),
+            output_dir=str(options.results),
             max_steps=options.steps,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=BATCH,
@@ -159,7 +160,7 @@ def main() -> None:
     trainer.train()
     tell(phase="evaluating and saving")
     eval_loss = trainer.evaluate()["eval_loss"]
-    trainer.save_model(str(options.run / "model"))
+    trainer.save_model(str(options.results / "model"))
 
     tell(phase="counting bytes and collectives")
     counts = {"sp": count(vocab_size, options.tp, sp=True)}
@@ -178,7 +179,7 @@ def main() -> None:
             "eval_loss": eval_loss,
             "counts": counts,
         }
-        (options.run / "result.json").write_text(json.dumps(result, indent=1))
+        (options.results / "result.json").write_text(json.dumps(result, indent=1))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

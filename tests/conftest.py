@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# `harness` is importable from any test, and hf_sp from the checkout, whatever pytest's import mode and working directory.
+# `harness` is importable from any test, and hf_sp from the checkout, whatever pytest's import mode
+# and working directory.
 _TESTS = Path(__file__).resolve().parent
 for _entry in (str(_TESTS.parent), str(_TESTS)):
     if _entry not in sys.path:

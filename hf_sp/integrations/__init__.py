@@ -11,6 +11,7 @@ import importlib.util
 from torch import nn
 
 from hf_sp.checkpoint import install_load_hook
+from hf_sp.state import parallel_state
 
 
 def install(model: nn.Module) -> None:
@@ -20,7 +21,7 @@ def install(model: nn.Module) -> None:
         model: a parallelized model, ``PeftModel`` around it or not.
     """
     # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
-    from hf_sp.integrations import accelerate, saving, trainer
+    from hf_sp.integrations import accelerate, marks, saving, trainer
 
     saving.PATCHES.apply()
     accelerate.PATCHES.apply()
@@ -31,5 +32,8 @@ def install(model: nn.Module) -> None:
         from hf_sp.integrations import peft
 
         peft.PATCHES.apply()
+    state = parallel_state(model)
+    assert state is not None
+    marks.mark(model, state.tp)
     accelerate.remember(model)
     install_load_hook(model)

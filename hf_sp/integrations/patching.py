@@ -7,6 +7,7 @@ defect of which version it covers. Must not know what is patched.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ class Patches:
     def apply(self) -> None:
         """Put every patch in place. Can be called again."""
         for owner, name, patch in self.entries:
-            current = owner.__dict__[name]
+            current = inspect.getattr_static(owner, name)
             if not hasattr(current, _ORIGINAL):
                 setattr(owner, name, self._wrapped(current, patch))
 
@@ -55,5 +56,5 @@ class Patches:
 
 def original_of(owner: type, name: str) -> Callable[..., Any]:
     """The method as its package wrote it, patched or not."""
-    current = owner.__dict__[name]
+    current = inspect.getattr_static(owner, name)
     return getattr(current, _ORIGINAL, current)

@@ -273,8 +273,9 @@ def one_set_of_metrics(original: Patch, self: Trainer, *args: Any, **kwargs: Any
         dist.broadcast_object_list(
             told, src=dist.get_global_rank(state.group, 0), group=state.group
         )
-        output.metrics.clear()
-        output.metrics.update(told[0])
+        if state.rank > 0:
+            output.metrics.clear()
+            output.metrics.update(told[0])
     return output
 
 

@@ -11,8 +11,6 @@ same numbers on every machine.
 
     python scripts/bench/step_cost.py            # all shapes, writes scripts/bench/results/
     python scripts/bench/step_cost.py --quick    # the small shape at tp 2, writes nothing
-
-Shape letters: B batch, S sequence, H hidden.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""What the tests stand on: ranks (pool), tiny models and batches (tiny, batches), gradient parity (parity)."""
+"""What the tests stand on.
+
+Ranks (pool), tiny models and batches (tiny, batches), gradient parity (parity).
+"""

@@ -1,4 +1,5 @@
-"""Batches, by name: each is a dict of keyword arguments for `model(**batch)`, a function of its arguments only.
+"""Batches, by name: each is a dict of keyword arguments for `model(**batch)`, a function of its
+arguments only.
 
 Owns: shapes, masks, labels. Must not know: models beyond vocabulary and hidden size, hf_sp.
 """
@@ -14,7 +15,7 @@ Batch = dict[str, torch.Tensor | bool]
 
 
 def tokens(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
-    """[batch, length] ids over the whole vocabulary, including its first and last row wherever they fit."""
+    """[batch, length] ids over the whole vocabulary; its first and its last row are among them."""
     generator = torch.Generator().manual_seed(7919 * seed + 31 * batch + length)
     ids = torch.randint(vocab, (batch, length), generator=generator)
     ids[0, 0], ids[-1, -1] = 0, vocab - 1
@@ -28,7 +29,10 @@ def plain(batch: int = 2, length: int = 16, vocab: int = 96, seed: int = 0) -> B
 
 
 def left_padded(batch: int = 2, length: int = 16, vocab: int = 96, seed: int = 0) -> Batch:
-    """Row i has i + 1 pads before it (at most length - 1); positions count from the first real token."""
+    """Row i has i + 1 pads before it (at most length - 1).
+
+    Positions count from the first real token.
+    """
     return _padded(batch, length, vocab, seed, left=True)
 
 
@@ -51,19 +55,25 @@ def _padded(batch: int, length: int, vocab: int, seed: int, left: bool) -> Batch
     return out
 
 
-def left_padded_without_positions(batch: int = 2, length: int = 16, vocab: int = 96, seed: int = 0) -> Batch:
+def left_padded_without_positions(
+    batch: int = 2, length: int = 16, vocab: int = 96, seed: int = 0
+) -> Batch:
     """As `left_padded`, but HF counts positions from the first pad: what a plain collator sends."""
     out = left_padded(batch, length, vocab, seed)
     del out["position_ids"]
     return out
 
 
-def packed(documents: tuple[int, ...] = (5, 1, 7, 3), vocab: int = 96, seed: int = 0, batch: int = 1) -> Batch:
-    """Documents in a row, told apart by position_ids alone, as DataCollatorWithFlattening sends them.
+def packed(
+    documents: tuple[int, ...] = (5, 1, 7, 3), vocab: int = 96, seed: int = 0, batch: int = 1
+) -> Batch:
+    """Documents in a row, told apart by position_ids alone, as DataCollatorWithFlattening sends
+    them.
 
-    HF looks for jumps in position_ids only where attention_mask is None and there is no cache; a model called with
-    its default `use_cache=True` makes one, in training too, and then documents see each other. Trainer turns it off.
-    A document's first token is no target: its predecessor belongs to another document.
+    HF looks for jumps in position_ids only where attention_mask is None and there is no cache; a
+    model called with its default `use_cache=True` makes one, in training too, and then documents
+    see each other. Trainer turns it off. A document's first token is no target: its predecessor
+    belongs to another document.
     """
     out = {**plain(batch, sum(documents), vocab, seed), "use_cache": False}
     positions = torch.cat([torch.arange(n) for n in documents])
@@ -88,8 +98,13 @@ def ignored_runs(batch: int = 2, length: int = 16, vocab: int = 96, seed: int = 
     return out
 
 
-def only_labels_of_shard(shard: int, shards: int, batch: int = 2, length: int = 16, vocab: int = 96) -> Batch:
-    """All labels belong to tokens *predicted from* one sequence shard: every other rank's share of the loss is empty."""
+def only_labels_of_shard(
+    shard: int, shards: int, batch: int = 2, length: int = 16, vocab: int = 96
+) -> Batch:
+    """All labels belong to tokens *predicted from* one sequence shard.
+
+    Every other rank's share of the loss is empty.
+    """
     out = plain(batch, length, vocab)
     size = -(-length // shards)
     keep = torch.zeros(length, dtype=torch.bool)
@@ -98,8 +113,13 @@ def only_labels_of_shard(shard: int, shards: int, batch: int = 2, length: int = 
     return out
 
 
-def labels_at_shard_boundaries(shards: int, batch: int = 2, length: int = 16, vocab: int = 96) -> Batch:
-    """The only targets are first tokens of a shard: each is predicted by the last token of the shard before."""
+def labels_at_shard_boundaries(
+    shards: int, batch: int = 2, length: int = 16, vocab: int = 96
+) -> Batch:
+    """The only targets are first tokens of a shard.
+
+    Each is predicted by the last token of the shard before.
+    """
     out = plain(batch, length, vocab)
     size = -(-length // shards)
     keep = torch.zeros(length, dtype=torch.bool)
@@ -115,8 +135,13 @@ def all_ignored_but_last(batch: int = 2, length: int = 17, vocab: int = 96) -> B
     return out
 
 
-def mask_4d(batch: int = 2, length: int = 16, vocab: int = 96, dtype: torch.dtype = torch.float64) -> Batch:
-    """An additive mask made by the caller: causal, and every token blind to token 1 (but for itself)."""
+def mask_4d(
+    batch: int = 2, length: int = 16, vocab: int = 96, dtype: torch.dtype = torch.float64
+) -> Batch:
+    """An additive mask made by the caller.
+
+    Causal, and every token blind to token 1 (but for itself).
+    """
     out = plain(batch, length, vocab)
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     seen[2:, 1] = False
@@ -133,12 +158,21 @@ def count_targets(batch: Batch) -> int:
 
 
 def with_num_items(batch: Batch, items: int | None = None) -> Batch:
-    """Divide by a given number of items (default: twice this batch's), not by the targets seen: Trainer's way."""
-    return {**batch, "num_items_in_batch": torch.tensor(2 * count_targets(batch) if items is None else items)}
+    """Divide by a given number of items (default.
+
+    Twice this batch's), not by the targets seen: Trainer's way.
+    """
+    return {
+        **batch,
+        "num_items_in_batch": torch.tensor(2 * count_targets(batch) if items is None else items),
+    }
 
 
 def with_shift_labels(batch: Batch) -> Batch:
-    """Labels shifted by the caller; `labels` stays, since HF asks for it, but must not be read: it is poisoned."""
+    """Labels shifted by the caller; `labels` stays, since HF asks for it, but must not be read.
+
+    It is poisoned.
+    """
     shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].contiguous()
     return {**batch, "shift_labels": shifted, "labels": torch.zeros_like(batch["labels"])}
 
@@ -153,9 +187,11 @@ def with_inputs_embeds(batch: Batch, hidden: int = 64, dtype: torch.dtype = torc
 
 
 def micro_batches(count: int, vocab: int, seed: int) -> list[Batch]:
-    """The micro-batches of one optimizer step: ragged in batch, length, padding and number of targets.
+    """The micro-batches of one optimizer step: ragged in batch, length, padding and number of
+    targets.
 
-    With one: left-padded, 17 tokens. With more, as Trainer: all divided by the targets of the whole step.
+    With one: left-padded, 17 tokens. With more, as Trainer: all divided by the targets of the whole
+    step.
     """
     kinds: list[Callable[[], Batch]] = [
         lambda: left_padded(2, 17, vocab, seed),

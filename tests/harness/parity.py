@@ -1,34 +1,39 @@
-"""Gradient parity of a parallelized model with the unsharded one. Rank functions: run them on a pool.
+"""Gradient parity of a parallelized model with the unsharded one; rank functions, for a pool.
 
     reports = pool(2).run("harness.parity:train", case=Case("llama", sp=True))
     assert_parity(reports)                      # tolerance from the case's dtype
 
-A perfect forward proves nothing here (two of three deliberate faults leave the loss bit-equal), so a report compares
-the loss of every micro-batch, EVERY parameter's gradient, the gradient norm, the clipped gradients and the weights
-after two optimizer steps, and checks the contract (names, placements, plain loss, equal replicas).
+A perfect forward proves nothing here (two of three deliberate faults leave the loss bit-equal), so
+a report compares the loss of every micro-batch, EVERY parameter's gradient, the gradient norm, the
+clipped gradients and the weights after two optimizer steps, and checks the contract (names,
+placements, plain loss, equal replicas).
 
 Tolerances
 ----------
-float64, 1e-10. Parallel and unsharded model differ in the order of sums only. A sum of n numbers carries an error of
-about eps * sqrt(n): 2e-16 * sqrt(100) = 2e-15 here, times a few for a dozen operations in a row: 1e-14. What lies
-between 1e-14 and 1e-10 is room for other machines' kernels; every fault worth the name is above 1e-4.
-HF's RMSNorm computes in float32 whatever the dtype, and so rounds its input and its gradient to 24 bits. Where the
-two models agree bit for bit before that, nothing happens; where they differ by 1e-16 relative, the rounding swallows
-the difference, unless the value lies that close to a rounding boundary: probability 1e-16 / 6e-8, about 2e-9 per
-element and a few times that for differences of a few eps. Then that one element differs by 6e-8, and the gradients by
-about 1e-9. The matrix rounds about 5e7 elements, of which most are bit-equal; the run is deterministic on a machine,
-so this can't come and go there: an error of 1e-9 in one cell of a new machine would be this, not a fault of hf_sp,
-and another seed for that cell the remedy.
+float64, 1e-10. Parallel and unsharded model differ in the order of sums only. A sum of n numbers
+carries an error of about eps * sqrt(n): 2e-16 * sqrt(100) = 2e-15 here, times a few for a dozen
+operations in a row: 1e-14. What lies between 1e-14 and 1e-10 is room for other machines' kernels;
+every fault worth the name is above 1e-4.
+
+HF's RMSNorm computes in float32 whatever the dtype, and
+so rounds its input and its gradient to 24 bits. Where the two models agree bit for bit before that,
+nothing happens; where they differ by 1e-16 relative, the rounding swallows the difference, unless
+the value lies that close to a rounding boundary: probability 1e-16 / 6e-8, about 2e-9 per element
+and a few times that for differences of a few eps. Then that one element differs by 6e-8, and the
+gradients by about 1e-9. The matrix rounds about 5e7 elements, of which most are bit-equal; the run
+is deterministic on a machine, so this can't come and go there: an error of 1e-9 in one cell of a
+new machine would be this, not a fault of hf_sp, and another seed for that cell the remedy.
 
 float32, 1e-5. 1.2e-7 * sqrt(100) * a few = 4e-6.
 
 Relative to what
 ----------------
-To the largest element of the reference tensor. Single elements have no scale of their own: they are sums that cancel.
-Some gradients cancel as a whole: with one token the softmax is constant, and q's and k's true gradients are zero.
-Their rounding error comes from terms of the size of the *other* gradients of the block, so the scale is never taken
-below FLOOR = 1e-3 of the largest gradient in the same module (self_attn, mlp, ...). That hides nothing: a fault in a
-gradient that is 1e-6 of its block's is still judged to 1e-10 * 1e-3 / 1e-6 = 1e-7 of itself.
+To the largest element of the reference tensor. Single elements have no scale of their own: they are
+sums that cancel. Some gradients cancel as a whole: with one token the softmax is constant, and q's
+and k's true gradients are zero. Their rounding error comes from terms of the size of the *other*
+gradients of the block, so the scale is never taken below FLOOR = 1e-3 of the largest gradient in
+the same module (self_attn, mlp, ...). That hides nothing: a fault in a gradient that is 1e-6 of its
+block's is still judged to 1e-10 * 1e-3 / 1e-6 = 1e-7 of itself.
 """
 
 from __future__ import annotations
@@ -39,14 +44,15 @@ import functools
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from harness import batches, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from harness import batches, tiny
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 FLOOR = 1e-3
@@ -56,8 +62,9 @@ FLOOR = 1e-3
 class Case:
     """One cell of the parity matrix; tp is the world it runs on.
 
-    `around` names a context manager factory ("module:function", no arguments) entered for the life of the parallel
-    model only, on every rank: the place for a mutant. `model_kwargs` are configuration overrides.
+    `around` names a context manager factory ("module:function", no arguments) entered for the life
+    of the parallel model only, on every rank: the place for a mutant. `model_kwargs` are
+    configuration overrides.
     """
 
     family: str
@@ -78,7 +85,9 @@ class Case:
 
     def __str__(self) -> str:
         on = "sp" if self.sp else "tp-only"
-        return f"{self.family}-{on}-{self.checkpoint}-accum{self.accum}-{self.optimizer}-{self.dtype}"
+        return (
+            f"{self.family}-{on}-{self.checkpoint}-accum{self.accum}-{self.optimizer}-{self.dtype}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,10 @@ class Report:
         return "\n".join([f"{self.name} (rank {self.rank}, {len(self.rows)} comparisons)", *lines])
 
     def compare(self, what: str, got: Tensor, want: Tensor, floor: float = 0.0) -> None:
-        """Add a row; NaN anywhere but in both is an infinite error. Shapes and dtypes must agree."""
+        """Add a row.
+
+        NaN anywhere but in both is an infinite error. Shapes and dtypes must agree.
+        """
         got, want = got.detach(), want.detach()
         if got.shape != want.shape or got.dtype != want.dtype:
             self.problems.append(
@@ -127,11 +139,16 @@ class Report:
         got, want = (x.nan_to_num(0.0, 0.0, 0.0) for x in (got, want))
         scale = max(_size(want), floor)
         difference = _size(got - want)
-        self.rows.append(Row(what, difference / scale if scale else (float("inf") if difference else 0.0), scale))
+        self.rows.append(
+            Row(what, difference / scale if scale else (float("inf") if difference else 0.0), scale)
+        )
 
 
 def assert_parity(reports: Report | Sequence[Report], tol: float | None = None) -> None:
-    """Fail with the worst five errors of each rank if any is above `tol` (default: by dtype), or any contract broken."""
+    """Fail with the worst five errors of each rank if any is above `tol` (default.
+
+    By dtype), or any contract broken.
+    """
     reports = [reports] if isinstance(reports, Report) else list(reports)
     lines = []
     for report in reports:
@@ -139,24 +156,25 @@ def assert_parity(reports: Report | Sequence[Report], tol: float | None = None) 
         if not report.rows:
             lines.append(f"{report.name} (rank {report.rank}): nothing was compared")
         if report.problems:
-            lines += [f"{report.name} (rank {report.rank}): {problem}" for problem in report.problems]
+            lines += [
+                f"{report.name} (rank {report.rank}): {problem}" for problem in report.problems
+            ]
         if not report.worst <= limit:
             lines.append(f"above {limit:g}: {report.table()}")
     if lines:
         raise AssertionError("\n".join(lines))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rank functions
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def train(case: Case) -> Report:
     """Two optimizer steps, parallel against unsharded."""
     report = Report(str(case), dist.get_rank(), case.dtype)
-    want = _reference_run(
-        case.family, case.dtype, case.accum, case.optimizer, case.attn, case.steps, case.max_norm, case.seed, case.model_kwargs
-    )
+    # The truth depends neither on sp nor on checkpointing nor on a mutant.
+    want = _reference_run(replace(case, sp=True, checkpoint="none", around=None, parallelize=()))
     with _around(case):
         model, parallel = pair(case)
         check_contract(report, parallel, model)
@@ -171,8 +189,8 @@ def train(case: Case) -> Report:
 def train_all(cases: Iterable[Case]) -> list[Report | str]:
     """`train` for each case: a report, or the text of the error that *every* rank raised.
 
-    One refusal must not hide the other cells. An error on some ranks only leaves the ranks out of step, which the
-    agreement after each cell turns into a failure of the whole job.
+    One refusal must not hide the other cells. An error on some ranks only leaves the ranks out of
+    step, which the agreement after each cell turns into a failure of the whole job.
     """
     out: list[Report | str] = []
     for case in cases:
@@ -183,7 +201,9 @@ def train_all(cases: Iterable[Case]) -> list[Report | str]:
         failed = [torch.zeros(1) for _ in range(dist.get_world_size())]
         dist.all_gather(failed, torch.tensor([float(isinstance(result, str))]))
         if 0 < sum(int(flag) for flag in failed) < len(failed):
-            raise AssertionError(f"{case}: the ranks disagree; here: {result if isinstance(result, str) else 'fine'}")
+            raise AssertionError(
+                f"{case}: the ranks disagree; here: {result if isinstance(result, str) else 'fine'}"
+            )
         out.append(result)
     return out
 
@@ -208,7 +228,8 @@ def compare_once(
     backward: Callable[[Any], None] = lambda output: output.loss.backward(),
     label: str = "",
 ) -> tuple[Any, Any]:
-    """One forward and backward of both models on a batch: loss, gradients, the gradient of inputs_embeds.
+    """One forward and backward of both models on a batch: loss, gradients, the gradient of
+    inputs_embeds.
 
     Returns both outputs, for more comparisons. `label` names the rows.
     """
@@ -239,10 +260,14 @@ def compare_loss(report: Report, got: Tensor, want: Tensor, label: str = "") -> 
         report.problems.append(f"{label}loss differs between the ranks: {everyone}")
 
 
-def compare_gradients(report: Report, got: dict[str, Tensor], want: dict[str, Tensor], label: str = "") -> None:
+def compare_gradients(
+    report: Report, got: dict[str, Tensor], want: dict[str, Tensor], label: str = ""
+) -> None:
     """Every parameter's gradient."""
     if got.keys() != want.keys():
-        report.problems.append(f"{label}gradients of other parameters: {sorted(got.keys() ^ want.keys())}")
+        report.problems.append(
+            f"{label}gradients of other parameters: {sorted(got.keys() ^ want.keys())}"
+        )
     floors: dict[str, float] = {}
     for name, gradient in want.items():
         owner = _owner(name)
@@ -252,7 +277,10 @@ def compare_gradients(report: Report, got: dict[str, Tensor], want: dict[str, Te
 
 
 def gradients(model: nn.Module, report: Report | None = None) -> dict[str, Tensor]:
-    """Whole gradients by name. With a report, their placements are checked before anything is gathered."""
+    """Whole gradients by name.
+
+    With a report, their placements are checked before anything is gathered.
+    """
     out = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -260,9 +288,13 @@ def gradients(model: nn.Module, report: Report | None = None) -> dict[str, Tenso
             continue
         if report is not None:
             if not isinstance(gradient, DTensor):
-                report.problems.append(f"grad {name} is a {type(gradient).__name__}, want a DTensor")
+                report.problems.append(
+                    f"grad {name} is a {type(gradient).__name__}, want a DTensor"
+                )
             elif gradient.placements != parameter.placements:
-                report.problems.append(f"grad {name} is {gradient.placements}, its parameter {parameter.placements}")
+                report.problems.append(
+                    f"grad {name} is {gradient.placements}, its parameter {parameter.placements}"
+                )
         out[name] = whole(gradient).detach().clone()
     return out
 
@@ -285,11 +317,18 @@ def check_contract(report: Report, parallel: nn.Module, model: nn.Module) -> Non
             problems.append(f"{name} is a {type(parameter).__name__}, want a DTensor")
             continue
         if "tp" not in (parameter.device_mesh.mesh_dim_names or ()):
-            problems.append(f"{name}: mesh axes {parameter.device_mesh.mesh_dim_names}, want one named tp")
+            problems.append(
+                f"{name}: mesh axes {parameter.device_mesh.mesh_dim_names}, want one named tp"
+            )
         if any(p.is_partial() for p in parameter.placements):
             problems.append(f"{name} is {parameter.placements}")
-        if parameter.shape != theirs[name].shape or parameter.requires_grad != theirs[name].requires_grad:
-            problems.append(f"{name}: {tuple(parameter.shape)}, requires_grad={parameter.requires_grad}")
+        if (
+            parameter.shape != theirs[name].shape
+            or parameter.requires_grad != theirs[name].requires_grad
+        ):
+            problems.append(
+                f"{name}: {tuple(parameter.shape)}, requires_grad={parameter.requires_grad}"
+            )
         sharded += any(p.is_shard() for p in parameter.placements)
     # q, o and three in the mlp for each of two layers, embedding: at least these must be split.
     if sharded < 11:
@@ -306,7 +345,9 @@ def check_replicas(report: Report, parallel: nn.Module) -> None:
     first, *others = _gather_objects(digests)
     if first.keys() != digests.keys():
         report.problems.append("the ranks replicate different parameters")
-    unequal = sorted(name for name in first if any(other.get(name) != first[name] for other in others))
+    unequal = sorted(
+        name for name in first if any(other.get(name) != first[name] for other in others)
+    )
     if unequal:
         report.problems.append(f"replicas differ between the ranks: {unequal}")
 
@@ -323,14 +364,16 @@ def _local(tensor: Tensor) -> Tensor:
 def fresh(batch: batches.Batch) -> batches.Batch:
     """A copy that shares nothing: leaves that want a gradient stay such leaves."""
     return {
-        name: value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        name: value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
         for name, value in batch.items()
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The training loop, the same for both models
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -347,17 +390,12 @@ class _Run:
     after: dict[str, Tensor]
 
 
-# 44 runs of ~50k numbers in float64 at most; ranks live for the session.
+# At most 2 MB each; ranks live for the session.
 @functools.lru_cache(maxsize=64)
-def _reference_run(
-    family: str, dtype: str, accum: int, optimizer: str, attn: str, steps: int, max_norm: float, seed: int, kwargs: tuple
-) -> _Run:
-    """The unsharded model's run, without checkpointing: the truth does not depend on it, nor on sp."""
-    case = Case(
-        family, dtype=dtype, accum=accum, optimizer=optimizer, attn=attn, steps=steps, max_norm=max_norm, seed=seed,
-        model_kwargs=kwargs,
-    )  # fmt: skip
-    model = tiny.build(family, getattr(torch, dtype), seed, attn, **dict(kwargs))
+def _reference_run(case: Case) -> _Run:
+    """The unsharded model's run."""
+    dtype = getattr(torch, case.dtype)
+    model = tiny.build(case.family, dtype, case.seed, case.attn, **dict(case.model_kwargs))
     return _run(tiny.reference(model), case, None)
 
 
@@ -381,24 +419,30 @@ def _run(model: nn.Module, case: Case, report: Report | None) -> _Run:
         steps.append(_Step(losses, found, norm))
         if report is not None:
             if not norm > 2 * case.max_norm:
-                report.problems.append(f"clipping is not active: norm {norm:g}, limit {case.max_norm:g}")
-            # Each rank's part is what it was times the one factor: clip_grad_norm_ may pass a gradient over.
+                report.problems.append(
+                    f"clipping is not active: norm {norm:g}, limit {case.max_norm:g}"
+                )
+            # Each rank's part is what it was times the one factor: clip_grad_norm_ may pass a
+            # gradient over.
             for name, p in model.named_parameters():
                 scaled = unclipped[name] * (case.max_norm / (norm + 1e-6))
                 report.compare(f"step {step + 1} clipped grad {name}", _local(p.grad), scaled)
         optimizer.step()
         optimizer.zero_grad()
-    return _Run(steps, before, {name: whole(p).detach().clone() for name, p in model.named_parameters()})
+    return _Run(
+        steps, before, {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    )
 
 
 def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW.
 
-    The rates move the weights by about a tenth in two steps, so that the second step's gradients are others.
-    AdamW divides by sqrt(v) + eps: an element whose true gradient is zero has noise for a gradient (1e-17) and would
-    get a full-size update of random sign under the usual eps of 1e-8 for a noise of 1e-8. With eps = 1e-5, about
-    the size of a clipped gradient's small elements, noise of 1e-17 moves a weight by 1e-12 of a step, and
-    float32's noise of 1e-9 by 1e-4 of one: AdamW is compared in float64 only.
+    The rates move the weights by about a tenth in two steps, so that the second step's gradients
+    are others. AdamW divides by sqrt(v) + eps: an element whose true gradient is zero has noise for
+    a gradient (1e-17) and would get a full-size update of random sign under the usual eps of 1e-8
+    for a noise of 1e-8. With eps = 1e-5, about the size of a clipped gradient's small elements,
+    noise of 1e-17 moves a weight by 1e-12 of a step, and float32's noise of 1e-9 by 1e-4 of one:
+    AdamW is compared in float64 only.
     """
     if kind == "sgd":
         return torch.optim.SGD(model.parameters(), lr=5.0, momentum=0.9)
@@ -419,10 +463,16 @@ def _compare_runs(report: Report, got: _Run, want: _Run) -> None:
     eps = torch.finfo(getattr(torch, report.dtype)).eps
     for name, before in want.before.items():
         report.compare(f"initial {name}", got.before[name], before)
-        # Changes, not weights: a weight is many times its change and would hide much of it. Each step rounds each
-        # weight to half a unit in its last place, in either model; no change is known better than that.
+        # Changes, not weights: a weight is many times its change and would hide much of it. Each
+        # step rounds each weight to half a unit in its last place, in either model; no change is
+        # known better than that.
         rounding = len(want.steps) * eps * _size(before) / TOLERANCE[report.dtype]
-        report.compare(f"change of {name}", got.after[name] - got.before[name], want.after[name] - before, rounding)
+        report.compare(
+            f"change of {name}",
+            got.after[name] - got.before[name],
+            want.after[name] - before,
+            rounding,
+        )
 
 
 class _WatchLength:
@@ -445,7 +495,9 @@ class _WatchLength:
         tp = dist.get_world_size() if sp else 1
         wrong = [pair for pair in self.seen if pair[1] != -(-pair[0] // tp)]
         if wrong or not self.seen:
-            report.problems.append(f"sp={sp}: (whole, local) sequence lengths between blocks were {sorted(self.seen)}")
+            report.problems.append(
+                f"sp={sp}: (whole, local) sequence lengths between blocks were {sorted(self.seen)}"
+            )
 
 
 @contextlib.contextmanager
@@ -459,7 +511,10 @@ def _around(case: Case):
 
 
 def _owner(name: str) -> str:
-    """`model.layers.0.self_attn` of `model.layers.0.self_attn.q_proj.bias`; a norm or the head is its own owner."""
+    """`model.layers.0.self_attn` of `model.layers.0.self_attn.q_proj.bias`.
+
+    A norm or the head is its own owner.
+    """
     parts = name.split(".")
     return ".".join(parts[:4]) if "layers" in parts else ".".join(parts[:-1])
 

@@ -1,4 +1,5 @@
-"""Persistent gloo ranks for the tests: spawned once a test run, fed with functions, rebuilt after a failure.
+"""Persistent gloo ranks for the tests: spawned once a test run, fed with functions, rebuilt after a
+failure.
 
 Owns: processes, rendezvous (a FileStore: no ports, no retries), timeouts, tracebacks of every rank.
 Must not know: models, hf_sp.
@@ -8,9 +9,10 @@ Must not know: models, hf_sp.
     results = run_on_ranks(4, my_module_level_function, x=3)         # the same thing
     first, second = pool(2).run_batch([(f, dict(x=1)), (g, dict(y=2))])
 
-The function runs on every rank with `torch.distributed` initialised (world = the pool's size) and gets no rank
-argument. Arguments and results are pickled. `torch.manual_seed(1000 + rank)` precedes every job: seeds differ per
-rank on purpose, since a replica that depends on its own RNG is a fault no loss can show.
+The function runs on every rank with `torch.distributed` initialised (world = the pool's size) and
+gets no rank argument. Arguments and results are pickled. `torch.manual_seed(1000 + rank)` precedes
+every job: seeds differ per rank on purpose, since a replica that depends on its own RNG is a fault
+no loss can show.
 """
 
 from __future__ import annotations
@@ -36,14 +38,18 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120.0
-# Once a rank has failed its peers usually hang in a collective: how long to wait for their own error.
+# Once a rank has failed its peers usually hang in a collective: how long to wait for their own
+# error.
 GRACE_S = 3.0
 # A rank imports torch and transformers before it answers; five others may be doing so on two cores.
 START_S = 180.0
 
 
 class RankError(AssertionError):
-    """A job failed, died or hung on at least one rank; the message holds what every rank was doing."""
+    """A job failed, died or hung on at least one rank.
+
+    The message holds what every rank was doing.
+    """
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ def pool(world: int) -> Pool:
     return _POOLS[world]
 
 
-def run_on_ranks(world: int, fn: str | Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
+def run_on_ranks(
+    world: int, fn: str | Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any
+) -> list:
     """Run `fn(**kwargs)` on each of `world` ranks; the results in rank order."""
     return pool(world).run(fn, timeout=timeout, **kwargs)
 
@@ -91,17 +99,24 @@ class Pool:
         """Run one job; the list of results in rank order. Raises RankError."""
         return self.run_batch([(fn, kwargs)], timeout=timeout)[0]
 
-    def run_batch(self, jobs: Sequence[tuple[str | Callable, dict]], *, timeout: float = TIMEOUT_S) -> list[list]:
-        """Run jobs one after another, `timeout` seconds for each; per job the list of results in rank order.
+    def run_batch(
+        self, jobs: Sequence[tuple[str | Callable, dict]], *, timeout: float = TIMEOUT_S
+    ) -> list[list]:
+        """Run jobs one after another, `timeout` seconds for each; per job the list of results in
+        rank order.
 
-        The first job that fails ends the batch: the ranks are ended too, and the next call starts new ones.
+        The first job that fails ends the batch: the ranks are ended too, and the next call starts
+        new ones.
         """
         if not self._ranks:
             self._start()
         return [self._run_one(_as_path(fn), kwargs, timeout) for fn, kwargs in jobs]
 
     def close(self) -> None:
-        """End the ranks: ask, then kill those that don't answer. Only processes this pool spawned."""
+        """End the ranks.
+
+        Ask, then kill those that don't answer. Only processes this pool spawned.
+        """
         for rank in self._ranks:
             with contextlib.suppress(OSError):
                 rank.connection.send_bytes(pickle.dumps(None))
@@ -127,12 +142,16 @@ class Pool:
         self.starts += 1
         self._dir = tempfile.TemporaryDirectory(prefix="hf_sp_pool_", ignore_cleanup_errors=True)
         context = multiprocessing.get_context("spawn")
-        with _environment(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false"):
+        with _environment(
+            OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false"
+        ):
             for index in range(self.world):
                 ours, theirs = context.Pipe()
                 stacks = Path(self._dir.name) / f"stacks_{index}.txt"
                 process = context.Process(
-                    target=_serve, args=(index, self.world, self._dir.name, str(stacks), theirs), daemon=True
+                    target=_serve,
+                    args=(index, self.world, self._dir.name, str(stacks), theirs),
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()
@@ -152,7 +171,7 @@ class Pool:
             for connection in wait(list(waiting), max(0.0, deadline - time.monotonic())):
                 index = waiting.pop(connection)
                 try:
-                    answers[index] = pickle.loads(connection.recv_bytes())  # noqa: S301 (our own processes)
+                    answers[index] = pickle.loads(connection.recv_bytes())
                 except (EOFError, OSError):
                     answers[index] = None
                 if answers[index] is None or not answers[index].ok:
@@ -160,11 +179,15 @@ class Pool:
         return answers
 
     def _report(self, path: str, answers: list[Answer | None], timeout: float) -> str:
-        silent = [i for i, a in enumerate(answers) if a is None and self._ranks[i].process.is_alive()]
+        silent = [
+            i for i, a in enumerate(answers) if a is None and self._ranks[i].process.is_alive()
+        ]
         for index in silent:
             os.kill(self._ranks[index].process.pid, signal.SIGUSR1)
         if silent:
-            time.sleep(0.5)  # faulthandler writes from the signal handler; there is nothing to wait on
+            time.sleep(
+                0.5
+            )  # faulthandler writes from the signal handler; there is nothing to wait on
         failed = [i for i, a in enumerate(answers) if a is None or not a.ok]
         lines = [f"{path} failed on ranks {failed} of {self.world} (limit {timeout:g} s)"]
         for index, (rank, answer) in enumerate(zip(self._ranks, answers, strict=True)):
@@ -217,24 +240,33 @@ def _environment(**values: str):
 
 
 def _as_path(fn: str | Callable) -> str:
-    """`module:function` of a module-level function. Raises ValueError for what a rank could not import."""
+    """`module:function` of a module-level function.
+
+    Raises ValueError for what a rank could not import.
+    """
     if isinstance(fn, str):
         if fn.count(":") != 1:
             raise ValueError(f"rank function {fn!r}: want 'module:function'")
         return fn
     if fn.__module__ == "__main__" or "." in fn.__qualname__:
-        raise ValueError(f"rank function {fn.__module__}:{fn.__qualname__} is not at the top level of a module")
+        raise ValueError(
+            f"rank function {fn.__module__}:{fn.__qualname__} is not at the top level of a module"
+        )
     return f"{fn.__module__}:{fn.__qualname__}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The rank's side
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connection) -> None:
-    """Main of a rank: initialise once, then answer jobs until told to stop or until the parent is gone."""
-    # The parent decides about Ctrl-C; a rank that stops by itself would leave its peers in a collective.
+    """Main of a rank.
+
+    Initialise once, then answer jobs until told to stop or until the parent is gone.
+    """
+    # The parent decides about Ctrl-C; a rank that stops by itself would leave its peers in a
+    # collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stacks_file = Path(stacks).open("w")  # noqa: SIM115 (held open for the life of the process)
     faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=True)
@@ -246,8 +278,14 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
         torch.set_num_threads(1)
         store = dist.FileStore(str(Path(folder) / "rendezvous"), world)
         # Longer than any job: a hang is the parent's to report, with stacks.
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30)
+        )
         dist.barrier()
+        # What is imported stays: every later collection, and every walk over the live objects, is
+        # spared it.
+        gc.collect()
+        gc.freeze()
         answer = Answer(True, None)
     except Exception:  # the boundary of the process: whatever it was goes to the parent as text
         answer = Answer(False, traceback.format_exc())
@@ -255,7 +293,7 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
     while True:
         try:
             connection.send_bytes(pickle.dumps(answer))
-            message = pickle.loads(connection.recv_bytes())  # noqa: S301 (our own parent)
+            message = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         if message is None:
@@ -265,7 +303,9 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
         answer = _answer(*message, rank=rank, world=world, sequence=sequence)
 
 
-def _answer(path: str, kwargs: dict, search_path: list[str], *, rank: int, world: int, sequence: int) -> Answer:
+def _answer(
+    path: str, kwargs: dict, search_path: list[str], *, rank: int, world: int, sequence: int
+) -> Answer:
     import torch
 
     sys.path.extend(entry for entry in search_path if entry not in sys.path)
@@ -287,14 +327,20 @@ def _check_clean(world: int, sequence: int) -> None:
     import torch
     import torch.distributed as dist
 
-    assert torch.get_default_dtype() == torch.float32, f"default dtype left at {torch.get_default_dtype()}"
+    assert torch.get_default_dtype() == torch.float32, (
+        f"default dtype left at {torch.get_default_dtype()}"
+    )
     assert torch.is_grad_enabled(), "gradient mode left off"
     assert not torch.is_inference_mode_enabled(), "inference mode left on"
     assert not torch.is_autocast_enabled("cpu"), "autocast left on"
     assert not torch.are_deterministic_algorithms_enabled(), "deterministic algorithms left on"
     assert torch.get_num_threads() == 1, f"torch threads left at {torch.get_num_threads()}"
-    assert dist.is_initialized() and dist.get_world_size() == world, "the default process group was replaced"
-    # Ranks that issued different collectives meet here out of step: a wrong number, or a hang with stacks.
+    assert dist.is_initialized(), "the default process group was destroyed"
+    assert dist.get_world_size() == world, "the default process group was replaced"
+    # Ranks that issued different collectives meet here out of step: a wrong number, or a hang with
+    # stacks.
     seen = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
     dist.all_gather(seen, torch.tensor([sequence]))
-    assert [int(one) for one in seen] == [sequence] * world, f"ranks are out of step: {[int(one) for one in seen]}"
+    assert [int(one) for one in seen] == [sequence] * world, (
+        f"ranks are out of step: {[int(one) for one in seen]}"
+    )

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from harness import pool_jobs
 from harness.pool import Pool, RankError, _as_path, pool, run_on_ranks
 
@@ -36,7 +37,9 @@ def test_results_come_in_rank_order_and_processes_persist():
 
 
 def test_batch_returns_one_list_per_job():
-    got = pool(2).run_batch([(pool_jobs.rank_and_sum, {"value": 1}), (pool_jobs.echo, {"value": torch.zeros(2)})])
+    got = pool(2).run_batch(
+        [(pool_jobs.rank_and_sum, {"value": 1}), (pool_jobs.echo, {"value": torch.zeros(2)})]
+    )
     assert [row[2] for row in got[0]] == [2, 2]
     assert [row.tolist() for row in got[1]] == [[0.0, 0.0], [1.0, 1.0]]
 
@@ -84,7 +87,10 @@ def test_dead_rank_is_named_with_its_exit_code(ranks):
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [(pool_jobs.leave_default_dtype, "default dtype left at"), (pool_jobs.leave_grad_off, "gradient mode left off")],
+    [
+        (pool_jobs.leave_default_dtype, "default dtype left at"),
+        (pool_jobs.leave_grad_off, "gradient mode left off"),
+    ],
 )
 def test_leftover_state_fails_the_job(ranks, job, message):
     with pytest.raises(RankError, match=message):

@@ -1,11 +1,15 @@
-"""The judge judged: the float64 loss, the weights of the tiny models, what HF makes of each batch. No ranks."""
+"""The judge judged.
+
+The float64 loss, the weights of the tiny models, what HF makes of each batch. No ranks.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from harness import batches, tiny
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from harness import batches, tiny
 
 
 @pytest.mark.parametrize("variant", ["plain", "ignored_runs", "num_items", "shift_labels"])
@@ -19,7 +23,9 @@ def test_float64_loss_is_hf_loss(variant):
     batch.pop("input_ids")
     results = []
     for loss_function in (ForCausalLMLoss, tiny.float64_loss):
-        logits = torch.randn(2, 16, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        logits = torch.randn(
+            2, 16, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
         logits.requires_grad_()
         loss = loss_function(logits=logits, vocab_size=96, **batch)
         loss.backward()
@@ -31,7 +37,9 @@ def test_float64_loss_is_hf_loss(variant):
 def test_float64_loss_is_cross_entropy_to_the_last_digits():
     logits = torch.randn(2, 16, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = batches.ignored_runs()["labels"]
-    want = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 96), labels[:, 1:].reshape(-1))
+    want = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 96), labels[:, 1:].reshape(-1)
+    )
     assert abs(tiny.float64_loss(logits, labels, 96) - want) < 1e-14
 
 
@@ -48,7 +56,9 @@ def test_weights_are_not_trivial_and_do_not_depend_on_the_rng(family):
     first = tiny.build(family)
     torch.manual_seed(2)
     second = tiny.build(family)
-    for (name, one), (_, two) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(
+        first.named_parameters(), second.named_parameters(), strict=True
+    ):
         assert torch.equal(one, two), name
         assert one.dtype == torch.float64
         assert one.std() > 0.05, f"{name} is nearly constant"
@@ -58,7 +68,7 @@ def test_weights_are_not_trivial_and_do_not_depend_on_the_rng(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_no_parameter_has_a_negligible_gradient(family):
-    """A gradient far below its block's others would be judged by the block's scale (parity.FLOOR), not by its own."""
+    """So that each is judged by its own size, not by its block's (parity.FLOOR)."""
     model = tiny.reference(tiny.build(family))
     model(**batches.micro_batches(1, model.config.vocab_size, 0)[0]).loss.backward()
     sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters()}
@@ -66,7 +76,10 @@ def test_no_parameter_has_a_negligible_gradient(family):
 
 
 def test_packed_documents_are_independent_for_hf():
-    """The batch builder says what HF understands: packed loss = the documents one by one, also those of length 1."""
+    """The batch builder says what HF understands.
+
+    Packed loss = the documents one by one, also those of length 1.
+    """
     model = tiny.reference(tiny.build("llama"))
     documents = (1, 5, 1, 7, 3, 1)
     together = batches.packed(documents)
@@ -82,7 +95,13 @@ def test_packed_documents_are_independent_for_hf():
 
 
 def test_boundary_labels_are_where_they_should_be():
-    assert batches.labels_at_shard_boundaries(4)["labels"][0].ne(-100).nonzero()[:, 0].tolist() == [4, 8, 12]
-    assert batches.labels_at_shard_boundaries(2, length=7)["labels"][0].ne(-100).nonzero()[:, 0].tolist() == [4]
+    assert batches.labels_at_shard_boundaries(4)["labels"][0].ne(-100).nonzero()[:, 0].tolist() == [
+        4,
+        8,
+        12,
+    ]
+    assert batches.labels_at_shard_boundaries(2, length=7)["labels"][0].ne(-100).nonzero()[
+        :, 0
+    ].tolist() == [4]
     kept = batches.only_labels_of_shard(1, 4)["labels"][0].ne(-100).nonzero()[:, 0].tolist()
     assert kept == [5, 6, 7, 8]  # predicted from tokens 4..7

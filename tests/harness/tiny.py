@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 _BASE = {
     "vocab_size": 96,
@@ -60,17 +67,25 @@ def config(family: str, **overrides: Any):
 
 
 def build(
-    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str = "sdpa", **overrides: Any
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attn: str = "sdpa",
+    **overrides: Any,
 ) -> PreTrainedModel:
-    """A model whose weights depend on (family, seed) only: neither on the rank's RNG nor, up to rounding, on dtype.
+    """A model whose weights depend on (family, seed) only: neither on the rank's RNG nor, up to
+    rounding, on dtype.
 
-    HF starts norms at one, biases at zero, and matrices so small (0.02) that attention is nearly uniform: dropped
-    biases, dropped norm weights and wrong masks would hardly show. Here norms scatter around one, biases are not
-    zero, and matrices keep activations near unit size.
+    HF starts norms at one, biases at zero, and matrices so small (0.02) that attention is nearly
+    uniform: dropped biases, dropped norm weights and wrong masks would hardly show. Here norms
+    scatter around one, biases are not zero, and matrices keep activations near unit size.
     """
     with torch.random.fork_rng(devices=[]):
-        # from_config, not .to(dtype): `.to(bfloat16)` would round RoPE's inv_freq, which HF keeps in float32.
-        model = AutoModelForCausalLM.from_config(config(family, **overrides), dtype=dtype, attn_implementation=attn)
+        # from_config, not .to(dtype): `.to(bfloat16)` would round RoPE's inv_freq, which HF keeps
+        # in float32.
+        model = AutoModelForCausalLM.from_config(
+            config(family, **overrides), dtype=dtype, attn_implementation=attn
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,11 +115,12 @@ def float64_loss(
 ) -> torch.Tensor:
     """HF's ForCausalLMLoss without its `logits.float()`.
 
-    That upcast is a *down*cast for float64 logits: it rounds each logit by up to 6e-8 relative, and a logit whose two
-    computations differ by 1e-16 may round to different float32 numbers. A reference with that rounding is good to
-    1e-8, not to 1e-10. hf_sp computes the loss of float64 logits in float64, so the reference does too.
-    Written from the definition (log-sum-exp minus the target's logit), not by calling F.cross_entropy, so that it
-    does not share a fault with what it judges; test_tiny.py compares the two.
+    That upcast is a *down*cast for float64 logits: it rounds each logit by up to 6e-8 relative, and
+    a logit whose two computations differ by 1e-16 may round to different float32 numbers. A
+    reference with that rounding is good to 1e-8, not to 1e-10. hf_sp computes the loss of float64
+    logits in float64, so the reference does too. Written from the definition (log-sum-exp minus the
+    target's logit), not by calling F.cross_entropy, so that it does not share a fault with what it
+    judges; test_tiny.py compares the two.
     """
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -119,7 +135,10 @@ def float64_loss(
 
 
 def reference(model: PreTrainedModel) -> PreTrainedModel:
-    """Mark an unsharded model as the judge: float64 models get the float64 loss. Returns the model."""
+    """Mark an unsharded model as the judge.
+
+    Float64 models get the float64 loss. Returns the model.
+    """
     if model.dtype == torch.float64:
         model.loss_function = float64_loss
     return model

@@ -1,7 +1,9 @@
-"""family x tp x sp x checkpointing x accumulation: every parameter's gradient against the unsharded model.
+"""family x tp x sp x checkpointing x accumulation: every parameter's gradient against the unsharded
+model.
 
-One pytest id a cell; the cells of a (family, tp, dtype) are run in one job on the persistent ranks, at the first of
-them. Two optimizer steps each, with clipping active. See harness/parity.py for what is compared and how closely.
+One pytest id a cell; the cells of a (family, tp, dtype) are run in one job on the persistent ranks,
+at the first of them. Two optimizer steps each, with clipping active. See harness/parity.py for what
+is compared and how closely.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from harness.pool import pool
 TPS = (2, 4)
 
 
-# Families with every cell of sp x checkpointing x accumulation; between them they have each kind of parameter
-# (bias, qk-norm, tied weight, replicated kv head).
+# Families with every cell of sp x checkpointing x accumulation; between them they have each kind of
+# parameter (bias, qk-norm, tied weight, replicated kv head).
 FULL = ("llama_bias", "llama_kv1", "qwen3_tied")
 
 
@@ -33,7 +35,9 @@ def _cells(family: str, dtype: str) -> list[Case]:
         # The other families meet each pair of values of the three, once.
         if family in FULL or (index + sp) % 2 == (accum == 3):
             # SGD with one micro-batch, AdamW with three: both optimizers meet every family.
-            cells.append(Case(family, sp, dtype, checkpoint, accum, "sgd" if accum == 1 else "adamw"))
+            cells.append(
+                Case(family, sp, dtype, checkpoint, accum, "sgd" if accum == 1 else "adamw")
+            )
     return cells
 
 
@@ -46,7 +50,10 @@ CELLS = [
 
 @functools.cache
 def _reports(tp: int, family: str, dtype: str) -> dict[Case, list]:
-    """Each cell's reports, one per rank. A failure of the job as a whole is raised anew for each of its cells."""
+    """Each cell's reports, one per rank.
+
+    A failure of the job as a whole is raised anew for each of its cells.
+    """
     cases = _cells(family, dtype)
     per_rank = pool(tp).run("harness.parity:train_all", cases=cases, timeout=180)
     return {case: [reports[index] for reports in per_rank] for index, case in enumerate(cases)}

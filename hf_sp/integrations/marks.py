@@ -1,0 +1,22 @@
+"""The light mark: what tells transformers, accelerate and PEFT that a model is tensor parallel.
+
+``_tp_size`` and ``config.distributed_config``, no more. transformers' ``_device_mesh`` stays None
+(PEFT would shard adapters again) and ``_is_distributed_loading_by_transformers`` stays False
+(Trainer would broadcast and average what is not a DTensor, and refuse to save what can be resumed).
+The config's entry is left out of ``config.json`` by transformers.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+
+def mark(model: nn.Module, tp: int) -> None:
+    """Mark the transformers model, inside its adapter wrapper or not. Can be called again."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        return
+    inner._tp_size = tp
+    inner.config.distributed_config = DistributedConfig(tp_size=tp)

@@ -1,0 +1,116 @@
+"""Any batch, any way of calling: the parallel model answers as the unsharded one, gradients
+included.
+
+One pytest id for each input; those of a model and tp run in one job on the persistent ranks, at the
+first of them. What each input or use is, is in harness/batches.py and harness/probes.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from harness import probes
+from harness.parity import Case, assert_parity
+from harness.pool import pool
+
+# (tp, case): a padding row and biases; a vocabulary that no tp divides; a window shorter than the
+# sequence, under the eager mask; qk-norm and a tied head; kv heads on several ranks; plain tensor
+# parallelism.
+INPUT_MODELS = [
+    (2, Case("llama_bias")),
+    (4, Case("llama_odd_vocab")),
+    (2, Case("mistral", attn="eager")),
+    (2, Case("qwen3_tied")),
+    (4, Case("llama_kv2")),
+    (2, Case("llama_odd_vocab", sp=False)),
+]
+USE_MODELS = [
+    (2, Case("llama_bias")),
+    (4, Case("llama_odd_vocab")),
+    (2, Case("qwen3_tied", attn="eager")),
+    (2, Case("llama_tied", sp=False)),
+]
+PROMPTS = [
+    *(f"length{length}-batch{batch}" for length in (1, 5, 8, 17) for batch in (1, 3)),
+    "left-padded",
+    "no-cache",
+    "beams",
+]
+GENERATION_MODELS = [
+    (2, Case("llama_bias")),
+    (2, Case("mistral")),
+    (4, Case("llama_kv2")),
+    (4, Case("qwen3_tied", attn="eager")),
+    (2, Case("qwen2", sp=False)),
+]
+FROZEN = ["norm", "q_proj", "down_proj", "layers.1", "embed_tokens", "lm_head"]
+
+
+@functools.cache
+def _reports(tp: int, probe: str, case: Case) -> list[dict]:
+    return pool(tp).run(f"harness.probes:{probe}", case=case, timeout=240)
+
+
+def _check(tp: int, probe: str, case: Case, name: str) -> None:
+    assert_parity([reports[name] for reports in _reports(tp, probe, case)])
+
+
+def _ids(models):
+    return [
+        f"tp{tp}-{case.family}-{case.attn}-{'sp' if case.sp else 'tp-only'}" for tp, case in models
+    ]
+
+
+def _cells(models, names):
+    """Each name with each model, grouped by model so that a job's cells are neighbours."""
+    return [
+        pytest.param(tp, case, name, id=f"{label}-{name}")
+        for (tp, case), label in zip(models, _ids(models), strict=True)
+        for name in (names(tp, case) if callable(names) else names)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tp", "case", "name"), _cells(INPUT_MODELS, lambda tp, case: probes.input_names(tp))
+)
+def test_input(tp, case, name):
+    """Loss and every gradient in training, loss and logits in eval, logits without labels."""
+    _check(tp, "inputs", case, name)
+
+
+@pytest.mark.parametrize(
+    ("tp", "case", "name"),
+    # HF returns attention weights with eager attention only.
+    _cells(
+        USE_MODELS,
+        lambda tp, case: [n for n in probes.USES if n != "attentions" or case.attn == "eager"],
+    ),
+)
+def test_use(tp, case, name):
+    """Gradients through logits, hidden states, several graphs, no_grad, tuples, ..."""
+    _check(tp, "uses", case, name)
+
+
+@pytest.mark.parametrize(("tp", "case", "name"), _cells(GENERATION_MODELS, PROMPTS))
+def test_generate(tp, case, name):
+    _check(tp, "generation", case, name)
+
+
+@pytest.mark.parametrize("pattern", FROZEN)
+def test_frozen_parameters(pattern):
+    """Parameters frozen before `parallelize` stay frozen; the gradients of the others are right."""
+    reports = _frozen()
+    assert_parity([one[pattern] for one in reports])
+
+
+@functools.cache
+def _frozen() -> list[dict]:
+    return pool(2).run("harness.probes:frozen", case=Case("llama"), patterns=FROZEN)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_different_batches_on_the_ranks_are_refused(tp):
+    """Silent otherwise: each rank's loss would be a mixture of two batches."""
+    answers = pool(tp).run("harness.probes:different_batches", case=Case("llama"))
+    assert all("Error" in answer for answer in answers), answers

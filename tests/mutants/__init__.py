@@ -1,0 +1,1 @@
+"""Deliberate faults: each must turn the parity check red."""

@@ -1,0 +1,400 @@
+"""One deliberate fault for every collective, reduction and correction of hf_sp.
+
+A fault replaces one function for the life of the parallel model. It keeps shapes and the order of
+collectives, so that nothing fails but the numbers: these are the faults that train silently wrong.
+``FAULTS`` maps a name to the patches and to the parity case that must notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from harness.parity import Case
+from hf_sp import collectives as comm
+from hf_sp.layers import embedding, head, linear, loss
+from hf_sp.surgery import boundary, parameters, swap
+
+Patch = tuple[Any, str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is replaced, and where it must show."""
+
+    patches: Callable[[], list[Patch]]
+    case: Case
+    tp: int = 2
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(case: Case | None = None, tp: int = 2) -> Callable:
+    """Register the decorated function, which returns the patches, under its name."""
+
+    def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
+        FAULTS[patches.__name__] = Fault(patches, case or Case("llama_bias"), tp)
+        return patches
+
+    return register
+
+
+def __getattr__(name: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """``around="mutants.faults:<name>"``: the context manager factory of a fault."""
+    if name not in FAULTS:
+        raise AttributeError(name)
+
+    @contextlib.contextmanager
+    def active() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for owner, attribute, value in FAULTS[name].patches():
+                stack.enter_context(mock.patch.object(owner, attribute, value))
+            yield
+
+    return active
+
+
+# --- the building blocks of wrong collectives ---------------------------------------------------
+
+
+def _own_part(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
+    """A reduce-scatter that forgets to reduce."""
+    return x.chunk(axis.size)[axis.rank].clone()
+
+
+def _own_copies(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
+    """An all-gather that shows every rank only its own part."""
+    return torch.cat([x] * axis.size)
+
+
+def _rolled(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
+    """An all-gather in the wrong rank order."""
+    return comm.wait(comm.launch_all_gather(x, axis)).roll(x.shape[0], 0)
+
+
+def _averaged(function: Callable) -> Callable:
+    return lambda x, axis, *rest: function(x, axis, *rest) / axis.size
+
+
+def _backward(cls: type, grads: Callable[..., Any]) -> Patch:
+    return (cls, "backward", staticmethod(grads))
+
+
+# --- entry and exit of the stack ----------------------------------------------------------------
+
+
+@fault()
+def stack_entry_backward_keeps_own_shard() -> list[Patch]:
+    def backward(ctx, grad):
+        x = _own_copies(grad.transpose(0, 1).contiguous(), ctx.axis)
+        return x[: ctx.length].transpose(0, 1), None
+
+    return [_backward(comm._ScatterAllGather, backward)]
+
+
+@fault()
+def stack_entry_takes_the_wrong_shard() -> list[Patch]:
+    right = comm.own_shard
+
+    def wrong(x, axis):
+        return right(x, comm.Axis(axis.group, axis.size, (axis.rank + 1) % axis.size))
+
+    return [(comm, "own_shard", wrong)]
+
+
+@fault(Case("llama", parallelize=(("keep_logits", True),)))
+def final_gather_in_wrong_rank_order() -> list[Patch]:
+    def forward(ctx, x, length, axis):
+        ctx.axis = axis
+        return _rolled(x.transpose(0, 1), axis)[:length].transpose(0, 1)
+
+    return [(comm._AllGatherScatter, "forward", staticmethod(forward))]
+
+
+# --- entry of a TP block ------------------------------------------------------------------------
+
+
+@fault()
+def block_entry_gathers_own_copies() -> list[Patch]:
+    def wrong(x, length, axis):
+        return _own_copies(x.transpose(0, 1).contiguous(), axis)[:length].transpose(0, 1)
+
+    return [(comm, "gather_sequence", wrong)]
+
+
+@fault()
+def block_entry_regathers_in_wrong_rank_order() -> list[Patch]:
+    right = linear._weight_gradients
+
+    def wrong(ctx, entry, dys):
+        with mock.patch.object(comm, "all_gather", _rolled):
+            return right(ctx, entry, dys)
+
+    return [(linear, "_weight_gradients", wrong)]
+
+
+@fault()
+def block_entry_backward_does_not_reduce() -> list[Patch]:
+    return [(comm, "launch_reduce_scatter", _own_part), (comm, "wait", lambda x: x)]
+
+
+@fault()
+def block_entry_backward_averages() -> list[Patch]:
+    right = comm.launch_reduce_scatter
+    # The forward's own reduce-scatter is averaged too; undone there, so that only dx is wrong.
+    return [
+        (comm, "launch_reduce_scatter", _averaged(right)),
+        (comm, "reduce_scatter", lambda x, axis: comm.wait(right(x, axis))),
+    ]
+
+
+@fault()
+def block_keeps_only_the_last_input_gradient() -> list[Patch]:
+    right = linear.Entry.receive
+
+    def wrong(self, slot, dy, weight, keep):
+        self.dx = None
+        right(self, slot, dy, weight, keep)
+
+    return [(linear.Entry, "receive", wrong)]
+
+
+@fault(Case("llama_bias", sp=False))
+def tp_entry_backward_does_not_reduce() -> list[Patch]:
+    return [(comm, "launch_all_reduce", lambda x, axis: x.clone()), (comm, "wait", lambda x: x)]
+
+
+# --- exit of a TP block -------------------------------------------------------------------------
+
+
+@fault()
+def block_exit_does_not_reduce() -> list[Patch]:
+    def forward(ctx, x, axis):
+        ctx.axis, ctx.length = axis, x.shape[1]
+        padded = comm.pad_sequence(x.transpose(0, 1), axis)
+        return _own_part(padded, axis).transpose(0, 1)
+
+    return [(comm._ReduceScatterAllGather, "forward", staticmethod(forward))]
+
+
+@fault()
+def block_exit_averages() -> list[Patch]:
+    return [(comm, "reducescatter_allgather", _averaged(comm.reducescatter_allgather))]
+
+
+@fault()
+def block_exit_backward_keeps_own_shard() -> list[Patch]:
+    def backward(ctx, grad):
+        x = _own_copies(grad.transpose(0, 1).contiguous(), ctx.axis)
+        return x[: ctx.length].transpose(0, 1), None
+
+    return [_backward(comm._ReduceScatterAllGather, backward)]
+
+
+@fault(Case("llama", sp=False))
+def tp_exit_backward_reduces_again() -> list[Patch]:
+    def backward(ctx, grad):
+        return comm.all_reduce(grad, ctx.axis), None
+
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return comm.all_reduce(x, axis)
+
+    cls = comm._AllReduceIdentity
+    return [_backward(cls, backward), (cls, "forward", staticmethod(forward))]
+
+
+# --- gradients that are partial -----------------------------------------------------------------
+
+
+def _partial_not_summed() -> list[Patch]:
+    return [_backward(comm._IdentityAllReduce, lambda ctx, grad: (grad, None))]
+
+
+def _partial_averaged() -> list[Patch]:
+    def backward(ctx, grad):
+        return comm.all_reduce(grad, ctx.axis) / ctx.axis.size, None
+
+    return [_backward(comm._IdentityAllReduce, backward)]
+
+
+for _family, _sp, _tp in [
+    ("llama", True, 2),  # norms on sequence shards
+    ("qwen3", False, 2),  # q_norm, k_norm on local heads, in plain TP too
+    ("llama_kv1", False, 2),  # k and v of a head that several ranks compute
+    ("llama_kv2", True, 4),
+]:
+    _where = f"{_family}_{'sp' if _sp else 'tp'}"
+    FAULTS[f"partial_gradient_not_summed_{_where}"] = Fault(
+        _partial_not_summed, Case(_family, sp=_sp), _tp
+    )
+    FAULTS[f"partial_gradient_averaged_{_where}"] = Fault(
+        _partial_averaged, Case(_family, sp=_sp), _tp
+    )
+
+
+@fault(Case("llama", accum=3))
+def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
+    """transformers 5.23's fault: a hook on ``param.grad`` reduces the running sum every time."""
+
+    def backward(ctx, grad):
+        # The n-th micro-batch's sum is reduced n times too often; here, twice the first's.
+        ctx.axis_calls = True
+        reduced = comm.all_reduce(grad, ctx.axis)
+        _CALLS.append(1)
+        return (reduced * ctx.axis.size if len(_CALLS) <= 5 else reduced), None
+
+    _CALLS.clear()
+    return [_backward(comm._IdentityAllReduce, backward)]
+
+
+_CALLS: list[int] = []
+
+
+@fault()
+def norm_gradients_left_partial() -> list[Patch]:
+    def show(self, module, args):
+        for name, p in module._parameters.items():
+            if p is not None:
+                module.__dict__[name] = parameters.local(p)
+
+    return [(parameters.LocalParameters, "show", show)]
+
+
+# --- row bias, padding row, replicated heads ----------------------------------------------------
+
+
+@fault()
+def row_bias_added_on_every_rank() -> list[Patch]:
+    right = linear._RowLinear.forward
+
+    def forward(ctx, x, weight, bias, add_bias, sharded):
+        return right(ctx, x, weight, bias, True, sharded)
+
+    return [(linear._RowLinear, "forward", staticmethod(forward))]
+
+
+@fault()
+def row_bias_gradient_summed_again() -> list[Patch]:
+    right = linear._RowLinear.backward
+
+    def backward(ctx, grad):
+        dx, dw, db, *rest = right(ctx, grad)
+        return dx, dw, db * 2, *rest
+
+    return [_backward(linear._RowLinear, backward)]
+
+
+@fault(Case("llama_odd_vocab"))
+def padding_row_gets_a_gradient() -> list[Patch]:
+    right = embedding.F.embedding
+    return [(embedding.F, "embedding", lambda ids, weight, padding: right(ids, weight))]
+
+
+@fault(Case("llama_kv2"), tp=4)
+def replicated_head_is_the_wrong_one() -> list[Patch]:
+    right = swap._swap_linear
+
+    def wrong(module, leaf, state):
+        right(module, leaf, state)
+        if module.rows is not None:
+            first, width = module.rows
+            module.rows = (width - first, width)
+
+    return [(swap, "_swap_linear", wrong)]
+
+
+@fault(Case("llama"))
+def mask_of_another_length() -> list[Patch]:
+    """The block's input keeps one row too few: positions shift against the mask."""
+    right = comm.gather_sequence
+    return [(comm, "gather_sequence", lambda x, n, axis: right(x, n, axis).roll(1, 1))]
+
+
+# --- embedding, head and loss -------------------------------------------------------------------
+
+
+@fault()
+def embedding_is_not_summed() -> list[Patch]:
+    right = comm.allreduce_identity
+    return [(embedding.comm, "allreduce_identity", lambda x, axis: right(x, axis) * 0 + x)]
+
+
+@fault(Case("llama_odd_vocab"))
+def embedding_looks_up_ids_of_other_ranks() -> list[Patch]:
+    return [(embedding, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]
+
+
+@fault()
+def loss_uses_local_statistics() -> list[Patch]:
+    def gather(x, axis):
+        if x.dim() == 3 and x.shape[0] == 1 and x.shape[1] == 3:
+            return _own_copies(x, axis)
+        return comm.wait(comm.launch_all_gather(x, axis))
+
+    return [(comm, "all_gather", gather)]
+
+
+@fault()
+def loss_counts_the_target_on_every_rank() -> list[Patch]:
+    right = loss._statistics
+
+    def wrong(logits, labels, spec, needs_grad):
+        values, grad = right(logits, labels, spec, needs_grad)
+        return values, None if grad is None else grad.clamp_min(0)
+
+    return [(loss, "_statistics", wrong)]
+
+
+@fault()
+def loss_gradient_is_not_reduced() -> list[Patch]:
+    def store(dsource, dx, where, spec):
+        a, b = where
+        own = _own_part(dx, spec.axis).view(b - a, dsource.shape[0], dsource.shape[2])
+        dsource[:, a:b] = own.transpose(0, 1)
+
+    return [(loss, "_store", store)]
+
+
+@fault(Case("llama", sp=False))
+def loss_gradient_is_averaged() -> list[Patch]:
+    right = loss._store
+
+    def store(dsource, dx, where, spec):
+        right(dsource, dx / spec.axis.size, where, spec)
+
+    return [(loss, "_store", store)]
+
+
+@fault()
+def labels_are_not_shifted() -> list[Patch]:
+    right = head.F.pad
+    return [(head.F, "pad", lambda x, pad, value: right(x, (1, 0), value=value))]
+
+
+@fault()
+def labels_of_the_wrong_shard_order() -> list[Patch]:
+    right = loss._chunks
+
+    def wrong(full, labels, spec):
+        for x, y, where in right(full, labels, spec):
+            yield x, y.roll(y.shape[0] // spec.axis.size), where
+
+    return [(loss, "_chunks", wrong)]
+
+
+@fault()
+def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
+    right = boundary.StackEntry.__call__
+
+    def wrong(self, module, args, kwargs):
+        args, kwargs = right(self, module, args, kwargs)
+        x = boundary._take_hidden(args, kwargs)
+        return boundary._put_hidden(args, kwargs, x.detach() + 0 * x)
+
+    return [(boundary.StackEntry, "__call__", wrong)]

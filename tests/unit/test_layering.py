@@ -1,0 +1,154 @@
+"""Imports go one way, and files stay short. Read from the source; nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "hf_sp"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+# The one table. A module may import its own layer and those below; siblings of one row in separate
+# groups are blind to each other (plan knows no kernels, kernels no plan).
+LAYERS: list[list[set[str]]] = [
+    [{"errors", "config"}],
+    [{"plan"}, {"kernels"}],
+    [{"mesh", "collectives", "state"}],
+    [{"layers"}],
+    [{"surgery", "context"}],
+    [{"api", "checkpoint", "checks", "verify"}],
+    [{"integrations", "cli", "__main__"}],
+]
+# What stands apart: name -> all it may import of ours. The estimator measures a model that it is
+# handed; it must not know how the model was made parallel.
+APART = {"estimate": {"errors"}}
+# The package's own __init__ gathers the public names from anywhere; only the top layer may import
+# from it.
+ROOT = "__init__"
+
+FORBIDDEN_OUTSIDE_INTEGRATIONS = (
+    "accelerate",
+    "peft",
+    "trl",
+    "transformers.trainer",
+    "transformers.Trainer",
+)
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _layer(top: str) -> tuple[int, int] | None:
+    for level, groups in enumerate(LAYERS):
+        for group, names in enumerate(groups):
+            if top in names:
+                return level, group
+    return None
+
+
+def imports(tree: ast.AST, module: str) -> set[str]:
+    """Absolute dotted names of all imports, also those inside functions.
+
+    `from a import b` gives a and a.b.
+    """
+    found = set()
+    package = ["hf_sp", *module.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violations(source: str, module: str) -> list[str]:
+    """What `module` (dotted, without hf_sp) imports against the rules."""
+    top = module.split(".")[0]
+    names = imports(ast.parse(source), module)
+    bad = []
+    if top != "integrations":
+        for name in sorted(names):
+            if any(name == f or name.startswith(f + ".") for f in FORBIDDEN_OUTSIDE_INTEGRATIONS):
+                bad.append(f"{module} imports {name}: only hf_sp.integrations may")
+    if module == ROOT:
+        return bad
+    own = _layer(top)
+    if own is None and top not in APART:
+        return [*bad, f"{module}: not in the table of layers"]
+    for name in sorted(n for n in names if n.startswith("hf_sp.")):
+        other = name.split(".")[1]
+        if other == top:
+            continue
+        allowed = APART.get(top)
+        if allowed is not None:
+            if other not in allowed:
+                bad.append(f"{module} imports hf_sp.{other}: it may import {sorted(allowed)} only")
+        elif other in APART:
+            if own is None or own[0] < len(LAYERS) - 1:
+                bad.append(f"{module} imports hf_sp.{other}: only the top layer may")
+        else:
+            target = _layer(other)
+            if target is None:
+                if own[0] < len(LAYERS) - 1:
+                    bad.append(
+                        f"{module} imports {name}: from the package itself, only the top layer may"
+                    )
+            elif target[0] > own[0] or (target[0] == own[0] and target[1] != own[1]):
+                bad.append(f"{module} imports hf_sp.{other}, which is above it")
+    return bad
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_go_one_way(path):
+    module = _name(path).removesuffix(".__init__")
+    assert violations(path.read_text(), module) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_file_is_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines; split it by what it owns"
+
+
+def test_the_package_is_seen():
+    assert len(MODULES) > 10
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "word"),
+    [
+        ("from hf_sp.api import parallelize", "layers.linear", "above"),
+        ("def f():\n    import hf_sp.surgery.swap", "plan.derive", "above"),
+        ("from hf_sp.kernels import rms_norm", "plan.derive", "above"),
+        ("from ..surgery import swap", "layers.linear", "above"),
+        ("from transformers import Trainer", "api", "integrations"),
+        ("import accelerate.utils", "mesh", "integrations"),
+        ("from hf_sp.plan import Plan", "estimate.report", "only"),
+        ("from hf_sp import estimate", "layers.loss", "top layer"),
+        ("from hf_sp import parallelize", "layers.loss", "itself"),
+        ("from hf_sp import parallelize", "estimate.step", "only"),
+        ("", "novelty", "table"),
+    ],
+)
+def test_the_rules_bite(source, module, word):
+    found = violations(source, module)
+    assert found, "not noticed"
+    assert word in found[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from hf_sp.collectives import Axis\nfrom hf_sp.plan import Plan", "state"),
+        ("from transformers import Trainer\nimport peft", "integrations.trainer"),
+        ("from hf_sp.estimate import simulate", "cli"),
+    ],
+)
+def test_the_rules_allow(source, module):
+    assert violations(source, module) == []
