@@ -173,7 +173,8 @@ def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: str) -> 
         HfSpError: this rank's own problem, or a ConfigError that quotes the other's.
     """
     alone = launched_world() == 1 if mesh is None else mesh.size() == 1
-    if not alone:
+    axis_known = mesh is None or "tp" in (mesh.mesh_dim_names or ())
+    if not alone and axis_known:
         start_distributed()
         group = None if mesh is None else mesh.get_group("tp")
         if dist.get_backend(group) != "fake":

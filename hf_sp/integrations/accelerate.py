@@ -19,12 +19,14 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, recursively_apply, synchronize_rng_states
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sp.checkpoint import gather_state_dict
 from hf_sp.errors import ConfigError
 from hf_sp.integrations.patching import Patch, Patches
+from hf_sp.layers.lazy import LazyLogits
 from hf_sp.state import ParallelState, parallel_state
 
 _MARK = "_hf_sp"
@@ -226,6 +228,29 @@ def keep_the_parameters(original: Patch, self: Accelerator, *args: Any) -> Any:
     vocabulary smaller than tp): the optimizer would be given one parameter several times.
     """
     return list(args) if _parallel(args) else original(self, *args)
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _as_float(x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, LazyLogits):
+        return x.float()
+    like = torch.empty(0, dtype=torch.float32, device=x.device)
+    return LazyLogits(tuple(x.shape), like, lambda: x.materialize().float(), x.request)
+
+
+@PATCHES.on(ConvertOutputsToFp32, "__call__")
+def keep_logits_lazy(
+    original: Patch, self: ConvertOutputsToFp32, *args: Any, **kwargs: Any
+) -> Any:
+    """Mixed precision casts a forward's outputs before the model's hooks see them.
+
+    The cast would make the logits of the whole vocabulary in every training step.
+    """
+    outputs = self.model_forward(*args, **kwargs)
+    return recursively_apply(_as_float, outputs, test_type=_is_half)
 
 
 @STATE_PATCHES.on(Accelerator, "prepare_data_loader")

@@ -4,10 +4,10 @@ For each shape and tp: bytes alive after the forward, peak live bytes, collectiv
 payload, of the unsharded model, transformers' own TP, torch's DTensor TP + SequenceParallel, and
 hf_sp with and without sequence parallelism, side by side with the closed form.
 
-A row is the difference between a model of two layers and one of one layer, so that embedding,
-head and loss drop out. The models are whole LlamaForCausalLMs in bfloat16 with a causal-LM loss,
-run as rank 0 of a fake world on fake tensors: no GPU, no memory, about a second a row, and the
-same numbers on every machine.
+A row is what a third layer adds to a model of two, so that embedding, head and loss drop out; the
+first layer's peak may differ by a buffer. The models are whole LlamaForCausalLMs in bfloat16, run
+as rank 0 of a fake world on fake tensors: no GPU, no memory, seconds a row, and the same numbers on
+every machine.
 
     python scripts/bench/step_cost.py            # all shapes, writes scripts/bench/results/
     python scripts/bench/step_cost.py --quick    # the small shape at tp 2, writes nothing
@@ -170,7 +170,7 @@ class Row:
     to_formula: float
     to_native: float
     peak_bytes: int
-    peak_two_layers: int
+    peak_three_layers: int
     forward: str
     backward: str
     payload_bytes: int
@@ -203,23 +203,24 @@ def count_model(config: LlamaConfig, tp: int, seq: int, layout: Layout) -> StepC
             return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def count_layer(shape: LayerShape, tp: int, seq: int, layout: Layout) -> list[StepCount]:
-    """Count one layer, as the difference between two layers and one; and the two."""
-    one, two = (count_model(make_config(shape, seq, n), tp, seq, layout) for n in (1, 2))
-    return [per_layer(one, two), two]
+def count_layer(shape: LayerShape, tp: int, seq: int, layout: Layout, base: int) -> list[StepCount]:
+    """Count one layer, as what it adds to a model of `base` layers; and the larger model."""
+    configs = (make_config(shape, seq, layers) for layers in (base, base + 1))
+    small, large = (count_model(config, tp, seq, layout) for config in configs)
+    return [per_layer(small, large), large]
 
 
 def measure(case: tuple[str, int, int]) -> list[Row]:
     """Count every layout at one shape."""
     name, tp, seq = case
     shape = SHAPES[name]
-    counts = {key: count_layer(shape, tp, seq, layout) for key, (layout, _) in LAYOUTS.items()}
+    counts = {key: count_layer(shape, tp, seq, layout, 2) for key, (layout, _) in LAYOUTS.items()}
     native = counts["HF native TP"][0].alive_bytes
     rows = []
-    for key, (layer, two) in counts.items():
+    for key, (layer, model) in counts.items():
         alive, formula = layer.alive_bytes, LAYOUTS[key][1](shape, tp)
         ratios = (round(alive / seq / formula, 4), round(alive / native, 4))
-        peaks = (layer.peak_bytes, two.peak_bytes)
+        peaks = (layer.peak_bytes, model.peak_bytes)
         wire = (spell(layer.forward), spell(layer.backward), layer.payload_bytes, layer.wire_bytes)
         rows.append(Row(name, tp, seq, key, alive, alive / seq, formula, *ratios, *peaks, *wire))
     return rows
@@ -232,12 +233,12 @@ def spell(counts: Mapping[str, CollectiveCount]) -> str:
 
 
 HEADER = ("shape", "tp", "S", "layout", "alive MiB", "B/token", "formula", "/ formula", "/ native")
-HEADER += ("peak MiB", "peak 2L", "forward", "backward", "payload MiB", "wire MiB")
+HEADER += ("peak MiB", "peak 3L", "forward", "backward", "payload MiB", "wire MiB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row as text, in the order of HEADER."""
-    sizes = (row.alive_bytes, row.peak_bytes, row.peak_two_layers)
+    sizes = (row.alive_bytes, row.peak_bytes, row.peak_three_layers)
     alive, *peaks = (f"{size / MIB:.1f}" for size in sizes)
     wire = (f"{row.payload_bytes / MIB:.1f}", f"{row.wire_bytes / MIB:.1f}")
     tokens = (alive, f"{row.bytes_per_token:.0f}", f"{row.formula:.0f}")
@@ -251,11 +252,11 @@ Per rank and per decoder layer, bfloat16, B = 1; AG all-gather, RS reduce-scatte
 `alive` is what the forward leaves for the backward
 (`B/token` the same per token of the whole sequence, `formula` its closed form,
 `hf_sp/estimate/formulas.py`). `peak` is what one more layer adds to the most live bytes over
-forward and backward, weight gradients included; `peak 2L` is that most itself for two layers, with
-the transient buffers, a vocabulary of 256 and the loss. `payload` is the size of the full buffers
-of the collectives; `wire` counts an all-reduce twice, for it moves what an all-gather and a
-reduce-scatter move. DTensor TP+SP leaves its norm weights' gradients Partial: the all-reduces they
-need are not in its row.
+forward and backward, weight gradients included; `peak 3L` is that most itself for three layers,
+with the transient buffers, a vocabulary of 256 and the loss. `payload` is the size of the full
+buffers of the collectives; `wire` counts an all-reduce twice, for it moves what an all-gather and
+a reduce-scatter move. DTensor TP+SP leaves its norm weights' gradients Partial: the all-reduces
+they need are not in its row.
 Parameters, allocator rounding and kernels' workspaces are not counted. The attention is the CPU
 flash kernel, which keeps q, k, v, its output and an fp32 logsumexp.
 """
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape; writes nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and markdown")
     options = parser.parse_args()
-    console = Console(width=200) if not Console().is_terminal else Console()
+    console = Console() if Console().is_terminal else Console(width=200)
     rows = [row for case in (QUICK if options.quick else CASES) for row in measure(case)]
     table = Table(*HEADER, title="one decoder layer, one rank, one training step")
     for before, row in zip([None, *rows], rows, strict=False):

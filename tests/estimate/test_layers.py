@@ -81,7 +81,7 @@ SEQ = 128
 
 @cache
 def layer_of(layout: str, tp: int) -> StepCount:
-    return count_layer(SMALL, tp, SEQ, LAYOUTS[layout][0])[0]
+    return count_layer(SMALL, tp, SEQ, LAYOUTS[layout][0], base=1)[0]
 
 
 @pytest.mark.parametrize(

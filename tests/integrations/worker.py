@@ -362,7 +362,7 @@ def job_resume():
 def job_best():
     best = trainer_for(
         "best",
-        learning_rate=0.3,
+        learning_rate=0.05,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -541,9 +541,8 @@ def job_cross():
 def job_refusals():
     from accelerate import ParallelismConfig
 
-    plain = tiny(parallel=False)
-    dead = torch.optim.AdamW(plain.parameters())
-    model = parallelize(plain, tp=WORLD)
+    model = tiny()
+    dead = torch.optim.AdamW(tiny(parallel=False).parameters())
 
     def make(**kwargs):
         return lambda: trainer_for("refused", model, **kwargs)
@@ -705,6 +704,64 @@ def job_trainer_saves():
         }
 
 
+def job_dropout_resume():
+    """Random numbers of every rank are restored: 2 + 2 steps are 4, dropout included."""
+    kept = trainer_for("dropout", tiny(dropout=0.3), save_strategy="steps", save_steps=2)
+    kept.train()
+    again = trainer_for("dropout", tiny(seed=5, dropout=0.3))
+    again.train(resume_from_checkpoint=str(OUT / MODE / "dropout" / "checkpoint-2"))
+    REPORT["dropout_resume"] = {
+        "weights_equal": same(weights(again.model), weights(kept.model)),
+        "history": history(again) == history(kept),
+        "files": sorted(p.name for p in (OUT / MODE / "dropout" / "checkpoint-2").iterdir()),
+    }
+
+
+def job_adapters():
+    """LoRA: trained, saved by the Trainer, resumed, loaded by PEFT on a plain model."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def adapted(seed=0):
+        torch.manual_seed(seed)
+        base = tiny(parallel=False)
+        targets = ["q_proj", "o_proj", "down_proj"]
+        # Not the identity at the start, and the same in both modes.
+        torch.manual_seed(seed + 1)
+        model = get_peft_model(
+            base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        )
+        model = model.double()
+        return model if MODE == "plain" else parallelize(model, tp=WORLD)
+
+    trainer = run("lora", trainer_for("lora", adapted(), save_strategy="steps", save_steps=2))
+    folder = OUT / MODE / "lora" / "checkpoint-2"
+    if MODE == "plain":
+        return
+    again = trainer_for("lora", adapted(seed=4))
+    # The base is not part of the checkpoint.
+    base = {n: p for n, p in weights(trainer.model).items() if "lora" not in n}
+    again.model.load_state_dict(base, strict=False)
+    again.train(resume_from_checkpoint=str(folder))
+    plain = PeftModel.from_pretrained(
+        tiny(parallel=False), OUT / MODE / "lora" / "checkpoint-4", torch_dtype=torch.float64
+    )
+    saved = {n: p.double() for n, p in plain.named_parameters() if "lora" in n}
+    mine = {n: p for n, p in weights(trainer.model).items() if "lora" in n}
+    REPORT["lora_saved"] = {
+        "resumed": same(weights(again.model), weights(trainer.model)),
+        "loaded": same(mine, saved),
+        "files": sorted(p.name for p in folder.iterdir()),
+    }
+
+
+def job_full_eval():
+    trainer = trainer_for("full_eval", tiny(dtype=torch.float32), bf16_full_eval=True)
+    REPORT["full_eval"] = clean(trainer.evaluate())
+    REPORT["auto_batch"] = run(
+        "auto_find", trainer_for("auto", auto_find_batch_size=True)
+    ).state.global_step
+
+
 def job_misuse():
     """Last: rank 0 alone calls save_pretrained."""
     os.environ["HF_SP_SAVE_TIMEOUT"] = "2"
@@ -716,7 +773,7 @@ def job_misuse():
 
 
 JOBS = {
-    "plain": [job_train, job_variants, job_eval, job_resume, job_best, job_accelerate],
+    "plain": [job_train, job_variants, job_eval, job_resume, job_best, job_accelerate, job_adapters, job_full_eval],
     "one": [job_resume, job_save, job_cross],
     "tp": [
         job_train,
@@ -730,6 +787,9 @@ JOBS = {
         job_refusals,
         job_trainer_saves,
         job_accelerate,
+        job_dropout_resume,
+        job_adapters,
+        job_full_eval,
         job_misuse,
     ],
     "back": [job_cross],

@@ -1,0 +1,126 @@
+"""Rank functions: what parallelize and the first forward refuse, on several ranks.
+
+Each returns the text of the error (None if none came), for the test to look at on every rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import tiny
+from hf_sp import parallelize
+from hf_sp.errors import HfSpError
+from torch.distributed.device_mesh import init_device_mesh
+
+
+def _message(function: Callable[[], Any]) -> str | None:
+    try:
+        function()
+    except HfSpError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    after = dict(model.named_parameters())
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not hooks and all(after[n] is p for n, p in before.items())
+
+
+def refuse(family: str = "llama", per_rank: dict[int, dict] | None = None, **kwargs: Any) -> tuple:
+    """parallelize with (perhaps rank-dependent) arguments: (message, model untouched)."""
+    model = tiny.build(family)
+    before = dict(model.named_parameters())
+    mine = {**kwargs, **(per_rank or {}).get(dist.get_rank(), {})}
+    message = _message(lambda: parallelize(model, **mine))
+    return message, _untouched(model, before)
+
+
+def mesh_axes(names: tuple[str, ...], shape: tuple[int, ...]) -> tuple:
+    """A mesh of the user's."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return refuse(mesh=mesh)
+
+
+def different_batches(kind: str) -> str | None:
+    """Ranks are given different batches."""
+    model = parallelize(tiny.build("llama"))
+    rank = dist.get_rank()
+    ids = torch.arange(24).view(2, 12)
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    if rank:
+        if kind == "values":
+            batch["input_ids"] = batch["labels"] = ids.flip(0)
+        elif kind == "length":
+            batch = {k: v[:, :9] for k, v in batch.items()}
+        elif kind == "labels":
+            batch["labels"][0, 3] = -100
+        elif kind == "missing":
+            del batch["labels"]
+        elif kind == "embeds":
+            batch["inputs_embeds"] = torch.zeros(2, 12, 64, dtype=torch.float64)
+            del batch["input_ids"]
+    return _message(lambda: model(**batch))
+
+
+def same_batches() -> str | None:
+    """The same batch on all ranks, more often than it is checked; with extra objects."""
+    model = parallelize(tiny.build("llama"))
+    ids = torch.arange(24).view(2, 12)
+
+    def run():
+        for _ in range(10):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    return _message(run)
+
+
+def later_parameters() -> str | None:
+    """A parameter added after parallelize."""
+    model = parallelize(tiny.build("llama"))
+    model.model.extra = torch.nn.Parameter(torch.zeros(3))
+    ids = torch.arange(12).view(1, 12)
+    return _message(lambda: model(input_ids=ids))
+
+
+def ids_out_of_range(where: str, value: int) -> str | None:
+    """An id that no rank's part of the vocabulary holds."""
+    model = parallelize(tiny.build("llama"))
+    ids = torch.arange(12).view(1, 12)
+    batch = {"input_ids": ids.clone(), "labels": ids.clone()}
+    batch[where][0, 5] = value
+    return _message(lambda: model(**batch))
+
+
+def different_seeds() -> tuple[bool, bool]:
+    """Ranks built different weights: (equal after parallelize, equal to rank 0's own)."""
+    model = tiny.build("llama", seed=dist.get_rank())
+    expected = tiny.build("llama", seed=0)
+    model = parallelize(model)
+    whole = {n: p.full_tensor() for n, p in model.named_parameters()}
+    right = all(torch.equal(whole[n], p) for n, p in expected.named_parameters())
+    digests: list = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, {n: float(t.sum()) for n, t in whole.items()})
+    return all(d == digests[0] for d in digests), right
+
+
+def twice() -> tuple[str | None, str | None]:
+    """parallelize called again, on the model and on its decoder."""
+    model = parallelize(tiny.build("llama"))
+    return _message(lambda: parallelize(model)), _message(lambda: parallelize(model.model))
+
+
+def deep_copy_works() -> bool:
+    """A copy of a parallel model runs and is independent of the original."""
+    model = parallelize(tiny.build("llama"))
+    other = copy.deepcopy(model)
+    ids = torch.arange(24).view(2, 12)
+    first, second = model(input_ids=ids, labels=ids), other(input_ids=ids, labels=ids)
+    second.loss.backward()
+    alone = all(p.grad is None for p in model.parameters())
+    trained = all(p.grad is not None for p in other.parameters())
+    return bool(first.loss == second.loss) and alone and trained

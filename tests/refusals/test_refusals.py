@@ -1,0 +1,187 @@
+"""Refused early, on every rank alike, with the model untouched, in a message that helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from harness import tiny
+from harness.pool import pool
+from hf_sp import parallelize
+from hf_sp.errors import ConfigError, HfSpError
+from torch import nn
+
+# --- on two ranks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "parts"),
+    [
+        ({"tp": 4}, "ConfigError", ["does not make up the world", "torchrun --nproc_per_node 4"]),
+        ({"tp": 1}, "ConfigError", ["does not make up the world", "legal:  tp=2"]),
+        ({"tp": 0}, "ConfigError", ["positive integer", "tp=0"]),
+        ({"tp": "2"}, "ConfigError", ["positive integer"]),
+        ({"tp": True}, "ConfigError", ["positive integer"]),
+        ({"sp": 2}, "ConfigError", ["sp is a switch"]),
+        ({"cp": 2}, "ConfigError", ["cp is not built yet", "cp=1"]),
+        ({"ep": 2}, "ConfigError", ["ep is not built yet"]),
+        ({"dp_shard": 2}, "ConfigError", ["dp_shard is not built yet"]),
+        ({"dp_replicate": 2}, "ConfigError", ["dp_replicate is not built yet"]),
+        ({"cp_mode": "x"}, "ConfigError", ["'ulysses', 'ring', 'hybrid'"]),
+        ({"loss_chunk": 0}, "ConfigError", ["loss_chunk"]),
+        ({"plan": {"lm_head": "magic"}}, "PlanError", ["lm_head: magic"]),
+        ({"per_rank": {1: {"sp": False}}}, "ConfigError", ["asked for different things"]),
+        ({"per_rank": {1: {"sp": 3}}}, "ConfigError", ["sp is a switch"]),
+    ],
+    ids=str,
+)
+def test_arguments(kwargs, error, parts):
+    for message, untouched in pool(2).run("refusals.jobs:refuse", **kwargs):
+        assert untouched
+        assert message is not None
+        assert message.startswith(error)
+        assert all(part in message for part in parts), message
+
+
+def test_heads_that_tp_does_not_divide():
+    for message, untouched in pool(4).run(
+        "refusals.jobs:refuse", plan=None, family="llama", per_rank=None, tp=None
+    ):
+        assert message is None
+        assert not untouched
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "part"),
+    [(("dp",), (2,), "no axis named 'tp'"), (("dp", "tp"), (2, 1), "other axes beside tp")],
+)
+def test_meshes(names, shape, part):
+    for message, untouched in pool(2).run("refusals.jobs:mesh_axes", names=names, shape=shape):
+        assert untouched
+        assert part in message
+
+
+def test_mesh_of_the_user_is_taken():
+    for message, _ in pool(2).run("refusals.jobs:mesh_axes", names=("tp",), shape=(2,)):
+        assert message is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("values", "input_ids, tp rank 0: shape (2, 12)"),
+        ("length", "input_ids, tp rank 1: shape (2, 9)"),
+        ("labels", "labels, tp rank 1"),
+        ("missing", "labels, tp rank 1: missing"),
+        ("embeds", "inputs_embeds, tp rank 0: missing"),
+    ],
+)
+def test_different_batches_are_an_error_and_not_a_hang(kind, part):
+    for message in pool(2).run("refusals.jobs:different_batches", kind=kind, timeout=60):
+        assert message.startswith("BatchMismatchError")
+        assert part in message, message
+
+
+def test_same_batches_pass():
+    assert pool(2).run("refusals.jobs:same_batches") == [None, None]
+
+
+def test_parameters_added_later():
+    for message in pool(2).run("refusals.jobs:later_parameters"):
+        assert "given parameters after parallelize" in message
+        assert "model.extra" in message
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("input_ids", 96), ("input_ids", -1), ("labels", 96), ("labels", -5)]
+)
+def test_ids_outside_the_vocabulary(where, value):
+    for message in pool(2).run("refusals.jobs:ids_out_of_range", where=where, value=value):
+        assert message.startswith("ShapeError")
+        assert str(value) in message
+
+
+def test_twice():
+    for first, second in pool(2).run("refusals.jobs:twice"):
+        assert "parallelized already" in first
+        assert second is not None
+
+
+def test_different_seeds_train_one_model():
+    assert pool(2).run("refusals.jobs:different_seeds") == [(True, True)] * 2
+
+
+def test_deepcopy():
+    assert pool(2).run("refusals.jobs:deep_copy_works") == [True, True]
+
+
+# --- no rank needed -----------------------------------------------------------------------------
+
+
+def test_without_a_launcher_tp_is_refused():
+    with pytest.raises(ConfigError, match="torchrun --nproc_per_node 2"):
+        parallelize(tiny.build("llama"), tp=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("PARALLELISM_CONFIG_SP_SIZE", "2", "DeepSpeed Ulysses"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", "not built yet"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "3", "does not make up the world"),
+    ],
+)
+def test_environment(monkeypatch, name, value, part):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=part):
+        parallelize(tiny.build("llama"))
+
+
+def test_tp_that_contradicts_accelerate(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "4")
+    with pytest.raises(ConfigError, match="contradicts accelerate"):
+        parallelize(tiny.build("llama"), tp=1)
+
+
+def _device_map(model):
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "cpu"}
+
+
+def _quantised(model):
+    model.hf_quantizer = object()
+
+
+def _optimizer(model):
+    model.held = torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def _gradient(model):
+    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+
+
+def _adapters(model):
+    model.peft_config = {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (_device_map, "dispatched by device_map"),
+        (_quantised, "quantised weights"),
+        (_optimizer, "an optimizer was built"),
+        (_gradient, "gradients of its whole parameters"),
+        (_adapters, "has adapters"),
+        (cpu_offload, "dispatch hooks"),
+    ],
+)
+def test_models_in_no_state_to_be_sharded(spoil, part):
+    model = tiny.build("llama")
+    spoil(model)
+    with pytest.raises(HfSpError, match=part):
+        parallelize(model, tp=1)
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), object()])
+def test_things_that_are_no_transformers_model(thing):
+    with pytest.raises(ConfigError):
+        parallelize(thing)

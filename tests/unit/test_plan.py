@@ -1,0 +1,150 @@
+"""Plans are derived from HF's own strings; a change upstream shows as a diff of a golden text.
+
+To write the goldens anew after an intended change: HF_SP_WRITE_GOLDENS=1, then read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from harness import tiny
+from hf_sp.errors import PlanError
+from hf_sp.plan import derive_plan
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def _meta(family, auto=AutoModelForCausalLM, **overrides):
+    with torch.device("meta"):
+        return auto.from_config(tiny.config(family, **overrides))
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_golden(family):
+    text = "\n\n".join(str(derive_plan(_meta(family), tp, sp)) for tp, sp in [(2, True), (4, False)])
+    path = GOLDENS / f"{family}.txt"
+    if os.environ.get("HF_SP_WRITE_GOLDENS"):
+        path.write_text(text + "\n")
+    assert text + "\n" == path.read_text()
+
+
+def test_every_parameter_of_every_layer_is_placed():
+    model = _meta("qwen3")
+    plan = derive_plan(model, 2, True)
+    named = {leaf.path for block in plan.blocks for leaf in block.leaves}
+    named |= {p for block in plan.blocks for p in block.partial} | set(plan.shard_norms)
+    named |= {plan.embedding, plan.head}
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert owners == named
+
+
+def test_decoder_alone_and_classifier():
+    decoder = derive_plan(_meta("llama", AutoModel), 2, True)
+    assert (decoder.decoder, decoder.head, decoder.norm) == ("", None, "norm")
+    classifier = derive_plan(_meta("llama", AutoModelForSequenceClassification), 2, True)
+    assert (classifier.head, classifier.replicated) == (None, ("score",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tp", "legal"),
+    [
+        ({}, 3, "tp = 1, 2, 4, 8"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, 8, "tp = 1, 2, 4"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96},
+            2,
+            "tp = 1, 3, 6",
+        ),
+        ({"intermediate_size": 90}, 4, "tp = 1, 2"),
+        (
+            {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 56},
+            8,
+            "tp = 1, 2, 4",
+        ),
+    ],
+)
+def test_sizes_that_tp_does_not_divide(overrides, tp, legal):
+    with pytest.raises(PlanError) as error:
+        derive_plan(_meta("llama", **overrides), tp, True)
+    assert legal in str(error.value).splitlines()[-1]
+    for t in range(1, 33):
+        if t in map(int, legal.removeprefix("tp = ").split(", ")):
+            derive_plan(_meta("llama", **overrides), t, True)
+        else:
+            with pytest.raises(PlanError):
+                derive_plan(_meta("llama", **overrides), t, True)
+
+
+def _styles(**changes):
+    styles = dict(_meta("llama").tp_plan)
+    for key, style in changes.items():
+        key = key.replace("__", ".")
+        styles = {k: s for k, s in styles.items() if not k.endswith(key)}
+        if style:
+            styles[f"model.layers.*.{key}"] = style
+    return styles
+
+
+@pytest.mark.parametrize(
+    ("styles", "message"),
+    [
+        ({}, "has no tensor parallel plan"),
+        (_styles(mlp__up_proj="mla_kv_a_proj"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj=None), "claimed by no key"),
+        (_styles(mlp__down_proj=None), "does not pair"),
+        (_styles(mlp__third_proj="colwise"), "match no module"),
+        ({"lm_head": "colwise_gather_output"}, "does not name one stack"),
+        ({**_styles(), "model.nothing": "colwise"}, "matches no module"),
+    ],
+)
+def test_plans_that_are_refused(styles, message):
+    with pytest.raises(PlanError, match=message):
+        derive_plan(_meta("llama"), 2, True, styles)
+
+
+def test_model_without_a_plan():
+    with pytest.raises(PlanError, match="has no tensor parallel plan"):
+        with torch.device("meta"):
+            derive_plan(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")), 2, True)
+
+
+class _OtherLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("model.layers.1.mlp.up_proj", "not a plain torch.nn.Linear"),
+        ("lm_head", "LM head cannot"),
+    ],
+)
+def test_linears_of_another_class(path, message):
+    model = _meta("llama")
+    model.get_submodule(path).__class__ = _OtherLinear
+    with pytest.raises(PlanError, match=message):
+        derive_plan(model, 2, True)
+
+
+def test_weight_outside_the_blocks():
+    model = _meta("llama")
+    model.model.layers[0].extra = nn.Linear(4, 4, device="meta")
+    with pytest.raises(PlanError, match=r"layers\.0\.extra\.weight"):
+        derive_plan(model, 2, True)
+
+
+def test_embedding_that_renormalises():
+    model = _meta("llama")
+    model.model.embed_tokens.max_norm = 1.0
+    with pytest.raises(PlanError, match="embedding cannot be made vocab-parallel"):
+        derive_plan(model, 2, True)
