@@ -1,12 +1,10 @@
-"""What makes stock transformers, accelerate and PEFT work with a parallelized model.
+"""What makes stock transformers and accelerate work with a parallelized model.
 
 The only importers of those packages' training code. ``install`` is called at the end of
 ``parallelize``; every patch acts on parallelized models alone. ``names`` lists what is private.
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 from torch import nn
 
@@ -18,7 +16,7 @@ def install(model: nn.Module) -> None:
     """Make the packages around ``model`` treat it as what it is. Cheap and idempotent.
 
     Args:
-        model: a parallelized model, ``PeftModel`` around it or not.
+        model: a parallelized model.
     """
     # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
     from hf_sp.integrations import accelerate, marks, saving, trainer
@@ -28,10 +26,6 @@ def install(model: nn.Module) -> None:
     accelerate.STATE_PATCHES.apply()
     trainer.PATCHES.apply()
     trainer.ALL_PATCHES.apply()
-    if importlib.util.find_spec("peft") is not None:
-        from hf_sp.integrations import peft
-
-        peft.PATCHES.apply()
     state = parallel_state(model)
     assert state is not None
     marks.mark(model, state.tp)

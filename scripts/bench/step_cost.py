@@ -6,8 +6,7 @@ hf_sp with and without sequence parallelism, side by side with the closed form.
 
 A row is what a third layer adds to a model of two, so that embedding, head and loss drop out; the
 first layer's peak may differ by a buffer. The models are whole LlamaForCausalLMs in bfloat16, run
-as rank 0 of a fake world on fake tensors: no GPU, no memory, seconds a row, and the same numbers on
-every machine.
+as rank 0 of a fake world on fake tensors: no GPU, no memory, the same numbers on every machine.
 
     python scripts/bench/step_cost.py            # all shapes, writes scripts/bench/results/
     python scripts/bench/step_cost.py --quick    # the small shape at tp 2, writes nothing

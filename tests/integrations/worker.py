@@ -717,43 +717,6 @@ def job_dropout_resume():
     }
 
 
-def job_adapters():
-    """LoRA: trained, saved by the Trainer, resumed, loaded by PEFT on a plain model."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    def adapted(seed=0):
-        torch.manual_seed(seed)
-        base = tiny(parallel=False)
-        targets = ["q_proj", "o_proj", "down_proj"]
-        # Not the identity at the start, and the same in both modes.
-        torch.manual_seed(seed + 1)
-        model = get_peft_model(
-            base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        )
-        model = model.double()
-        return model if MODE == "plain" else parallelize(model, tp=WORLD)
-
-    trainer = run("lora", trainer_for("lora", adapted(), save_strategy="steps", save_steps=2))
-    folder = OUT / MODE / "lora" / "checkpoint-2"
-    if MODE == "plain":
-        return
-    again = trainer_for("lora", adapted(seed=4))
-    # The base is not part of the checkpoint.
-    base = {n: p for n, p in weights(trainer.model).items() if "lora" not in n}
-    again.model.load_state_dict(base, strict=False)
-    again.train(resume_from_checkpoint=str(folder))
-    plain = PeftModel.from_pretrained(
-        tiny(parallel=False), OUT / MODE / "lora" / "checkpoint-4", torch_dtype=torch.float64
-    )
-    saved = {n: p.double() for n, p in plain.named_parameters() if "lora" in n}
-    mine = {n: p for n, p in weights(trainer.model).items() if "lora" in n}
-    REPORT["lora_saved"] = {
-        "resumed": same(weights(again.model), weights(trainer.model)),
-        "loaded": same(mine, saved),
-        "files": sorted(p.name for p in folder.iterdir()),
-    }
-
-
 def job_full_eval():
     trainer = trainer_for("full_eval", tiny(dtype=torch.float32), bf16_full_eval=True)
     REPORT["full_eval"] = clean(trainer.evaluate())
@@ -773,7 +736,7 @@ def job_misuse():
 
 
 JOBS = {
-    "plain": [job_train, job_variants, job_eval, job_resume, job_best, job_accelerate, job_adapters, job_full_eval],
+    "plain": [job_train, job_variants, job_eval, job_resume, job_best, job_accelerate, job_full_eval],
     "one": [job_resume, job_save, job_cross],
     "tp": [
         job_train,
@@ -788,7 +751,6 @@ JOBS = {
         job_trainer_saves,
         job_accelerate,
         job_dropout_resume,
-        job_adapters,
         job_full_eval,
         job_misuse,
     ],

@@ -1,0 +1,162 @@
+"""What a training step costs, exactly: the planned collectives and nothing else, and bytes alive.
+
+Counted under a fake process group and fake tensors with the code itself, so at shapes that fit no
+machine here too; and once on real ranks, which must agree with the fake ones.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from harness.pool import pool
+from hf_sp import parallelize
+from hf_sp.estimate import (
+    LayerShape,
+    count_step,
+    fake_tensors,
+    fake_world,
+    per_layer,
+    sp_shard_bytes_per_token,
+    tp_bytes_per_token,
+)
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
+AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+
+SMALL = LayerShape(512, 1792, 8, 8, 64)
+GROUPED = LayerShape(512, 1792, 8, 4, 64)
+LLAMA_8B = LayerShape(4096, 14336, 32, 8, 128)
+LLAMA_70B = LayerShape(8192, 28672, 64, 8, 128)
+
+
+def _config(cls, shape, layers, vocab):
+    return cls(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        max_position_embeddings=16384,
+        attn_implementation="sdpa_without_mask",
+    )
+
+
+@functools.cache
+def _step(cls, shape, tp, sp, layers, batch=1, length=256, chunk=4096, vocab=128):
+    with fake_world(tp) as mesh, fake_tensors():
+        model = AutoModelForCausalLM.from_config(_config(cls, shape, layers, vocab)).train()
+        model = parallelize(model, sp=sp, mesh=mesh, loss_chunk=chunk)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def _layer(cls, shape, tp, sp, **kwargs):
+    return per_layer(_step(cls, shape, tp, sp, 2, **kwargs), _step(cls, shape, tp, sp, 3, **kwargs), 1)
+
+
+def _calls(counts):
+    return {kind: count.calls for kind, count in counts.items() if count.calls}
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "batch", "length"),
+    [
+        (SMALL, 2, 1, 256),
+        (SMALL, 2, 3, 256),
+        (SMALL, 4, 2, 256),
+        (GROUPED, 2, 2, 256),
+        (LLAMA_8B, 8, 1, 8192),
+        (LLAMA_8B, 8, 2, 4096),
+        (LLAMA_70B, 8, 1, 8192),
+    ],
+    ids=str,
+)
+def test_only_shards_are_saved(shape, tp, batch, length):
+    """The bar is 5 % above the formula; it is met to the byte."""
+    layer = _layer(LlamaConfig, shape, tp, True, batch=batch, length=length)
+    measured = layer.alive_bytes / (batch * length)
+    assert measured == sp_shard_bytes_per_token(shape, tp)
+    if tp == 8:
+        assert measured < tp_bytes_per_token(shape, tp) / 3
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_plain_tp_saves_what_tp_does(tp):
+    layer = _layer(LlamaConfig, SMALL, tp, False)
+    assert layer.alive_bytes / 256 == tp_bytes_per_token(SMALL, tp)
+
+
+@pytest.mark.parametrize(
+    ("cls", "partial"),
+    [(LlamaConfig, 2), (Qwen2Config, 2), (Qwen3Config, 4)],
+)
+def test_collectives_of_a_layer_are_the_planned_ones(cls, partial):
+    """6 all-gathers and 4 reduce-scatters, and one sum for each weight with a partial gradient."""
+    layer = _layer(cls, GROUPED, 4, True)
+    assert _calls(layer.forward) == {"all_gather": 2, "reduce_scatter": 2}
+    assert _calls(layer.backward) == {
+        "all_gather": 4,
+        "reduce_scatter": 2,
+        "all_reduce": partial,
+    }
+    tokens, itemsize = 256, 2
+    whole = tokens * GROUPED.hidden * itemsize
+    assert layer.collectives["all_gather"].bytes == 6 * whole
+    assert layer.collectives["reduce_scatter"].bytes == 4 * whole
+
+
+def test_collectives_of_a_plain_tp_layer():
+    layer = _layer(LlamaConfig, GROUPED, 4, False)
+    assert _calls(layer.forward) == {"all_reduce": 2}
+    assert _calls(layer.backward) == {"all_reduce": 2}
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_collectives_around_the_layers(chunks):
+    """Embedding, final gather and loss, whatever the number of layers."""
+    step = _step(LlamaConfig, GROUPED, 4, True, 2, chunk=256 // chunks)
+    assert _calls(step.forward) == {
+        "all_reduce": 1,  # embedding
+        "all_gather": 2 * 2 + 1 + chunks,  # layers, final hidden states, loss statistics
+        "reduce_scatter": 2 * 2 + chunks,  # layers, loss gradient
+    }
+    assert _calls(step.backward) == {
+        "all_reduce": 2 * 2 + 1,  # norms
+        "all_gather": 2 * 4 + 1,  # layers, entry of the stack
+        "reduce_scatter": 2 * 2,
+    }
+
+
+def test_logits_never_exist():
+    """The peak does not grow with the vocabulary times the tokens: one chunk of it is alive."""
+    sizes = {
+        vocab: _step(LlamaConfig, SMALL, 4, True, 2, length=4096, chunk=256, vocab=vocab).peak_bytes
+        for vocab in (4096, 8192)
+    }
+    added = sizes[8192] - sizes[4096]
+    logits = 4096 * 4096 * 2
+    # Weights' gradients and their float32 sums of the added rows, and a chunk in float32 and bf16.
+    rows, chunk = 4096 // 4 * 512 * (2 + 2 + 4), 256 * 4096 // 4 * (4 + 4 + 2 + 2)
+    assert added <= rows + chunk
+    assert rows + chunk < logits
+
+
+def test_real_ranks_agree_with_the_fake_world():
+    """Same collectives, in the same order with the same sizes on every rank."""
+    logs = pool(2).run("parity.cost_jobs:collective_log", sp=True)
+    assert logs[0] == logs[1]
+    fake = _step(LlamaConfig, GROUPED, 2, True, 2, batch=2, length=37)
+    want = _calls(fake.forward) | {f"{k} backward": n for k, n in _calls(fake.backward).items()}
+    assert logs[0]["calls"] == want
