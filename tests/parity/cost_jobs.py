@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hf_sp import parallelize
-from hf_sp.estimate import count_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_sp import parallelize
+from hf_sp.estimate import count_step
 
 
 class _Log(TorchDispatchMode):

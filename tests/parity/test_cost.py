@@ -11,6 +11,15 @@ import functools
 import pytest
 import torch
 from harness.pool import pool
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
 from hf_sp import parallelize
 from hf_sp.estimate import (
     LayerShape,
@@ -21,14 +30,6 @@ from hf_sp.estimate import (
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
 AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
@@ -63,7 +64,9 @@ def _step(cls, shape, tp, sp, layers, batch=1, length=256, chunk=4096, vocab=128
 
 
 def _layer(cls, shape, tp, sp, **kwargs):
-    return per_layer(_step(cls, shape, tp, sp, 2, **kwargs), _step(cls, shape, tp, sp, 3, **kwargs), 1)
+    return per_layer(
+        _step(cls, shape, tp, sp, 2, **kwargs), _step(cls, shape, tp, sp, 3, **kwargs), 1
+    )
 
 
 def _calls(counts):
