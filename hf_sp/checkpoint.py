@@ -329,7 +329,9 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     for name in (n for g in groups for n in g):
         parameter = parameters[name]
         for key, value in optimizer.state.get(parameter, {}).items():
-            sharded = isinstance(parameter, DTensor) and parameter.to_local().shape != parameter.shape
+            sharded = (
+                isinstance(parameter, DTensor) and parameter.to_local().shape != parameter.shape
+            )
             if isinstance(value, Tensor):
                 if sharded and value.numel() > 1 and not isinstance(value, DTensor):
                     problems.append(f"{name}.{key}: a plain tensor {tuple(value.shape)}")

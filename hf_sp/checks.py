@@ -42,9 +42,7 @@ def check_arguments(
                 f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
             )
     if cp_mode not in ("ulysses", "ring", "hybrid"):
-        raise ConfigError(
-            "unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'"
-        )
+        raise ConfigError("unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'")
     for name, size in degrees.items():
         if size != 1:
             raise ConfigError(

@@ -10,8 +10,8 @@ Must not know modules, plans or models. Takes an ``Axis`` (a group by name), nev
 
 Private API: ``torch.ops._c10d_functional`` (torch 2.11 to 2.13). It is what
 ``torch.distributed._functional_collectives`` is made of; the public wrappers are differentiable in
-a way of their own (``all_reduce`` all-reduces again in backward), and the plain ``torch.distributed``
-calls cannot be traced. Held by tests/collectives/test_private_api.py.
+a way of their own (``all_reduce`` all-reduces again in backward), and the plain
+``torch.distributed`` calls cannot be traced. Held by tests/collectives/test_private_api.py.
 """
 
 from __future__ import annotations

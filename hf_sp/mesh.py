@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.errors import ConfigError
 
+
 def launched_world() -> int:
     """Number of ranks: of the running process group, else what the launcher announces."""
     if dist.is_initialized():
@@ -108,7 +109,7 @@ def start_distributed() -> None:
         dist.init_process_group(backend)
     else:
         # A world of one, started without a launcher.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     # Whoever starts it stops it: gloo's threads, still running at interpreter exit, abort the
     # process after all work is done.
     atexit.register(_stop)

@@ -21,6 +21,7 @@ from hf_sp.plan.schema import Plan
 
 ATTRIBUTE = "_hf_sp_state"
 _SHARD = "_hf_sp_shard"
+_VERSION = "_hf_sp_version"
 
 
 @dataclass
@@ -87,6 +88,7 @@ class ParallelState:
         """Tie the gathered final hidden states to the shard they were gathered from."""
         # The shard lives as long as the tensor that the user holds, not as long as the model.
         setattr(full_BSH, _SHARD, shard_BsH)
+        setattr(full_BSH, _VERSION, full_BSH._version)
         self._hidden = weakref.ref(full_BSH)
 
     def shard_of(self, x: Tensor) -> Tensor | None:
@@ -98,13 +100,14 @@ class ParallelState:
         full = self._hidden() if self._hidden is not None else None
         if full is None or x.shape != full.shape or x.dtype != full.dtype:
             return None
-        same = (
-            x is full
-            or x.untyped_storage()._cdata == full.untyped_storage()._cdata
+        same_memory = (
+            x.untyped_storage()._cdata == full.untyped_storage()._cdata
             and x.storage_offset() == full.storage_offset()
             and x.stride() == full.stride()
         )
-        return getattr(full, _SHARD) if same else None
+        # The version tells whether someone has written into it since.
+        unchanged = x._version == getattr(full, _VERSION)
+        return getattr(full, _SHARD) if same_memory and unchanged else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         # The mesh is a handle on process groups, shared like them; weak references do not copy.

@@ -176,7 +176,7 @@ STATE_PATCHES = Patches(lambda _: _current_is_ours())
 
 @PATCHES.on(ParallelismConfig, "_validate_accelerator")
 def allow_gloo(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
-    """accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes."""
+    """Accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes."""
     cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
     if not (cpu and (is_ours(self) or len(_models) > 0)):
         original(self, accelerator)
@@ -283,7 +283,7 @@ def same_batch_everywhere(
 
 @STATE_PATCHES.on(DataLoaderDispatcher, "__len__")
 def length_in_batches(original: Patch, self: DataLoaderDispatcher) -> int:
-    """accelerate 1.12 to 1.15 divides by the number of processes though each batch goes to all."""
+    """Accelerate 1.12 to 1.15 divides by the number of processes though each batch goes to all."""
     return len(self.base_dataloader)
 
 
@@ -315,7 +315,7 @@ def own_rows_are_all_rows(
 def whole_state_dict(
     original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
 ) -> dict[str, Any]:
-    """accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
+    """Accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
     ours = _parallel([model])
     if not ours:
         return original(self, model, unwrap=unwrap)
@@ -348,7 +348,7 @@ def refuse_load_state(original: Patch, self: Accelerator, *args: Any, **kwargs: 
 
 @STATE_PATCHES.on(AcceleratedScheduler, "step")
 def one_step_per_step(original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any) -> Any:
-    """accelerate steps the schedule once per process, counting tp ranks as data parallel."""
+    """Accelerate steps the schedule once per process, counting tp ranks as data parallel."""
     split, self.split_batches = self.split_batches, True
     try:
         return original(self, *args, **kwargs)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_sp.checkpoint import gather_state_dict, meet
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.patching import Patches, Patch
+from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
 PATCHES = Patches(lambda model: parallel_state(model) is not None)
@@ -28,7 +28,10 @@ def save_whole_tensors(
     state_dict: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Gather first, one tensor at a time and for the writing rank alone; then save plain tensors."""
+    """Gather first, one tensor at a time and for the writing rank alone; then save plain tensors.
+
+    transformers' own gather then finds no DTensor, and its barrier at the end holds all ranks.
+    """
     if kwargs.get("distributed_checkpoint"):
         raise ConfigError(
             "save_pretrained(distributed_checkpoint=True) is not for a parallelized model",
@@ -43,16 +46,3 @@ def save_whole_tensors(
     return original(
         self, save_directory, is_main_process=is_main_process, state_dict=whole, **kwargs
     )
-
-
-@PATCHES.on(PreTrainedModel, "gather_sharded_state_dict_for_save")
-def already_gathered(
-    original: Patch,
-    self: PreTrainedModel,
-    model_to_save: Any,
-    state_dict: dict[str, Any],
-    distributed_config: Any,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Nothing is left to gather: ``save_whole_tensors`` has done it."""
-    return state_dict

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +28,12 @@ class VocabParallelEmbedding(nn.Embedding):
     """
 
     axis: Axis
+
+    @classmethod
+    def take_over(cls, module: nn.Embedding, axis: Axis) -> None:
+        """Make an ``nn.Embedding`` one of these, in place."""
+        module.__class__ = cls
+        cast(VocabParallelEmbedding, module).axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up the ids that live here, zeros for the others, and sum over the ranks."""

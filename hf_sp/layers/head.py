@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,15 +43,22 @@ class VocabParallelHead(nn.Linear):
     state: ParallelState
     vocab: int
 
+    @classmethod
+    def take_over(cls, module: nn.Linear, state: ParallelState) -> None:
+        """Make an ``nn.Linear`` one of these, in place."""
+        module.__class__ = cls
+        self = cast(VocabParallelHead, module)
+        self.state, self.vocab = state, module.out_features
+        start, stop = vocab_range(self.vocab, state.axis)
+        self.out_features = stop - start
+
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
         request = HeadRequest(self, x, self.state.shard_of(x))
         if not self.state.in_model:
             return self.logits(request)
         like = cast_for_autocast(x.new_empty(0), x)
-        return LazyLogits(
-            (*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request
-        )
+        return LazyLogits((*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request)
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight rows and bias as this forward uses them, differentiable."""

@@ -17,13 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # What may be asked of the stand-in without making the logits.
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda")
 _METADATA = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.layout.__get__,
-    Tensor.ndim.__get__,
-    Tensor.is_cuda.__get__,
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,
@@ -56,6 +52,7 @@ class LazyLogits(Tensor):
     def __new__(
         cls, shape: tuple[int, ...], like: Tensor, make: Callable[[], Tensor], request: Any
     ) -> LazyLogits:
+        """A tensor without storage."""
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self._make, self._made, self.request = make, None, request
         return self
@@ -67,7 +64,7 @@ class LazyLogits(Tensor):
                 self._made = self._make()
         return self._made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -82,7 +79,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         # Reached only below __torch_function__, where the gradient path would be lost.

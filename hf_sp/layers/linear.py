@@ -4,8 +4,8 @@ How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for se
 
 - ``enter_block`` gathers the block's input once. Its autograd node saves the *shard* and takes the
   block's column weights as inputs, because it is the node that makes their gradients.
-- Each column linear computes ``x W^T`` and saves only W. Its backward adds its input gradient to one
-  buffer shared by the block and leaves dy for the entry.
+- Each column linear computes ``x W^T`` and saves only W. Its backward adds its input gradient to
+  one buffer shared by the block and leaves dy for the entry.
 - Autograd runs the entry's backward when all consumers of the gathered tensor have run: one
   all-gather of x and one reduce-scatter of the summed input gradient, in flight together; the
   weight gradients are computed while the reduce-scatter runs.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +43,19 @@ class ParallelLinear(nn.Linear):
 
     axis: Axis
     # Rows of a weight that is stored whole (k/v heads fewer than tp): (first row, rows).
-    rows: tuple[int, int] | None
+    rows: tuple[int, int] | None = None
 
-    def local_parameters(self, dtype_of: Tensor) -> tuple[Tensor, Tensor | None]:
+    def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight and bias as this forward uses them, differentiable."""
-        tensors = [self.weight, self.bias]
+        bias = None if self.bias is None else self._local(self.bias, like)
+        return self._local(self.weight, like), bias
+
+    def _local(self, parameter: Tensor, like: Tensor) -> Tensor:
+        tensor = local(parameter)
         if self.rows is not None:
             # Each rank uses its head's rows only: the whole gradient is the sum over ranks.
-            tensors = [
-                t if t is None else comm.identity_allreduce(local(t), self.axis).narrow(0, *self.rows)
-                for t in tensors
-            ]
-        weight, bias = (None if t is None else cast_for_autocast(local(t), dtype_of) for t in tensors)
-        assert weight is not None
-        return weight, bias
+            tensor = comm.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
+        return cast_for_autocast(tensor, like)
 
     def extra_repr(self) -> str:
         """Local sizes and the place on the tp axis."""
@@ -64,7 +63,7 @@ class ParallelLinear(nn.Linear):
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """Linear whose output features are split over tp.
+    """Linear whose output features are split over tp, or stored whole for k/v heads fewer than tp.
 
     Shapes:   x [B, S, H] -> [B, S, o], o = O / tp
     Forward:  no collective (the block's entry has gathered x)
@@ -72,6 +71,26 @@ class ColumnParallelLinear(ParallelLinear):
     Saves:    the weight. On an input that did not come from the block's entry (changed on the way):
               an ordinary linear, which also saves its input.
     """
+
+    @classmethod
+    def take_over(cls, module: nn.Linear, axis: Axis, heads: int = 0) -> None:
+        """Make an ``nn.Linear`` one of these, in place.
+
+        Args:
+            module: the linear.
+            axis: the tp axis.
+            heads: number of heads of a linear with fewer heads than ranks, else 0.
+        """
+        module.__class__ = cls
+        self = cast(ColumnParallelLinear, module)
+        self.axis = axis
+        if heads:
+            # Ranks r * tp / heads to (r + 1) * tp / heads share head r.
+            width = module.out_features // heads
+            self.rows = (axis.rank * heads // axis.size * width, width)
+            self.out_features = width
+        else:
+            self.out_features //= axis.size
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
@@ -103,12 +122,18 @@ class RowParallelLinear(ParallelLinear):
 
     sp: bool
 
+    @classmethod
+    def take_over(cls, module: nn.Linear, axis: Axis, *, sp: bool) -> None:
+        """Make an ``nn.Linear`` one of these, in place."""
+        module.__class__ = cls
+        self = cast(RowParallelLinear, module)
+        self.axis, self.sp = axis, sp
+        self.in_features //= axis.size
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local columns of the weight."""
         weight, bias = self.local_parameters(x)
-        return _RowLinear.apply(
-            cast_for_autocast(x, x), weight, bias, self.axis.rank == 0, self.sp
-        )
+        return _RowLinear.apply(cast_for_autocast(x, x), weight, bias, self.axis.rank == 0, self.sp)
 
 
 @dataclass(eq=False)
@@ -244,9 +269,7 @@ class _Enter(torch.autograd.Function):
         return None, dx, *flat
 
 
-def _weight_gradients(
-    ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]
-) -> list[Tensor | None]:
+def _weight_gradients(ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]) -> list[Tensor | None]:
     """Gradients of the entry's flat (weight, bias, weight, bias, ...) inputs."""
     needs = ctx.needs_input_grad[2:]
     flat: list[Tensor | None] = [None] * len(needs)

@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_source, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dsource = torch.zeros_like(source) if needs_source else None
         dweight = torch.zeros_like(weight_vH, dtype=wide) if needs_weight else None
-        dbias = torch.zeros_like(bias_v, dtype=wide) if needs_bias else None
+        dbias = weight_vH.new_zeros(weight_vH.shape[0], dtype=wide) if needs_bias else None
         for x_TH, labels_T, where in _chunks(full_BSH, labels_BS, spec):
             logits_Tv = torch.nn.functional.linear(x_TH, weight_vH, bias_v)
             loss_T, grad_Tv = _statistics(logits_Tv, labels_T, spec, any(ctx.needs_input_grad))

@@ -29,7 +29,7 @@ class Divisor:
 
 
 def legal_tps(divisors: list[Divisor]) -> list[int]:
-    """Every tp that all sizes allow; none is larger than the smallest one that is not replicable."""
+    """Every tp that all sizes allow, up to the smallest that cannot be replicated."""
     largest = min((d.size for d in divisors if not d.replicable), default=1)
     return [tp for tp in range(1, largest + 1) if all(d.allows(tp) for d in divisors)]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -196,7 +197,7 @@ class _Heads:
     @classmethod
     def of(cls, model: nn.Module, block: nn.Module) -> _Heads:
         head_dim = getattr(block, "head_dim", 0)
-        config = getattr(block, "config", model.config)
+        config: Any = getattr(block, "config", model.config)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         query = getattr(config, "num_attention_heads", 0) if head_dim else 0
@@ -277,7 +278,7 @@ def _path_of(modules: dict[str, nn.Module], wanted: nn.Module) -> str:
     return next(path for path, module in modules.items() if module is wanted)
 
 
-def _embedding(model: nn.Module, modules: dict[str, nn.Module], decoder: str) -> str:
+def _embedding(model: Any, modules: dict[str, nn.Module], decoder: str) -> str:
     module = model.get_input_embeddings()
     path = _path_of(modules, module)
     problem = ""
@@ -297,7 +298,7 @@ def _embedding(model: nn.Module, modules: dict[str, nn.Module], decoder: str) ->
     return path
 
 
-def _head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+def _head(model: Any, modules: dict[str, nn.Module]) -> str | None:
     module = model.get_output_embeddings()
     if module is None:
         return None
@@ -312,9 +313,7 @@ def _head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     return path
 
 
-def _final_norm(
-    modules: dict[str, nn.Module], decoder: str, container: str, embedding: str
-) -> str:
+def _final_norm(modules: dict[str, nn.Module], decoder: str, container: str, embedding: str) -> str:
     prefix = f"{decoder}." if decoder else ""
     known = (container, embedding)
     candidates = {

@@ -121,7 +121,11 @@ class BlockBoundary:
             batch_major=self.attention,
         )
         self.entries.append(entry)
-        if self.attention and module.training and getattr(module, "attention_dropout", 0.0):
+        if (
+            self.attention
+            and module.training
+            and float(getattr(module, "attention_dropout", False))
+        ):
             self.dropout.start(full)
         return _put_hidden(args, kwargs, full)
 
@@ -139,15 +143,6 @@ class BlockBoundary:
         else:
             x = comm.allreduce_identity(x, self.state.axis)
         return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockBoundary:
-        from copy import deepcopy
-
-        copy = BlockBoundary(
-            deepcopy(self.state, memo), deepcopy(self.linears, memo), self.attention
-        )
-        memo[id(self)] = copy
-        return copy
 
 
 class LocalDropout:

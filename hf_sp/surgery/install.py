@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from hf_sp.layers.head import CausalLMLoss
@@ -39,6 +41,6 @@ def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
 
 def _install_loss(model: nn.Module) -> None:
     # A loss function that the user has set is theirs: it gets logits. HF's is looked up by name.
-    original = getattr(model, "loss_function", None)
+    original: Any = getattr(model, "loss_function", None)
     if getattr(original, "__name__", "") == "ForCausalLMLoss":
-        model.loss_function = CausalLMLoss(original)
+        setattr(model, "loss_function", CausalLMLoss(original))  # noqa: B010 (HF's property)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -24,8 +25,6 @@ from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.layers.vocab import vocab_range
 from hf_sp.plan.schema import Leaf, Plan
 from hf_sp.state import ParallelState
-
-_WEIGHT_DIM = {"column": 0, "row": 1}
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -57,7 +56,7 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
     return placed
 
 
-def agree_on_weights(model: nn.Module, mesh: torch.distributed.DeviceMesh) -> list[str]:
+def agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> list[str]:
     """Make every rank's parameters and buffers those of tp rank 0, as DDP does.
 
     Ranks that built the model from different seeds would each shard another model. Digests are
@@ -111,17 +110,15 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         if block.attention:
             _set_local_groups(model.get_submodule(block.path), block.leaves, state.axis)
     embedding = model.get_submodule(plan.embedding)
-    embedding.__class__ = VocabParallelEmbedding
-    embedding.axis = state.axis
+    assert isinstance(embedding, nn.Embedding)
+    VocabParallelEmbedding.take_over(embedding, state.axis)
     if plan.head is not None:
         head = model.get_submodule(plan.head)
-        head.state, head.vocab = state, head.out_features
-        start, stop = vocab_range(head.vocab, state.axis)
-        head.out_features = stop - start
-        head.__class__ = VocabParallelHead
+        assert isinstance(head, nn.Linear)
+        VocabParallelHead.take_over(head, state)
 
 
-def _device(mesh: torch.distributed.DeviceMesh) -> torch.device:
+def _device(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
@@ -156,20 +153,12 @@ def _shard(
 
 
 def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState) -> None:
-    axis = state.axis
     assert isinstance(module, nn.Linear)
-    module.__class__ = RowParallelLinear if leaf.style == "row" else ColumnParallelLinear
-    module.axis, module.rows = axis, None
     if leaf.style == "row":
-        module.sp = state.sp
-        module.in_features //= axis.size
-    elif leaf.style == "column":
-        module.out_features //= axis.size
+        RowParallelLinear.take_over(module, state.axis, sp=state.sp)
     else:
-        width = module.out_features // leaf.heads
-        # Ranks r * tp / heads .. share one head.
-        module.rows = (axis.rank * leaf.heads // axis.size * width, width)
-        module.out_features = width
+        shared = leaf.heads if leaf.style == "column_replicated" else 0
+        ColumnParallelLinear.take_over(module, state.axis, shared)
 
 
 def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], axis: Axis) -> None:
@@ -177,4 +166,5 @@ def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], axis: Axis) ->
     query = next(leaf.heads for leaf in leaves if leaf.style == "row")
     key_value = min(leaf.heads for leaf in leaves if leaf.style != "row")
     if hasattr(block, "num_key_value_groups"):
-        block.num_key_value_groups = (query // axis.size) // max(1, key_value // axis.size)
+        groups = (query // axis.size) // max(1, key_value // axis.size)
+        setattr(block, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from hf_sp import collectives as comm
-from hf_sp.collectives import Axis
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+
+from hf_sp import collectives as comm
+from hf_sp.collectives import Axis
 
 
 def concat_slice(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

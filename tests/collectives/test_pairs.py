@@ -11,11 +11,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import _local_tensor as lt
+from torch.distributed.device_mesh import init_device_mesh
+
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.estimate.simulate import fake_world
-from torch.distributed import _local_tensor as lt
-from torch.distributed.device_mesh import init_device_mesh
 
 B, H = 2, 3
 
@@ -44,9 +45,7 @@ def _run(world, pair, inputs, grads):
 
 def _random(world, *shape, same=False):
     one = torch.randn(*shape, dtype=torch.float64)
-    return [
-        one.clone() if same else torch.randn(*shape, dtype=torch.float64) for _ in range(world)
-    ]
+    return [one.clone() if same else torch.randn(*shape, dtype=torch.float64) for _ in range(world)]
 
 
 def _shards(x, world):

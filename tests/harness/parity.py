@@ -43,6 +43,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -186,26 +187,26 @@ def train(case: Case) -> Report:
     return report
 
 
-def train_all(cases: Iterable[Case]) -> list[Report | str]:
-    """`train` for each case: a report, or the text of the error that *every* rank raised.
+def train_all(cases: Iterable[Case]) -> list[Report]:
+    """`train` for each case; what raised is in the report's problems."""
+    return [attempt(str(case), lambda case=case: train(case)) for case in cases]
 
-    One refusal must not hide the other cells. An error on some ranks only leaves the ranks out of
-    step, which the agreement after each cell turns into a failure of the whole job.
+
+def attempt(name: str, run: Callable[[], Report]) -> Report:
+    """`run()`, or a report of the error that *every* rank raised: one refusal must not hide the rest.
+
+    An error on some ranks only leaves them out of step, and fails the whole job.
     """
-    out: list[Report | str] = []
-    for case in cases:
-        try:
-            result: Report | str = train(case)
-        except Exception as error:  # reported as this cell's failure by the caller
-            result = f"{case}: {type(error).__name__}: {error}"
-        failed = [torch.zeros(1) for _ in range(dist.get_world_size())]
-        dist.all_gather(failed, torch.tensor([float(isinstance(result, str))]))
-        if 0 < sum(int(flag) for flag in failed) < len(failed):
-            raise AssertionError(
-                f"{case}: the ranks disagree; here: {result if isinstance(result, str) else 'fine'}"
-            )
-        out.append(result)
-    return out
+    try:
+        report, error = run(), None
+    except Exception:  # reported as this one's failure
+        report, error = Report(name, dist.get_rank()), traceback.format_exc()
+        report.problems.append(error)
+    failed = [torch.zeros(1) for _ in range(dist.get_world_size())]
+    dist.all_gather(failed, torch.tensor([float(error is not None)]))
+    if 0 < sum(int(flag) for flag in failed) < len(failed):
+        raise AssertionError(f"{name}: the ranks disagree; this one: {error or 'fine'}")
+    return report
 
 
 def pair(case: Case) -> tuple[nn.Module, nn.Module]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -72,6 +73,25 @@ def run_on_ranks(
 ) -> list:
     """Run `fn(**kwargs)` on each of `world` ranks; the results in rank order."""
     return pool(world).run(fn, timeout=timeout, **kwargs)
+
+
+@functools.cache
+def _outcome(world: int, fn: str, timeout: float, kwargs: tuple) -> tuple[list | None, str | None]:
+    try:
+        return run_on_ranks(world, fn, timeout=timeout, **dict(kwargs)), None
+    except RankError as error:
+        return None, str(error)
+
+
+def run_once(world: int, fn: str, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
+    """`run_on_ranks`, once a session for the same arguments (hashable): many tests, one job.
+
+    A failure is kept and raised for each of them; running into the same limit again tells nothing.
+    """
+    results, failure = _outcome(world, fn, timeout, tuple(sorted(kwargs.items())))
+    if failure is not None:
+        raise RankError(failure)
+    return results
 
 
 def close_all() -> None:

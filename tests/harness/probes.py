@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from harness.batches import Batch
 from harness.parity import (
     Case,
     Report,
+    attempt,
     compare_gradients,
     compare_loss,
     compare_once,
@@ -88,13 +89,14 @@ def inputs(case: Case) -> Reports:
     Train mode (loss, all gradients), then eval with and without labels (loss, logits).
     """
     model, parallel = pair(case)
-    out = {}
-    for name, batch in named_inputs(dist.get_world_size(), model.config.vocab_size).items():
-        report = out[name] = _report(case, name)
-        compare_once(report, model, parallel, batch)
+    made = named_inputs(dist.get_world_size(), model.config.vocab_size)
+
+    def run(report: Report, name: str) -> None:
+        compare_once(report, model, parallel, made[name])
         with _evaluating(model, parallel):
-            _compare_eval(report, model, parallel, batch)
-    return out
+            _compare_eval(report, model, parallel, made[name])
+
+    return _each(case, made, run)
 
 
 def _compare_eval(report: Report, model: nn.Module, parallel: nn.Module, batch: Batch) -> None:
@@ -125,15 +127,15 @@ def _compare_plain(report: Report, what: str, got: Tensor | None, want: Tensor) 
 def uses(case: Case) -> Reports:
     """Each probe in USES, on fresh gradients of one pair of models."""
     model, parallel = pair(case)
-    out = {}
-    for name, probe in USES.items():
-        if name == "attentions" and case.attn != "eager":
-            continue  # HF returns attention weights with eager attention only
-        report = out[name] = _report(case, name)
-        model.zero_grad(set_to_none=True)
-        parallel.zero_grad(set_to_none=True)
-        probe(report, model, parallel, batches.left_padded(2, 17, model.config.vocab_size))
-    return out
+    # HF returns attention weights with eager attention only.
+    names = [name for name in USES if name != "attentions" or case.attn == "eager"]
+
+    def run(report: Report, name: str) -> None:
+        for one in (model, parallel):
+            one.train().zero_grad(set_to_none=True)
+        USES[name](report, model, parallel, batches.left_padded(2, 17, model.config.vocab_size))
+
+    return _each(case, names, run)
 
 
 def _backward_of(report: Report, model: nn.Module, parallel: nn.Module, run: Any) -> None:
@@ -307,12 +309,13 @@ def _two_forwards(report: Report, model: nn.Module, parallel: nn.Module, batch: 
 
 def _no_grad_between(report: Report, model: nn.Module, parallel: nn.Module, batch: Batch) -> None:
     """Forwards without gradients, of other lengths, between a forward and its backward."""
-    other = batches.plain(1, 1, model.config.vocab_size)
+    vocab = model.config.vocab_size
+    short, other = batches.with_num_items(batches.plain(2, 7, vocab), 5), batches.plain(1, 1, vocab)
 
     def run(one: nn.Module) -> list[Tensor]:
         loss = one(**fresh(batch)).loss
         with torch.no_grad():
-            between = one(**batches.with_num_items(batches.plain(2, 7), 5)).loss
+            between = one(**fresh(short)).loss
         one.eval()
         with torch.no_grad():
             logits = one(input_ids=other["input_ids"]).logits
@@ -396,29 +399,25 @@ USES = {
 }
 
 
-def frozen(case: Case, patterns: list[str]) -> Reports:
+def frozen(case: Case, patterns: Iterable[str]) -> Reports:
     """Only parameters whose name contains the pattern train, as set before `parallelize`."""
     from hf_sp import parallelize
 
-    out = {}
-    for pattern in patterns:
-        report = out[pattern] = _report(case, pattern)
+    def run(report: Report, pattern: str) -> None:
         model = tiny.build(case.family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(pattern in name)
         parallel = parallelize(copy.deepcopy(model), tp=dist.get_world_size(), sp=case.sp)
-        trainable = [
-            [n for n, p in one.named_parameters() if p.requires_grad] for one in (model, parallel)
-        ]
-        if trainable[0] != trainable[1] or not trainable[0]:
-            report.problems.append(f"trainable: {trainable[1]}, want {trainable[0]}")
-        compare_once(
-            report,
-            tiny.reference(model),
-            parallel,
-            batches.left_padded(2, 17, model.config.vocab_size),
+        want, got = (
+            [name for name, p in one.named_parameters() if p.requires_grad]
+            for one in (model, parallel)
         )
-    return out
+        if got != want or not want:
+            report.problems.append(f"trainable: {got}, want {want}")
+        batch = batches.left_padded(2, 17, model.config.vocab_size)
+        compare_once(report, tiny.reference(model), parallel, batch)
+
+    return _each(case, patterns, run)
 
 
 def generation(case: Case) -> Reports:
@@ -427,7 +426,6 @@ def generation(case: Case) -> Reports:
     model.eval()
     parallel.eval()
     vocab = model.config.vocab_size
-    out = {}
     prompts: dict[str, tuple[Batch, dict]] = {
         f"length{length}-batch{batch}": (batches.plain(batch, length, vocab), {})
         for length in (1, 5, 8, 17)
@@ -436,26 +434,23 @@ def generation(case: Case) -> Reports:
     prompts["left-padded"] = (batches.left_padded_without_positions(3, 9, vocab), {})
     prompts["no-cache"] = (batches.plain(3, 5, vocab), {"use_cache": False})
     prompts["beams"] = (batches.plain(2, 5, vocab), {"num_beams": 3})
-    for name, (prompt, options) in prompts.items():
-        report = out[name] = _report(case, name)
-        asked = {key: prompt[key] for key in ("input_ids", "attention_mask") if key in prompt}
-        asked.setdefault("attention_mask", torch.ones_like(asked["input_ids"]))
+
+    def run(report: Report, name: str) -> None:
+        prompt, options = prompts[name]
+        ids = prompt["input_ids"]
+        mask = prompt.get("attention_mask", torch.ones_like(ids))
         # 12 tokens each: past the sliding window, and eos (which one row may meet) must not end the
         # others' rows.
-        options = {
-            "max_new_tokens": 12,
-            "min_new_tokens": 12,
-            "do_sample": False,
-            "pad_token_id": 0,
-            **options,
-        }
-        want, got = (one.generate(**asked, **options) for one in (model, parallel))
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **options}
+        want, got = (
+            one.generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
+            for one in (model, parallel)
+        )
         report.compare("tokens", got, want)
-        if int(want.unique().numel()) < 4:
-            report.problems.append(
-                "the reference repeats itself: these tokens would not show a fault"
-            )
-    return out
+        if int(want[:, ids.shape[1] :].unique().numel()) < 4:
+            report.problems.append("the reference repeats itself: no fault would show")
+
+    return _each(case, prompts, run)
 
 
 def different_batches(case: Case) -> str:
@@ -525,6 +520,17 @@ def noise(case: Case, autocast: bool = False) -> dict[str, float]:
         "loss unsharded": (losses[0] / 4) ** 0.5,
         "loss parallel": (losses[1] / 4) ** 0.5,
     }
+
+
+def _each(case: Case, names: Iterable[str], run: Callable[[Report, str], None]) -> Reports:
+    """`run(report, name)` for each name; an error of one is in its report."""
+
+    def one(name: str) -> Report:
+        report = _report(case, name)
+        run(report, name)
+        return report
+
+    return {name: attempt(f"{case} {name}", lambda name=name: one(name)) for name in names}
 
 
 def _report(case: Case, name: str) -> Report:

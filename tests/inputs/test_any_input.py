@@ -7,12 +7,10 @@ first of them. What each input or use is, is in harness/batches.py and harness/p
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 from harness import probes
 from harness.parity import Case, assert_parity
-from harness.pool import pool
+from harness.pool import run_on_ranks, run_once
 
 # (tp, case): a padding row and biases; a vocabulary that no tp divides; a window shorter than the
 # sequence, under the eager mask; qk-norm and a tied head; kv heads on several ranks; plain tensor
@@ -47,13 +45,9 @@ GENERATION_MODELS = [
 FROZEN = ["norm", "q_proj", "down_proj", "layers.1", "embed_tokens", "lm_head"]
 
 
-@functools.cache
-def _reports(tp: int, probe: str, case: Case) -> list[dict]:
-    return pool(tp).run(f"harness.probes:{probe}", case=case, timeout=240)
-
-
 def _check(tp: int, probe: str, case: Case, name: str) -> None:
-    assert_parity([reports[name] for reports in _reports(tp, probe, case)])
+    per_rank = run_once(tp, f"harness.probes:{probe}", timeout=240, case=case)
+    assert_parity([reports[name] for reports in per_rank])
 
 
 def _ids(models):
@@ -100,17 +94,12 @@ def test_generate(tp, case, name):
 @pytest.mark.parametrize("pattern", FROZEN)
 def test_frozen_parameters(pattern):
     """Parameters frozen before `parallelize` stay frozen; the gradients of the others are right."""
-    reports = _frozen()
-    assert_parity([one[pattern] for one in reports])
-
-
-@functools.cache
-def _frozen() -> list[dict]:
-    return pool(2).run("harness.probes:frozen", case=Case("llama"), patterns=FROZEN)
+    per_rank = run_once(2, "harness.probes:frozen", case=Case("llama"), patterns=tuple(FROZEN))
+    assert_parity([reports[pattern] for reports in per_rank])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_different_batches_on_the_ranks_are_refused(tp):
     """Silent otherwise: each rank's loss would be a mixture of two batches."""
-    answers = pool(tp).run("harness.probes:different_batches", case=Case("llama"))
+    answers = run_on_ranks(tp, "harness.probes:different_batches", case=Case("llama"))
     assert all("Error" in answer for answer in answers), answers

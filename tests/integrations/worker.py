@@ -8,6 +8,7 @@ the integration got wrong.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -247,15 +248,11 @@ def job_variants():
         "sized_stream",
         trainer_for("v9", train_dataset=Stream(Rows(10), sized=True), num_train_epochs=1, max_steps=-1),
     )
-    same_length = Rows(12)
-    for row in same_length.rows:
-        for k in row:
-            row[k] = row[k].repeat(3)[:5]
     run(
         "dispatch",
         trainer_for(
             "v10",
-            train_dataset=same_length,
+            train_dataset=even_rows_of(12),
             num_train_epochs=1,
             max_steps=-1,
             accelerator_config={"dispatch_batches": True},
@@ -318,13 +315,14 @@ def job_eval():
         "eval4",
         compute_metrics=metrics_of,
         accelerator_config={"dispatch_batches": True},
-        eval_dataset=even_rows(),
+        eval_dataset=even_rows_of(7, seed=8),
     )
     REPORT["eval_dispatched"] = clean(trainer.evaluate())
 
 
-def even_rows():
-    rows = Rows(7, seed=8)
+def even_rows_of(n, seed=7):
+    """Rows of one length: dispatched batches of different shapes cannot be concatenated."""
+    rows = Rows(n, seed=seed)
     for row in rows.rows:
         for k in row:
             row[k] = row[k].repeat(3)[:6]
@@ -508,15 +506,12 @@ def job_optimizer():
 
 def job_cross():
     """Resume from a plain one-process run, and from a run at another degree."""
-    want = OUT / "plain-weights.pt"
-    reference = torch.load(want)
-    sources = {"stock": OUT / "plain" / "resume" / "checkpoint-2"}
-    if WORLD > 1:
-        sources["tp1"] = OUT / "one" / "resume" / "checkpoint-2"
-    else:
-        sources["tp2"] = OUT / "tp" / "resume" / "checkpoint-2"
-    for name, folder in sources.items():
-        if not folder.exists():
+    import shutil
+
+    reference = torch.load(OUT / "plain-weights.pt")
+    for name, (source, degree) in {"stock": ("plain", 0), "tp1": ("one", 1), "tp2": ("tp", 2)}.items():
+        folder = OUT / source / "resume" / "checkpoint-2"
+        if degree == WORLD or not folder.exists():
             continue
         trainer = trainer_for("cross", tiny(seed=6))
         trainer.train(resume_from_checkpoint=str(folder))
@@ -525,9 +520,7 @@ def job_cross():
             for n, w in weights(trainer.model).items()
         )
         REPORT[f"cross_{name}"] = {"error": error, "history": history(trainer)}
-    tampered = OUT / f"tampered{WORLD}"
-    import shutil
-
+    tampered = OUT / f"tampered-{MODE}"
     if RANK == 0:
         shutil.copytree(OUT / "plain" / "resume" / "checkpoint-2", tampered)
         state = torch.load(tampered / "optimizer.pt")
@@ -604,8 +597,8 @@ def job_accelerate():
     torch.manual_seed(77 + (RANK if MODE != "plain" else 0))
     loader = torch.utils.data.DataLoader(Rows(11), batch_size=2, shuffle=True, collate_fn=collate)
     test = torch.utils.data.DataLoader(Rows(7, seed=8), batch_size=2, collate_fn=collate)
-    model, optimizer, loader, test, schedule = accelerator.prepare(
-        model, optimizer, loader, test, schedule
+    loader, test, model, optimizer, schedule = accelerator.prepare(
+        loader, test, model, optimizer, schedule
     )
     losses, norms, rates, first = [], [], [], []
     for _ in range(2):
@@ -725,6 +718,192 @@ def job_full_eval():
     ).state.global_step
 
 
+def job_patches_needed():
+    """Take each patch away in turn: the same run has to go wrong, or the patch is idle."""
+    from accelerate import Accelerator
+    from accelerate.data_loader import DataLoaderDispatcher
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.scheduler import AcceleratedScheduler
+    from accelerate.utils.operations import ConvertOutputsToFp32
+    from hf_sp.integrations.patching import original_of
+    from hf_sp.layers.lazy import LazyLogits
+
+    tiny()
+    known = json.loads((OUT / "plain-0.json").read_text())
+
+    def differs(name, **kwargs):
+        def check():
+            run("mutant", trainer_for("mutant", **kwargs))
+            mine, theirs = REPORT.pop("mutant"), known[name]
+            keys = ("history", "total_flos", "max_steps")
+            return [k for k in keys if not close(mine[k], theirs[k])]
+
+        return check
+
+    def evaluation(name, **kwargs):
+        def check():
+            trainer = trainer_for("mutant", compute_metrics=metrics_of, **kwargs)
+            return [] if close(clean(trainer.evaluate()), known[name]) else ["metrics"]
+
+        return check
+
+    def logits(**kwargs):
+        def check():
+            made, original = [], LazyLogits.materialize
+            LazyLogits.materialize = lambda x: made.append(1) or original(x)
+            try:
+                trainer = trainer_for("mutant", tiny(dtype=torch.float32), max_steps=1, **kwargs)
+                trainer.train()
+                trainer.evaluate()
+            finally:
+                LazyLogits.materialize = original
+            return ["logits"] * len(made)
+
+        return check
+
+    def speed():
+        trainer = trainer_for("mutant")
+        found = trainer.evaluate()
+        steps = found["eval_steps_per_second"] * found["eval_runtime"]
+        return [] if abs(steps - 4) < 0.4 else [steps]
+
+    def predict_speed():
+        found = trainer_for("mutant").predict(Rows(7, seed=8)).metrics
+        steps = found["test_steps_per_second"] * found["test_runtime"]
+        return [] if abs(steps - 4) < 0.4 else [steps]
+
+    def random_metrics():
+        def compute(prediction):
+            return {"random": random.random() + RANK}
+
+        metric = trainer_for("mutant", compute_metrics=compute).evaluate()["eval_random"]
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, metric)
+        return [] if len(set(everyone)) == 1 else everyone
+
+    def loop():
+        saved = REPORT.pop("accelerate", None)
+        job_accelerate()
+        mine = REPORT.pop("accelerate")
+        if saved is not None:
+            REPORT["accelerate"] = saved
+        keys = ("losses", "rates", "rows", "predictions")
+        return [k for k in keys if not close(mine[k], known["accelerate"][k])]
+
+    def other_degree():
+        folder = OUT / "one" / "dropout" / "checkpoint-2"
+        trainer = trainer_for("mutant")
+        torch.manual_seed(100 + RANK)
+        trainer._load_rng_state(str(folder))
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, float(torch.rand(())))
+        return [] if len(set(everyone)) == 1 else everyone
+
+    def foreign():
+        dead = torch.optim.AdamW(tiny(parallel=False).parameters())
+        found = refused(lambda: trainer_for("mutant", optimizers=(dead, None)))
+        return [] if found["type"] == "ConfigError" else ["accepted"]
+
+    def lacking():
+        model = tiny()
+        trainer = trainer_for("mutant", model)
+        result = model.load_state_dict({}, strict=False)
+        found = refused(lambda: trainer._issue_warnings_after_load(result))
+        return [] if found["type"] == "CheckpointError" else ["accepted"]
+
+    def disagreeing():
+        config = ParallelismConfig(tp_size=WORLD, cp_size=2)
+        found = refused(lambda: trainer_for("mutant", parallelism_config=config))
+        return [] if found["type"] == "ConfigError" else ["accepted"]
+
+    def empty_shards():
+        from torch import nn
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        model = tiny()
+        accelerator = trainer_for("mutant", model).accelerator
+        for name in ("a", "b"):
+            one = distribute_tensor(
+                torch.ones(1, 3), model.lm_head.weight.device_mesh, [Shard(0)], src_data_rank=None
+            )
+            model.register_parameter(name, nn.Parameter(one))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accelerator.prepare(model, optimizer)
+        found = len({id(p) for g in optimizer.param_groups for p in g["params"]})
+        wanted = len(list(model.parameters()))
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, found)
+        return [] if everyone == [wanted] * WORLD else everyone
+
+    same_length = {"train_dataset": even_rows_of(12), "num_train_epochs": 1, "max_steps": -1}
+    dispatch = {"accelerator_config": {"dispatch_batches": True}}
+    cases = [
+        (Trainer, "_get_num_items_in_batch", differs("tokens_local", average_tokens_across_devices=False)),
+        (Trainer, "_track_num_input_tokens", differs("train", include_num_input_tokens_seen="all")),
+        (Trainer, "store_flos", differs("train", include_num_input_tokens_seen="all")),
+        (Trainer, "_get_train_sampler", differs("rebalance", train_sampling_strategy="batch_rebalance")),
+        (Trainer, "_get_dataloader", differs("workers", collator=noisy_collate, dataloader_num_workers=2, max_steps=2)),
+        (Trainer, "prediction_step", logits()),
+        (Trainer, "evaluation_loop", random_metrics),
+        (Trainer, "log", speed),
+        (Trainer, "predict", predict_speed),
+        (Trainer, "_load_rng_state", other_degree),
+        (Trainer, "_validate_args", foreign),
+        (Trainer, "_issue_warnings_after_load", lacking),
+        (Trainer, "_build_accelerator_args", disagreeing),
+        (Accelerator, "gather_for_metrics", evaluation("eval_first")),
+        (Accelerator, "prepare_data_loader", loop),
+        (Accelerator, "_prepare_tp", empty_shards),
+        (Accelerator, "prepare", loop),
+        (DataLoaderDispatcher, "__len__", differs("dispatch", **same_length, **dispatch)),
+        (AcceleratedScheduler, "step", loop),
+        (ConvertOutputsToFp32, "__call__", logits(bf16=True)),
+        (ParallelismConfig, "_validate_accelerator", differs("train")),
+    ]
+    REPORT["patches"] = {}
+    for owner, name, check in cases:
+        patched = getattr(owner, name)
+        setattr(owner, name, bare(original_of(owner, name)))
+        try:
+            found = check()
+        except Exception as error:  # noqa: BLE001  (any way of going wrong will do)
+            found = [f"{type(error).__name__}: {str(error)[:80]}"]
+        finally:
+            setattr(owner, name, patched)
+        REPORT["patches"][f"{owner.__name__}.{name}"] = found
+        reset_accelerate()
+    REPORT["patches_intact"] = {}
+    for owner, name, check in cases:
+        REPORT["patches_intact"][f"{owner.__name__}.{name}"] = check()
+
+
+def bare(original):
+    """The original, marked as patched: every ``parallelize`` puts the missing patches in place."""
+
+    @functools.wraps(original)
+    def method(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    method.__hf_sp_original__ = original
+    return method
+
+
+def reset_accelerate():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
+def close(a, b):
+    if isinstance(a, dict):
+        return all(k in b and close(v, b[k]) for k, v in a.items())
+    if isinstance(a, list):
+        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float):
+        return abs(a - b) <= 1e-5 * max(abs(a), abs(b))
+    return a == b
+
+
 def job_misuse():
     """Last: rank 0 alone calls save_pretrained."""
     os.environ["HF_SP_SAVE_TIMEOUT"] = "2"
@@ -737,7 +916,7 @@ def job_misuse():
 
 JOBS = {
     "plain": [job_train, job_variants, job_eval, job_resume, job_best, job_accelerate, job_full_eval],
-    "one": [job_resume, job_save, job_cross],
+    "one": [job_resume, job_save, job_dropout_resume, job_cross],
     "tp": [
         job_train,
         job_variants,
@@ -752,9 +931,11 @@ JOBS = {
         job_accelerate,
         job_dropout_resume,
         job_full_eval,
+        job_patches_needed,
         job_misuse,
     ],
     "back": [job_cross],
+    "four": [job_cross],
 }
 
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from harness.parity import Case
+
 from hf_sp import collectives as comm
 from hf_sp.layers import embedding, head, linear, loss
 from hf_sp.surgery import boundary, parameters, swap

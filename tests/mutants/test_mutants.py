@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 from harness.parity import assert_parity
 from harness.pool import pool
+
 from mutants.faults import FAULTS
 
 # A fault must stand out of the rounding by far; the smallest seen is above 1e-3.

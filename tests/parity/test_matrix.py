@@ -8,13 +8,12 @@ is compared and how closely.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 from harness import tiny
 from harness.parity import Case, assert_parity
-from harness.pool import pool
+from harness.pool import run_once
 
 TPS = (2, 4)
 
@@ -48,20 +47,8 @@ CELLS = [
 ]
 
 
-@functools.cache
-def _reports(tp: int, family: str, dtype: str) -> dict[Case, list]:
-    """Each cell's reports, one per rank.
-
-    A failure of the job as a whole is raised anew for each of its cells.
-    """
-    cases = _cells(family, dtype)
-    per_rank = pool(tp).run("harness.parity:train_all", cases=cases, timeout=180)
-    return {case: [reports[index] for reports in per_rank] for index, case in enumerate(cases)}
-
-
 @pytest.mark.parametrize(("tp", "case"), CELLS)
 def test_training_matches_the_unsharded_model(tp, case):
-    reports = _reports(tp, case.family, case.dtype)[case]
-    refused = [one for one in reports if isinstance(one, str)]
-    assert not refused, "\n".join(refused)
-    assert_parity(reports)
+    cases = tuple(_cells(case.family, case.dtype))
+    per_rank = run_once(tp, "harness.parity:train_all", timeout=180, cases=cases)
+    assert_parity([reports[cases.index(case)] for reports in per_rank])

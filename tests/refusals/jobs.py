@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import tiny
+from torch.distributed.device_mesh import init_device_mesh
+
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
-from torch.distributed.device_mesh import init_device_mesh
 
 
 def _message(function: Callable[[], Any]) -> str | None:

@@ -7,9 +7,10 @@ import torch
 from accelerate import cpu_offload
 from harness import tiny
 from harness.pool import pool
+from torch import nn
+
 from hf_sp import parallelize
 from hf_sp.errors import ConfigError, HfSpError
-from torch import nn
 
 # --- on two ranks -------------------------------------------------------------------------------
 

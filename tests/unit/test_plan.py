@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from harness import tiny
-from hf_sp.errors import PlanError
-from hf_sp.plan import derive_plan
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +18,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
+
+from hf_sp.errors import PlanError
+from hf_sp.plan import derive_plan
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -31,7 +32,9 @@ def _meta(family, auto=AutoModelForCausalLM, **overrides):
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_golden(family):
-    text = "\n\n".join(str(derive_plan(_meta(family), tp, sp)) for tp, sp in [(2, True), (4, False)])
+    text = "\n\n".join(
+        str(derive_plan(_meta(family), tp, sp)) for tp, sp in [(2, True), (4, False)]
+    )
     path = GOLDENS / f"{family}.txt"
     if os.environ.get("HF_SP_WRITE_GOLDENS"):
         path.write_text(text + "\n")
@@ -113,9 +116,8 @@ def test_plans_that_are_refused(styles, message):
 
 
 def test_model_without_a_plan():
-    with pytest.raises(PlanError, match="has no tensor parallel plan"):
-        with torch.device("meta"):
-            derive_plan(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")), 2, True)
+    with pytest.raises(PlanError, match="has no tensor parallel plan"), torch.device("meta"):
+        derive_plan(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")), 2, True)
 
 
 class _OtherLinear(nn.Linear):
