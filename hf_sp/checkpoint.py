@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_sp.errors import CheckpointError
@@ -126,7 +127,7 @@ def _shard_incoming(
             "a checkpoint does not fit the parallelized model",
             where=f"{type(module).__name__}.load_state_dict",
             got=_listing(wrong),
-            rule="every tensor has the shape of the whole parameter, as plain transformers saves it",
+            rule="tensors have the shape of the whole parameter, as plain transformers saves it",
             remedy="load the checkpoint that was saved from this configuration of the model",
         )
     for key, parameter in incoming.items():
@@ -369,7 +370,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
         )
     tensors["document"] = json.dumps(document)
     Path(directory).mkdir(parents=True, exist_ok=True)
-    dcp.save(tensors, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
+    dcp_save(tensors, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> None:
@@ -394,7 +395,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
             rule="the directory holds what save_optimizer wrote, whole",
         ) from error
     found: dict[str, Any] = {"document": ""}
-    dcp.load(found, checkpoint_id=str(directory), no_dist=no_dist)
+    dcp_load(found, checkpoint_id=str(directory), no_dist=no_dist)
     document = json.loads(found["document"])
     _same_groups([g["names"] for g in document["groups"]], groups, directory)
 
@@ -426,7 +427,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
                 )
     if wrong:
         raise _misfit(wrong, directory)
-    dcp.load(templates, checkpoint_id=str(directory), no_dist=no_dist)
+    dcp_load(templates, checkpoint_id=str(directory), no_dist=no_dist)
 
     order = [n for g in groups for n in g]
     state: dict[int, dict[str, Any]] = {}
@@ -466,8 +467,8 @@ def load_full_optimizer(model: nn.Module, optimizer: Any, full: Mapping[str, Any
         entry: dict[str, Any] = {}
         for key, value in full["state"].get(saved, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                is_sharded = isinstance(parameter, DTensor)
-                entry[key] = shard_like(value, parameter) if is_sharded else value
+                is_dtensor = isinstance(parameter, DTensor)
+                entry[key] = shard_like(value, parameter) if is_dtensor else value  # type: ignore[arg-type]
             elif isinstance(value, Tensor) and value.numel() > 1:
                 wrong.append(
                     f"{name}.{key}: {tuple(value.shape)}, the parameter is {tuple(parameter.shape)}"

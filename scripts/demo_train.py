@@ -31,8 +31,9 @@ from hf_sp import parallelize
 from hf_sp.estimate import StepCount, count_step, per_layer
 
 SEED = 0
-SEQ = 512
+SEQ = 256
 BATCH = 2
+COUNTED_SEQ = 1024  # costs are counted on longer sequences than the demo has the time to train on
 RANK = int(os.environ.get("RANK", "0"))
 # One device can hold one rank of a NCCL group: below two GPUs the demo stays on the CPU.
 USE_CUDA = os.environ.get("HF_SP_DEMO_DEVICE", "cpu") == "cuda"
@@ -48,7 +49,8 @@ def make_model(vocab_size: int, layers: int = 4) -> LlamaForCausalLM:
             num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=4,
-            max_position_embeddings=SEQ,
+            max_position_embeddings=COUNTED_SEQ,
+            initializer_range=0.05,
             bos_token_id=None,
             eos_token_id=0,
         )
@@ -89,7 +91,9 @@ class Progress(TrainerCallback):
 def count(vocab_size: int, tp: int, sp: bool) -> dict[str, object]:
     """Count what a training step costs this rank: the whole model, and one layer of it."""
     device = torch.device("cuda", torch.cuda.current_device()) if USE_CUDA else torch.device("cpu")
-    ids = torch.randint(vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.randint(
+        vocab_size, (BATCH, COUNTED_SEQ), generator=torch.Generator().manual_seed(SEED)
+    )
     ids = ids.to(device)
 
     def measured(layers: int) -> StepCount:
@@ -119,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by demo.py")
     parser.add_argument("--results", type=Path, required=True, help="where results and model go")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tp", type=int, default=1)
     options = parser.parse_args()
 
@@ -140,9 +144,10 @@ def main() -> None:
             per_device_eval_batch_size=BATCH,
             gradient_accumulation_steps=2,
             max_grad_norm=0.5,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=5,
+            learning_rate=2e-3,
+            lr_scheduler_type="linear",
+            warmup_steps=10,
+            adam_beta2=0.95,
             weight_decay=0.1,
             logging_steps=1,
             save_strategy="no",

@@ -55,10 +55,10 @@ def check_world(state: ParallelState, where: str) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world != state.tp:
         raise ConfigError(
-            f"tp={state.tp} on {world} processes leaves a data-parallel degree, which is not supported",
+            f"tp={state.tp} does not make up the {world} processes: data parallel is not supported",
             where=where,
             got=f"world size {world}, tp {state.tp}",
-            rule="the processes are the tensor-parallel group: gradients are not averaged over others",
+            rule="all processes are tensor parallel: nobody averages gradients over others",
             legal=f"{state.tp} processes, or parallelize(model, tp={world})",
         )
 
@@ -76,13 +76,15 @@ def check_config(config: ParallelismConfig, state: ParallelState, where: str) ->
             "the ParallelismConfig does not agree with the parallelized model",
             where=where,
             got=", ".join(f"{n}_size={sizes[n]}" for n in differing),
-            rule="the model's own degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
+            rule="the model's degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
             legal=", ".join(f"{n}_size={wanted[n]}" for n in differing),
             remedy="leave the ParallelismConfig out: it is made from the model",
         )
 
 
-def config_for(state: ParallelState, given: ParallelismConfig | None, where: str) -> ParallelismConfig:
+def config_for(
+    state: ParallelState, given: ParallelismConfig | None, where: str
+) -> ParallelismConfig:
     """The ParallelismConfig of a parallelized model, carrying its mesh and our mark."""
     if given is not None:
         check_config(given, state, where)
@@ -144,7 +146,7 @@ def refuse_engine(engine: str, where: str) -> ConfigError:
 def check_optimizer(
     optimizers: Iterable[torch.optim.Optimizer], models: Iterable[nn.Module], where: str
 ) -> None:
-    """Refuse an optimizer over parameters that ``parallelize`` has replaced: it would train nothing."""
+    """Refuse an optimizer over parameters that ``parallelize`` has replaced: it trains nothing."""
     known = {id(p) for m in models for p in m.parameters()}
     for optimizer in optimizers:
         held = [p for g in optimizer.param_groups for p in g["params"]]
@@ -242,9 +244,7 @@ def _as_float(x: torch.Tensor) -> torch.Tensor:
 
 
 @PATCHES.on(ConvertOutputsToFp32, "__call__")
-def keep_logits_lazy(
-    original: Patch, self: ConvertOutputsToFp32, *args: Any, **kwargs: Any
-) -> Any:
+def keep_logits_lazy(original: Patch, self: ConvertOutputsToFp32, *args: Any, **kwargs: Any) -> Any:
     """Mixed precision casts a forward's outputs before the model's hooks see them.
 
     The cast would make the logits of the whole vocabulary in every training step.
@@ -347,7 +347,9 @@ def refuse_load_state(original: Patch, self: Accelerator, *args: Any, **kwargs: 
 
 
 @STATE_PATCHES.on(AcceleratedScheduler, "step")
-def one_step_per_step(original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any) -> Any:
+def one_step_per_step(
+    original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any
+) -> Any:
     """Accelerate steps the schedule once per process, counting tp ranks as data parallel."""
     split, self.split_batches = self.split_batches, True
     try:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 
 def mark(model: nn.Module, tp: int) -> None:
-    """Mark the transformers model, inside its adapter wrapper or not. Can be called again."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, PreTrainedModel):
-        return
-    inner._tp_size = tp
-    inner.config.distributed_config = DistributedConfig(tp_size=tp)
+    """Mark a transformers model; any other needs no mark. Can be called again."""
+    if isinstance(model, PreTrainedModel):
+        model._tp_size = tp  # type: ignore[assignment]
+        model.config.distributed_config = DistributedConfig(tp_size=tp)

@@ -31,9 +31,7 @@ _ACCELERATOR = "accelerate.accelerator:Accelerator."
 NAMES: tuple[Name, ...] = (
     # transformers: replaced methods
     Name(_TRAINER + "create_accelerator_and_postprocess", "(self)", ("self.accelerator = Acc",)),
-    Name(
-        _TRAINER + "_build_accelerator_args", "(self, **kwargs)", ('args["parallelism_config"]',)
-    ),
+    Name(_TRAINER + "_build_accelerator_args", "(self, **kwargs)", ('args["parallelism_config"]',)),
     Name(_TRAINER + "_validate_args", "(self)"),
     Name(_TRAINER + "call_model_init", "(self, trial=None)"),
     Name(
@@ -105,7 +103,9 @@ NAMES: tuple[Name, ...] = (
         ('f"rng_state_{process_index}.pth"', '"rng_state.pth"'),
     ),
     Name(
-        _TRAINER + "_issue_warnings_after_load", "(self, load_result)", ("load_result.missing_keys",)
+        _TRAINER + "_issue_warnings_after_load",
+        "(self, load_result)",
+        ("load_result.missing_keys",),
     ),
     Name(
         "transformers.modeling_utils:PreTrainedModel.save_pretrained",
@@ -135,7 +135,7 @@ NAMES: tuple[Name, ...] = (
         "(worker_id, num_workers, rank)",
         ("num_workers * rank",),
     ),
-    Name("transformers.distributed:DistributedConfig"),
+    Name("transformers.distributed.configuration_utils:DistributedConfig"),
     # accelerate: replaced methods
     Name(
         "accelerate.parallelism_config:ParallelismConfig._validate_accelerator",

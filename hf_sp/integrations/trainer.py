@@ -52,7 +52,7 @@ PATCHES = Patches(lambda trainer: parallel_state(trainer.model) is not None)
 """Patches of Trainers that train a parallelized model."""
 
 
-def _state(trainer: Trainer) -> ParallelState:
+def _state(trainer: Any) -> ParallelState:
     state = parallel_state(trainer.model)
     assert state is not None
     return state
@@ -115,7 +115,7 @@ ALL_PATCHES = Patches(lambda _: True)
 
 
 @ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
-def refuse_early(original: Patch, self: Trainer) -> None:
+def refuse_early(original: Patch, self: Any) -> None:
     """The first thing a Trainer does with the model.
 
     accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
@@ -132,7 +132,7 @@ def refuse_early(original: Patch, self: Trainer) -> None:
 
 
 @ALL_PATCHES.on(Trainer, "call_model_init")
-def know_a_late_model(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+def know_a_late_model(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """With ``model_init`` the accelerator is made before the model."""
     model = original(self, *args, **kwargs)
     state = parallel_state(model)
@@ -143,8 +143,8 @@ def know_a_late_model(original: Patch, self: Trainer, *args: Any, **kwargs: Any)
 
 
 @PATCHES.on(Trainer, "_build_accelerator_args")
-def same_mesh(original: Patch, self: Trainer, **kwargs: Any) -> dict[str, Any]:
-    """Trainer overwrites the tp size of a given ParallelismConfig without a word, and makes a mesh anew."""
+def same_mesh(original: Patch, self: Any, **kwargs: Any) -> dict[str, Any]:
+    """Trainer overwrites a given ParallelismConfig's tp size silently, and makes a new mesh."""
     state, given = _state(self), self.args.parallelism_config
     if given is not None:
         our_accelerate.check_config(given, state, "TrainingArguments(parallelism_config=...)")
@@ -157,7 +157,7 @@ def same_mesh(original: Patch, self: Trainer, **kwargs: Any) -> dict[str, Any]:
 
 
 @PATCHES.on(Trainer, "_validate_args")
-def refuse_a_foreign_optimizer(original: Patch, self: Trainer) -> None:
+def refuse_a_foreign_optimizer(original: Patch, self: Any) -> None:
     """``Trainer(optimizers=...)`` made before ``parallelize`` trains parameters nobody uses."""
     original(self)
     if self.optimizer is not None:
@@ -169,7 +169,7 @@ def refuse_a_foreign_optimizer(original: Patch, self: Trainer) -> None:
 
 @PATCHES.on(Trainer, "_get_train_sampler")
 def rebalance_over_data_parallel_ranks(
-    original: Patch, self: Trainer, *args: Any, **kwargs: Any
+    original: Patch, self: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
     sampler = original(self, *args, **kwargs)
@@ -188,10 +188,10 @@ def rebalance_over_data_parallel_ranks(
 
 
 @PATCHES.on(Trainer, "_get_dataloader")
-def same_workers_everywhere(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> DataLoader:
-    """Trainer seeds loader workers by rank: random collators would give each tp rank its own batch."""
+def same_workers_everywhere(original: Patch, self: Any, *args: Any, **kwargs: Any) -> DataLoader:
+    """Trainer seeds loader workers by rank: a random collator would give each its own batch."""
     loader = original(self, *args, **kwargs)
-    inner = getattr(loader, "base_dataloader", loader)
+    inner: Any = getattr(loader, "base_dataloader", loader)
     seed = inner.worker_init_fn
     if isinstance(seed, functools.partial) and seed.func is seed_worker:
         inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": 0})
@@ -202,8 +202,8 @@ def same_workers_everywhere(original: Patch, self: Trainer, *args: Any, **kwargs
 
 
 @PATCHES.on(Trainer, "_get_num_items_in_batch")
-def count_labels_once(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """Trainer divides by tp what it gathered over all ranks; without the gather, loss is tp times too big.
+def count_labels_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trainer divides by tp what it gathered; not gathered, the loss is tp times too big.
 
     ``average_tokens_across_devices=False`` skips the gather but not the division (5.17: a floor
     division at that).
@@ -219,7 +219,7 @@ def count_labels_once(original: Patch, self: Trainer, *args: Any, **kwargs: Any)
 
 
 @PATCHES.on(Trainer, "_track_num_input_tokens")
-def count_tokens_once(original: Patch, self: Trainer, inputs: Any) -> None:
+def count_tokens_once(original: Patch, self: Any, inputs: Any) -> None:
     """Trainer sums the tokens of all ranks, which are the same tokens."""
     before = self.state.num_input_tokens_seen
     original(self, inputs)
@@ -228,7 +228,7 @@ def count_tokens_once(original: Patch, self: Trainer, inputs: Any) -> None:
 
 
 @PATCHES.on(Trainer, "store_flos")
-def count_flos_once(original: Patch, self: Trainer) -> None:
+def count_flos_once(original: Patch, self: Any) -> None:
     """Trainer sums over all ranks the operations of the whole model (DTensors count whole)."""
     self.current_flos /= _state(self).tp
     original(self)
@@ -240,7 +240,7 @@ def count_flos_once(original: Patch, self: Trainer) -> None:
 @PATCHES.on(Trainer, "prediction_step")
 def no_logits_for_a_loss(
     original: Patch,
-    self: Trainer,
+    self: Any,
     model: Any,
     inputs: Any,
     prediction_loss_only: bool,
@@ -260,7 +260,7 @@ _SAMPLES = "_hf_sp_eval_samples"
 
 
 @PATCHES.on(Trainer, "evaluation_loop")
-def one_set_of_metrics(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+def one_set_of_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks decide by their own metrics what to save and when to stop: they must be the same.
 
     ``compute_metrics`` is the user's and may be random.
@@ -279,7 +279,7 @@ def one_set_of_metrics(original: Patch, self: Trainer, *args: Any, **kwargs: Any
     return output
 
 
-def _correct_speed(trainer: Trainer, metrics: dict[str, Any]) -> None:
+def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
     suffix = "_steps_per_second"
     samples = getattr(trainer, _SAMPLES, 0)
     for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
@@ -291,7 +291,7 @@ def _correct_speed(trainer: Trainer, metrics: dict[str, Any]) -> None:
 
 @PATCHES.on(Trainer, "log")
 def speed_of_evaluation(
-    original: Patch, self: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any
+    original: Patch, self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """Trainer counts a step of evaluation as one batch on every process."""
     _correct_speed(self, logs)
@@ -299,7 +299,7 @@ def speed_of_evaluation(
 
 
 @PATCHES.on(Trainer, "predict")
-def speed_of_prediction(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+def speed_of_prediction(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """As ``speed_of_evaluation``."""
     output = original(self, *args, **kwargs)
     _correct_speed(self, output.metrics)
@@ -312,7 +312,7 @@ def speed_of_prediction(original: Patch, self: Trainer, *args: Any, **kwargs: An
 @PATCHES.on(Trainer, "save_model")
 def save_on_all_ranks(
     original: Patch,
-    self: Trainer,
+    self: Any,
     output_dir: str | None = None,
     _internal_call: bool = False,
 ) -> None:
@@ -328,7 +328,7 @@ def save_on_all_ranks(
 @PATCHES.on(Trainer, "_save")
 def gather_on_all_ranks(
     original: Patch,
-    self: Trainer,
+    self: Any,
     output_dir: str | None = None,
     state_dict: dict[str, Any] | None = None,
 ) -> None:
@@ -344,15 +344,15 @@ def gather_on_all_ranks(
 
 
 @PATCHES.on(Trainer, "_save_checkpoint")
-def leave_together(original: Patch, self: Trainer, *args: Any, **kwargs: Any) -> None:
-    """The first rank writes ``trainer_state.json`` last: another could resume before it is there."""
+def leave_together(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
+    """The first rank writes ``trainer_state.json`` last; another could resume before that."""
     original(self, *args, **kwargs)
     if _state(self).tp > 1:
         dist.barrier(group=_state(self).group)
 
 
 @PATCHES.on(Trainer, "_save_optimizer_and_scheduler")
-def save_every_shard(original: Patch, self: Trainer, output_dir: str) -> None:
+def save_every_shard(original: Patch, self: Any, output_dir: str) -> None:
     """Trainer writes the first rank's optimizer state, and gives it to every rank on resume."""
     save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
     if self.args.should_save:
@@ -363,7 +363,7 @@ def save_every_shard(original: Patch, self: Trainer, output_dir: str) -> None:
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")
-def load_own_shard(original: Patch, self: Trainer, checkpoint: str | None) -> None:
+def load_own_shard(original: Patch, self: Any, checkpoint: str | None) -> None:
     """As ``save_every_shard``; also takes a one-process ``optimizer.pt``."""
     if checkpoint is None:
         return
@@ -382,8 +382,8 @@ def load_own_shard(original: Patch, self: Trainer, checkpoint: str | None) -> No
 
 
 @PATCHES.on(Trainer, "_load_rng_state")
-def rng_of_another_degree(original: Patch, self: Trainer, checkpoint: str | None) -> None:
-    """A checkpoint of another degree lacks some ranks' files; Trainer would leave those ranks as they are.
+def rng_of_another_degree(original: Patch, self: Any, checkpoint: str | None) -> None:
+    """A checkpoint of another degree lacks some ranks' files, which Trainer passes over.
 
     Tensor-parallel ranks share one random state, so the first rank's serves all.
     """
@@ -391,7 +391,9 @@ def rng_of_another_degree(original: Patch, self: Trainer, checkpoint: str | None
         return
     folder = Path(checkpoint)
     files = sorted(folder.glob("rng_state*.pth"))
-    own = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
+    own = (
+        "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
+    )
     if len(files) == self.args.world_size and (folder / own).is_file():
         original(self, checkpoint)
         return
@@ -411,7 +413,7 @@ def rng_of_another_degree(original: Patch, self: Trainer, checkpoint: str | None
 
 
 @PATCHES.on(Trainer, "_issue_warnings_after_load")
-def refuse_missing_weights(original: Patch, self: Trainer, load_result: Any) -> None:
+def refuse_missing_weights(original: Patch, self: Any, load_result: Any) -> None:
     """Trainer logs a warning and trains on with whatever the model had."""
     ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or [])
     missing = set(load_result.missing_keys) - ignored

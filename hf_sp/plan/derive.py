@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.check import Divisor, check_divisible
+from hf_sp.plan.outer import find_embedding, find_final_norm, find_head, find_outside
 from hf_sp.plan.schema import Block, Leaf, Plan, Style
 
 # HF's strings -> ours. "partial": replicated weight used on local heads.
@@ -78,10 +79,11 @@ def derive_plan(
             where="\n".join(f"{container}.*.{rest}" for rest in missing),
             rule="every key of the plan must match, or a weight would silently stay whole",
         )
-    embedding = _embedding(model, modules, decoder)
-    head = _head(model, modules)
-    norm = _final_norm(modules, decoder, container, embedding)
-    replicated = _outside(modules, decoder, {embedding, norm, head})
+    _refuse_dropout(model, modules, container)
+    embedding = find_embedding(model, modules, decoder)
+    head = find_head(model, modules)
+    norm = find_final_norm(model, modules, decoder, container, embedding)
+    replicated = find_outside(modules, decoder, {embedding, norm, head})
     check_divisible(name, tp, divisors)
     tied = head is not None and modules[head].weight is modules[embedding].weight
     return Plan(
@@ -274,81 +276,30 @@ def _norms_of_layer(modules: dict[str, nn.Module], layer: str, blocks: list[Bloc
     return norms
 
 
-def _path_of(modules: dict[str, nn.Module], wanted: nn.Module) -> str:
-    return next(path for path, module in modules.items() if module is wanted)
+# Dropout that hf_sp gives its own masks on each rank, and dropout outside the layers.
+_KNOWN_DROPOUT = {"attention_dropout", "classifier_dropout", "classifier_dropout_prob"}
 
 
-def _embedding(model: Any, modules: dict[str, nn.Module], decoder: str) -> str:
-    module = model.get_input_embeddings()
-    path = _path_of(modules, module)
-    problem = ""
-    if type(module) is not nn.Embedding:
-        problem = f"{type(module).__module__}.{type(module).__qualname__}"
-    elif module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-        problem = "max_norm, sparse or scale_grad_by_freq is set"
-    elif path.rpartition(".")[0] != decoder:
-        problem = f"it is not a child of {decoder or 'the model'}, which owns the layers"
-    if problem:
-        raise PlanError(
-            "the input embedding cannot be made vocab-parallel",
-            where=path,
-            got=problem,
-            rule="a plain torch.nn.Embedding beside the decoder layers",
-        )
-    return path
+def _refuse_dropout(model: Any, modules: dict[str, nn.Module], container: str) -> None:
+    """Other dropout in the layers would drop the same places of each shard, or of partial sums.
 
-
-def _head(model: Any, modules: dict[str, nn.Module]) -> str | None:
-    module = model.get_output_embeddings()
-    if module is None:
-        return None
-    path = _path_of(modules, module)
-    if type(module) is not nn.Linear:
-        raise PlanError(
-            "the LM head cannot be made vocab-parallel",
-            where=path,
-            got=f"{type(module).__module__}.{type(module).__qualname__}",
-            rule="a plain torch.nn.Linear",
-        )
-    return path
-
-
-def _final_norm(modules: dict[str, nn.Module], decoder: str, container: str, embedding: str) -> str:
-    prefix = f"{decoder}." if decoder else ""
-    known = (container, embedding)
-    candidates = {
-        path
+    It may be a module, or a call in a forward with a probability from the config.
+    """
+    found = {
+        path: module.p
         for path, module in modules.items()
-        if path.startswith(prefix)
-        and path not in known
-        and not path.startswith(tuple(f"{k}." for k in known))
-        # Without a prefix the head and other siblings would be found too: keep to 1-D weights.
-        and list(module.parameters(recurse=False))
-        and (decoder or all(p.dim() == 1 for p in module.parameters(recurse=False)))
+        if path.startswith(container + ".") and isinstance(module, nn.Dropout) and module.p > 0
     }
-    wide = [p for p in candidates if any(w.dim() > 1 for w in modules[p].parameters(recurse=False))]
-    if len(candidates) != 1 or wide:
+    for name, value in model.config.get_text_config().to_dict().items():
+        dropout = ("dropout" in name or "pdrop" in name) and name not in _KNOWN_DROPOUT
+        if dropout and isinstance(value, float) and value > 0:
+            found[f"config.{name}"] = value
+    if found:
         raise PlanError(
-            "the decoder's final norm could not be told",
-            where=decoder or "the model",
-            got=", ".join(sorted(candidates)) or "no module with weights besides the layers",
-            rule="beside the embedding and the layers, the decoder owns one module with "
-            "per-feature weights: the final norm, where the sequence is gathered",
+            "a decoder layer drops hidden states at random",
+            where="\n".join(found),
+            got=", ".join(map(str, found.values())),
+            rule="on sequence shards and partial sums the masks would not be the model's",
+            legal="0 (attention_dropout is supported)",
+            remedy="set it to 0 in the config",
         )
-    return candidates.pop()
-
-
-def _outside(
-    modules: dict[str, nn.Module], decoder: str, known: set[str | None]
-) -> tuple[str, ...]:
-    """Modules with weights outside the decoder (a classifier): computed alike on all ranks."""
-    if not decoder:
-        return ()
-    return tuple(
-        path
-        for path, module in modules.items()
-        if path not in known
-        and path != decoder
-        and not path.startswith(decoder + ".")
-        and list(module.parameters(recurse=False))
-    )

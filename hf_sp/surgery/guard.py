@@ -22,11 +22,12 @@ from hf_sp.state import ParallelState
 def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]) -> None:
     """Compare this forward's inputs over the tp ranks, on the first forwards.
 
-    Collectives: 1 all-gather of 24 bytes a rank, and a synchronisation, while checks are left.
+    Collectives: 1 all-gather of 32 bytes a rank, and a synchronisation, while checks are left.
 
     Raises:
         BatchMismatchError: on every rank, naming the inputs that differ.
-        ConfigError: on every rank, if a parameter was added after ``parallelize``.
+        ConfigError: on every rank, if a parameter was added after ``parallelize``, or if dropout
+            is active on replicated tensors and the ranks' generators are not in the same state.
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     if state.checks_left <= 0 or not all(type(t) is Tensor for t in tensors.values()):
@@ -36,15 +37,38 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
     if state.tp == 1 or dist.get_backend(state.group) == "fake":
         return
     structure, summary = _structure(tensors, inputs), _values(tensors)
-    mine = torch.tensor([zlib.crc32(structure.encode())], dtype=torch.int64)
+    mine = torch.tensor([zlib.crc32(structure.encode()), _random(model, state)])
     mine = torch.cat([mine.to(summary.device), summary]).to(state.mesh.device_type)
     everyone = comm.all_gather(mine[None], state.axis)
+    if bool((everyone[:, 1] != everyone[0, 1]).any()):
+        raise ConfigError(
+            "the ranks' random generators differ",
+            where=", ".join(n for n, m in model.named_modules() if _drops(m)),
+            rule="dropout on what all ranks hold alike has to drop the same places on each",
+            remedy="seed all ranks alike (transformers.set_seed; Trainer does it by itself)",
+        )
+    everyone = torch.cat([everyone[:, :1], everyone[:, 2:]], 1)
     sums = everyone[:, 2].contiguous().view(torch.float64)
     # Float inputs (inputs_embeds) may differ in their last bits where their kernels do.
     close = torch.allclose(sums, sums[0].expand_as(sums), rtol=1e-3, equal_nan=True)
     if bool((everyone[:, :2] == everyone[0, :2]).all()) and close:
         return
     _raise_mismatch(tensors, inputs, state)
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.p > 0 and module.training
+
+
+def _random(model: nn.Module, state: ParallelState) -> int:
+    """Digest of the generator that dropout would draw from, 0 if there is none to draw."""
+    if not any(_drops(m) for m in model.modules()):
+        return 0
+    if state.mesh.device_type == "cpu":
+        generator = torch.get_rng_state()
+    else:
+        generator = torch.get_device_module(state.mesh.device_type).get_rng_state()
+    return zlib.crc32(generator.numpy().tobytes())
 
 
 def _structure(tensors: dict[str, Tensor], inputs: dict[str, Any]) -> str:

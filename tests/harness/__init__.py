@@ -1,4 +1,5 @@
 """What the tests stand on.
 
-Ranks (pool), tiny models and batches (tiny, batches), gradient parity (parity).
+Ranks (pool), models and batches (tiny, batches), comparisons (report, compare), training parity
+(parity), kinds of use (inputs, uses, generation, noise).
 """

@@ -1,5 +1,4 @@
-"""Batches, by name: each is a dict of keyword arguments for `model(**batch)`, a function of its
-arguments only.
+"""Batches: each is a dict of keyword arguments for `model(**batch)`, made without the global RNG.
 
 Owns: shapes, masks, labels. Must not know: models beyond vocabulary and hidden size, hf_sp.
 """
@@ -67,8 +66,7 @@ def left_padded_without_positions(
 def packed(
     documents: tuple[int, ...] = (5, 1, 7, 3), vocab: int = 96, seed: int = 0, batch: int = 1
 ) -> Batch:
-    """Documents in a row, told apart by position_ids alone, as DataCollatorWithFlattening sends
-    them.
+    """Documents in a row, told apart by position_ids alone (DataCollatorWithFlattening).
 
     HF looks for jumps in position_ids only where attention_mask is None and there is no cache; a
     model called with its default `use_cache=True` makes one, in training too, and then documents
@@ -187,8 +185,7 @@ def with_inputs_embeds(batch: Batch, hidden: int = 64, dtype: torch.dtype = torc
 
 
 def micro_batches(count: int, vocab: int, seed: int) -> list[Batch]:
-    """The micro-batches of one optimizer step: ragged in batch, length, padding and number of
-    targets.
+    """The micro-batches of one step, ragged in batch, length, padding and number of targets.
 
     With one: left-padded, 17 tokens. With more, as Trainer: all divided by the targets of the whole
     step.

@@ -1,5 +1,4 @@
-"""Persistent gloo ranks for the tests: spawned once a test run, fed with functions, rebuilt after a
-failure.
+"""Persistent gloo ranks: spawned once a test run, fed with functions, rebuilt after a failure.
 
 Owns: processes, rendezvous (a FileStore: no ports, no retries), timeouts, tracebacks of every rank.
 Must not know: models, hf_sp.
@@ -122,8 +121,7 @@ class Pool:
     def run_batch(
         self, jobs: Sequence[tuple[str | Callable, dict]], *, timeout: float = TIMEOUT_S
     ) -> list[list]:
-        """Run jobs one after another, `timeout` seconds for each; per job the list of results in
-        rank order.
+        """Run jobs one after another, `timeout` seconds for each; per job the results by rank.
 
         The first job that fails ends the batch: the ranks are ended too, and the next call starts
         new ones.
@@ -318,6 +316,8 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
             return
         if message is None:
             dist.destroy_process_group()
+            # Or the interpreter's own teardown skips what is frozen, and triton reports leaks.
+            gc.unfreeze()
             return
         sequence += 1
         answer = _answer(*message, rank=rank, world=world, sequence=sequence)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.parity import FLOOR, Case, Report, assert_parity, compare_gradients
+from harness.compare import compare_gradients
+from harness.parity import Case
 from harness.pool import pool
+from harness.report import FLOOR, Report, assert_parity
 
 
 def _report(got: torch.Tensor, want: torch.Tensor, **kwargs) -> Report:

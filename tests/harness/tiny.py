@@ -73,8 +73,7 @@ def build(
     attn: str = "sdpa",
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A model whose weights depend on (family, seed) only: neither on the rank's RNG nor, up to
-    rounding, on dtype.
+    """A model whose weights depend on family and seed only, not on the RNG; dtype rounds them.
 
     HF starts norms at one, biases at zero, and matrices so small (0.02) that attention is nearly
     uniform: dropped biases, dropped norm weights and wrong masks would hardly show. Here norms

@@ -1,14 +1,13 @@
-"""Any batch, any way of calling: the parallel model answers as the unsharded one, gradients
-included.
+"""Any batch, any way of calling: answers and gradients as of the unsharded model.
 
 One pytest id for each input; those of a model and tp run in one job on the persistent ranks, at the
-first of them. What each input or use is, is in harness/batches.py and harness/probes.py.
+first of them. What each input or use is, is in harness/inputs.py and harness/uses.py.
 """
 
 from __future__ import annotations
 
 import pytest
-from harness import probes
+from harness import inputs, uses
 from harness.parity import Case, assert_parity
 from harness.pool import run_on_ranks, run_once
 
@@ -46,7 +45,7 @@ FROZEN = ["norm", "q_proj", "down_proj", "layers.1", "embed_tokens", "lm_head"]
 
 
 def _check(tp: int, probe: str, case: Case, name: str) -> None:
-    per_rank = run_once(tp, f"harness.probes:{probe}", timeout=240, case=case)
+    per_rank = run_once(tp, probe, timeout=240, case=case)
     assert_parity([reports[name] for reports in per_rank])
 
 
@@ -66,11 +65,11 @@ def _cells(models, names):
 
 
 @pytest.mark.parametrize(
-    ("tp", "case", "name"), _cells(INPUT_MODELS, lambda tp, case: probes.input_names(tp))
+    ("tp", "case", "name"), _cells(INPUT_MODELS, lambda tp, case: inputs.input_names(tp))
 )
 def test_input(tp, case, name):
     """Loss and every gradient in training, loss and logits in eval, logits without labels."""
-    _check(tp, "inputs", case, name)
+    _check(tp, "harness.inputs:inputs", case, name)
 
 
 @pytest.mark.parametrize(
@@ -78,28 +77,28 @@ def test_input(tp, case, name):
     # HF returns attention weights with eager attention only.
     _cells(
         USE_MODELS,
-        lambda tp, case: [n for n in probes.USES if n != "attentions" or case.attn == "eager"],
+        lambda tp, case: [n for n in uses.USES if n != "attentions" or case.attn == "eager"],
     ),
 )
 def test_use(tp, case, name):
     """Gradients through logits, hidden states, several graphs, no_grad, tuples, ..."""
-    _check(tp, "uses", case, name)
+    _check(tp, "harness.uses:uses", case, name)
 
 
 @pytest.mark.parametrize(("tp", "case", "name"), _cells(GENERATION_MODELS, PROMPTS))
 def test_generate(tp, case, name):
-    _check(tp, "generation", case, name)
+    _check(tp, "harness.generation:generation", case, name)
 
 
 @pytest.mark.parametrize("pattern", FROZEN)
 def test_frozen_parameters(pattern):
     """Parameters frozen before `parallelize` stay frozen; the gradients of the others are right."""
-    per_rank = run_once(2, "harness.probes:frozen", case=Case("llama"), patterns=tuple(FROZEN))
+    per_rank = run_once(2, "harness.uses:frozen", case=Case("llama"), patterns=tuple(FROZEN))
     assert_parity([reports[pattern] for reports in per_rank])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_different_batches_on_the_ranks_are_refused(tp):
     """Silent otherwise: each rank's loss would be a mixture of two batches."""
-    answers = run_on_ranks(tp, "harness.probes:different_batches", case=Case("llama"))
+    answers = run_on_ranks(tp, "harness.uses:different_batches", case=Case("llama"))
     assert all("Error" in answer for answer in answers), answers

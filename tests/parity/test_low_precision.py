@@ -1,13 +1,12 @@
-"""bfloat16: the parallel model may be no noisier than the unsharded one, by more than its extra
-roundings explain.
+"""bfloat16: no noisier than the unsharded model by more than the extra roundings explain.
 
 Both are compared with a float64 model of the same weights. Let the unsharded gradient carry the
 errors of m roundings of equal relative size (2^-9), independent: variance m. The parallel model
 rounds each block's partial outputs before they are summed, and the sum: per block and direction at
 most log2(tp) + 1 roundings more, where the block has ten or more of its own (norm, q, k, v, RoPE,
 softmax, attention, output, residual). The variance at most doubles at tp = 4, the error grows by at
-most sqrt(2). What is asserted is 2, over the error pooled over parameters and four batches (about
-80 gradients), whose own statistical spread is some 10 %. A single parameter's ratio spreads more: 3
+most sqrt(2). What is asserted is 1.5, over the error pooled over parameters and four batches (about
+80 gradients), whose own statistical spread is some 5 %. A single parameter's ratio spreads more: 2
 there. A fault (sum for mean, a lost partial) is an error of 0.3 or more where the noise is 0.02.
 """
 
@@ -28,13 +27,13 @@ CELLS = [
 
 def _check(found: dict[str, float]) -> None:
     assert 1e-3 < found["unsharded"] < 0.2, f"the yardstick itself is off: {found}"
-    assert found["parallel"] <= 2 * found["unsharded"], found
-    assert found["worst ratio"] <= 3, found
+    assert found["parallel"] <= 1.5 * found["unsharded"], found
+    assert found["worst ratio"] <= 2, found
 
 
 @pytest.mark.parametrize(("family", "tp", "sp"), CELLS)
 def test_bfloat16_gradients(family, tp, sp):
-    for found in pool(tp).run("harness.probes:noise", case=Case(family, sp, "bfloat16")):
+    for found in pool(tp).run("harness.noise:noise", case=Case(family, sp, "bfloat16")):
         _check(found)
 
 
@@ -42,6 +41,6 @@ def test_bfloat16_gradients(family, tp, sp):
 def test_autocast_gradients(family, tp, sp):
     """float32 weights under bfloat16 autocast: linears round, norms and residuals do not."""
     for found in pool(tp).run(
-        "harness.probes:noise", case=Case(family, sp, "float32"), autocast=True
+        "harness.noise:noise", case=Case(family, sp, "float32"), autocast=True
     ):
         _check(found)

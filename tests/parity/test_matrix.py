@@ -1,9 +1,8 @@
-"""family x tp x sp x checkpointing x accumulation: every parameter's gradient against the unsharded
-model.
+"""family x tp x sp x checkpointing x accumulation: every gradient against the unsharded model.
 
 One pytest id a cell; the cells of a (family, tp, dtype) are run in one job on the persistent ranks,
-at the first of them. Two optimizer steps each, with clipping active. See harness/parity.py for what
-is compared and how closely.
+at the first of them. Two optimizer steps each, with clipping active. See harness/parity.py for
+what is compared, and harness/report.py for how closely.
 """
 
 from __future__ import annotations

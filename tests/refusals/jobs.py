@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import tiny
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForTokenClassification
 
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
@@ -95,6 +96,15 @@ def ids_out_of_range(where: str, value: int) -> str | None:
     batch = {"input_ids": ids.clone(), "labels": ids.clone()}
     batch[where][0, 5] = value
     return _message(lambda: model(**batch))
+
+
+def dropout_of_other_seeds(alike: bool) -> str | None:
+    """Dropout on the replicated hidden states of a classifier, generators alike or not."""
+    config = tiny.config("llama", num_labels=3, classifier_dropout=0.3)
+    torch.manual_seed(0)
+    model = parallelize(AutoModelForTokenClassification.from_config(config).train())
+    torch.manual_seed(5 if alike else dist.get_rank())
+    return _message(lambda: model(input_ids=torch.arange(12).view(1, 12)))
 
 
 def different_seeds() -> tuple[bool, bool]:

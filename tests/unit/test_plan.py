@@ -145,6 +145,21 @@ def test_weight_outside_the_blocks():
         derive_plan(model, 2, True)
 
 
+def test_dropout_in_the_layers():
+    model = _meta("llama")
+    model.model.layers[1].dropout = nn.Dropout(0.1)
+    with pytest.raises(PlanError, match=r"layers\.1\.dropout"):
+        derive_plan(model, 2, True)
+
+
+def test_dropout_in_a_forward():
+    with torch.device("meta"):
+        config = AutoConfig.for_model("seed_oss", num_hidden_layers=1, residual_dropout=0.1)
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(PlanError, match=r"config\.residual_dropout"):
+        derive_plan(model, 2, True)
+
+
 def test_embedding_that_renormalises():
     model = _meta("llama")
     model.model.embed_tokens.max_norm = 1.0

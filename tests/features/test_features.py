@@ -1,0 +1,72 @@
+"""Uses beyond the parity matrix, each against the unsharded model where there is one."""
+
+from __future__ import annotations
+
+import pytest
+from harness.report import assert_parity
+from harness.pool import pool
+
+
+@pytest.mark.parametrize("sp", [True, False])
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_classifiers(kind, sp):
+    assert_parity(pool(2).run("features.jobs:classifier", kind=kind, sp=sp))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        # Scales embeddings, residuals and logits: the logits are touched before the loss.
+        (
+            "granite",
+            {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+        ),
+        # Norms without weights.
+        ("olmo", {"clip_qkv": None}),
+        # Biases on q, k and v and none on o; a head_dim of its own.
+        ("seed_oss", {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+    ],
+)
+def test_kin_outside_the_matrix(model_type, config):
+    own_loss = model_type == "granite"
+    reports = pool(2).run("features.jobs:kin", model_type=model_type, own_loss=own_loss, **config)
+    # transformers' loss rounds float64 logits to float32: 6e-8 in each gradient of the two.
+    assert_parity(reports, 1e-6 if own_loss else None)
+
+
+@pytest.mark.parametrize("sp", [True, False])
+def test_world_of_one(sp):
+    assert_parity(pool(1).run("features.jobs:world_of_one", sp=sp))
+
+
+def test_noise_on_the_embedding():
+    assert_parity(pool(2).run("features.jobs:embedding_noise"))
+
+
+def test_loss_function_of_the_user():
+    assert_parity(pool(2).run("features.jobs:own_loss_function"))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "options"), [(1, {}), (7, {"ignore_index": 5}), (16, {"num_items_in_batch": 11})]
+)
+def test_loss_options(chunk, options):
+    assert_parity(pool(2).run("features.jobs:loss_options", chunk=chunk, **options))
+
+
+def test_float16_loss_does_not_underflow():
+    for errors in pool(2).run("features.jobs:half_precision_loss"):
+        # float16 rounds to 2^-11; the unsharded model, which loses small terms, may be far off.
+        assert errors["parallel"] < 4e-3
+        assert errors["parallel"] <= errors["unsharded"] * 1.5
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_attention_dropout(checkpoint):
+    for facts in pool(2).run("features.jobs:attention_dropout", checkpoint=checkpoint):
+        assert all(facts.values()), facts
+
+
+def test_logits_that_nobody_reads():
+    assert pool(2).run("features.jobs:no_logits") == [(True, True, True)] * 2
