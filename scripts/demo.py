@@ -340,7 +340,7 @@ def choose_device(tp: int | None) -> tuple[str, int, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="default: ./demo_out")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--tp", type=int, choices=(2, 4), help="default: what the machine has")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -404,6 +404,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # So that a terminated demo takes its ranks with it: `run` cleans up on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except DemoError as error:

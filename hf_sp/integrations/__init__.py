@@ -19,13 +19,13 @@ def install(model: nn.Module) -> None:
         model: a parallelized model.
     """
     # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
-    from hf_sp.integrations import accelerate, marks, saving, trainer
+    from hf_sp.integrations import accelerate, marks, saving, trainer, trainer_files
 
     saving.PATCHES.apply()
     accelerate.PATCHES.apply()
     accelerate.STATE_PATCHES.apply()
-    trainer.PATCHES.apply()
-    trainer.ALL_PATCHES.apply()
+    for patches in (trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES):
+        patches.apply()
     state = parallel_state(model)
     assert state is not None
     marks.mark(model, state.tp)

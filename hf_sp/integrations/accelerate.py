@@ -326,7 +326,7 @@ def _refuse_state(what: str) -> ConfigError:
     return ConfigError(
         f"Accelerator.{what} is not supported for a parallelized model",
         rule="it keeps the first rank's optimizer shard only and gives it to every rank",
-        remedy="model.save_pretrained and hf_sp.checkpoint.save_optimizer / load_optimizer",
+        remedy="model.save_pretrained and hf_sp.optimizer_state.save_optimizer / load_optimizer",
     )
 
 

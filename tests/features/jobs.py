@@ -11,7 +11,6 @@ from harness import batches, tiny
 from harness.compare import compare_gradients, compare_loss, gradients, whole
 from harness.parity import Case, pair
 from harness.report import Report
-from hf_sp import parallel_state, parallelize
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,6 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+
+from hf_sp import parallel_state, parallelize
 
 
 def _report(name: str) -> Report:

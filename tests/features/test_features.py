@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness.report import assert_parity
 from harness.pool import pool
+from harness.report import assert_parity
 
 
 @pytest.mark.parametrize("sp", [True, False])

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from hf_sp.integrations import accelerate, saving, trainer
+from hf_sp.integrations import accelerate, saving, trainer, trainer_files
 from hf_sp.integrations.names import NAMES, Name
 from hf_sp.integrations.patching import Patches
 
@@ -17,6 +17,7 @@ TABLES = [
     saving.PATCHES,
     trainer.PATCHES,
     trainer.ALL_PATCHES,
+    trainer_files.PATCHES,
 ]
 
 

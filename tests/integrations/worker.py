@@ -458,7 +458,7 @@ def job_optimizer():
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     from hf_sp import parallel_state
-    from hf_sp.checkpoint import load_optimizer, save_optimizer
+    from hf_sp.optimizer_state import load_optimizer, save_optimizer
 
     mesh = parallel_state(tiny()).mesh
 
