@@ -14,10 +14,16 @@ Batch = dict[str, torch.Tensor | bool]
 
 
 def tokens(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
-    """[batch, length] ids over the whole vocabulary; its first and its last row are among them."""
+    """[batch, length] ids over the whole vocabulary; its first and last row amid every sequence.
+
+    Amid, because a token at either end may be padding, or have no successor and so no gradient: a
+    fault in the first or last row (a padding row, an uneven shard) must show.
+    """
     generator = torch.Generator().manual_seed(7919 * seed + 31 * batch + length)
     ids = torch.randint(vocab, (batch, length), generator=generator)
-    ids[0, 0], ids[-1, -1] = 0, vocab - 1
+    ids[:, length // 2] = 0
+    if length > 2:
+        ids[:, length // 2 - 1] = vocab - 1
     return ids
 
 

@@ -21,6 +21,10 @@ from harness.batches import Batch
 from harness.report import FLOOR, Report, size
 
 
+class HarnessError(Exception):
+    """The test is broken, not what it tests; never part of a report."""
+
+
 def compare_loss(report: Report, got: Tensor, want: Tensor, label: str = "") -> None:
     """The loss: its value, its type, equal bits on all ranks."""
     if type(got) is not Tensor:
@@ -168,6 +172,8 @@ def attempt(name: str, run: Callable[[], Report]) -> Report:
     """
     try:
         report, error = run(), None
+    except HarnessError:
+        raise
     except Exception:  # reported as this one's failure
         report, error = Report(name, dist.get_rank()), traceback.format_exc()
         report.problems.append(error)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from harness import batches, tiny
 from harness.compare import (
+    HarnessError,
     attempt,
     check_contract,
     check_replicas,
@@ -246,6 +247,11 @@ def _around(case: Case):
     if case.around is None:
         yield
         return
-    module, name = case.around.split(":")
-    with getattr(importlib.import_module(module), name)():
+    with contextlib.ExitStack() as stack:
+        try:
+            module, name = case.around.split(":")
+            stack.enter_context(getattr(importlib.import_module(module), name)())
+        except Exception as error:
+            # A mutant that can't be put in place must not pass for one that was noticed.
+            raise HarnessError(f"around={case.around!r} could not be entered") from error
         yield

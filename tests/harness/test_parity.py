@@ -10,7 +10,7 @@ import torch
 
 from harness.compare import compare_gradients
 from harness.parity import Case
-from harness.pool import pool
+from harness.pool import RankError, pool
 from harness.report import FLOOR, Report, assert_parity
 
 
@@ -83,6 +83,12 @@ def test_vanishing_gradient_is_judged_by_its_block():
     assert report.worst == pytest.approx(5e-7 / FLOOR)
     with pytest.raises(AssertionError, match="q_proj"):
         assert_parity(report)
+
+
+def test_a_fault_that_cannot_be_put_in_place_is_not_a_finding():
+    case = Case("llama", around="harness.faults:no_such_fault")
+    with pytest.raises(RankError, match="could not be entered"):
+        pool(2).run("harness.parity:train_all", cases=[case])
 
 
 @pytest.mark.parametrize("fault", ["partial_gradients_not_summed", "partial_gradients_averaged"])

@@ -75,6 +75,25 @@ def test_no_parameter_has_a_negligible_gradient(family):
     assert min(sizes.values()) > 1e-3 * max(sizes.values()), sizes
 
 
+@pytest.mark.parametrize("family", ["llama_bias", "llama_odd_vocab"])
+@pytest.mark.parametrize("accum", [1, 3])
+def test_the_padding_row_would_have_a_gradient(family, accum):
+    """HF leaves it at zero; a model that forgets to must show."""
+    model = tiny.reference(tiny.build(family))
+    embedding = model.get_input_embeddings()
+    row = embedding.padding_idx
+    sizes = []
+    for padding_idx in (row, None):
+        embedding.padding_idx = padding_idx
+        model.zero_grad()
+        for batch in batches.micro_batches(accum, model.config.vocab_size, 0):
+            model(**batch).loss.backward()
+        gradient = embedding.weight.grad.abs()
+        sizes.append(float(gradient[row].max() / gradient.max()))
+    assert sizes[0] == 0
+    assert sizes[1] > 1e-2
+
+
 def test_packed_documents_are_independent_for_hf():
     """The batch builder says what HF understands.
 
