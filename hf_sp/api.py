@@ -19,6 +19,7 @@ from hf_sp.checks import (
     check_environment,
     check_model,
     check_optimizers,
+    describe_tensors,
 )
 from hf_sp.collectives import Axis
 from hf_sp.errors import HfSpError
@@ -98,7 +99,8 @@ def parallelize(
         check_optimizers(model)
     except HfSpError as error:
         problem = error
-    agree(mesh, problem, f"{resolved} keep_logits={keep_logits} loss_chunk={loss_chunk}")
+    options = f"keep_logits={keep_logits} loss_chunk={loss_chunk}"
+    agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
     assert resolved is not None
     tp_mesh = build_mesh(resolved.tp, mesh)
     state = ParallelState(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,10 +163,22 @@ def check_optimizers(model: nn.Module) -> None:
             )
 
 
-def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: str) -> None:
+def describe_tensors(model: Any) -> dict[str, str]:
+    """What every rank's parameters and buffers have to share before they are compared by value."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        name: f"{tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}"
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+def agree(
+    mesh: DeviceMesh | None, problem: HfSpError | None, plan: str, settings: dict[str, str]
+) -> None:
     """Raise on every rank if one refuses, or if they were asked for different things.
 
-    Collectives: 1 all-gather of a short text over the ranks (none in a world of one).
+    Collectives: 1 all-gather of a text over the ranks (none in a world of one).
 
     Raises:
         HfSpError: this rank's own problem, or a ConfigError that quotes the other's.
@@ -176,7 +189,7 @@ def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: str) -> 
         start_distributed()
         group = None if mesh is None else mesh.get_group("tp")
         if dist.get_backend(group) != "fake":
-            mine = (None if problem is None else str(problem), settings)
+            mine = (None if problem is None else str(problem), {"plan": plan, **settings})
             everyone: list = [None] * dist.get_world_size(group)
             dist.all_gather_object(everyone, mine, group=group)
             if problem is None:
@@ -185,16 +198,21 @@ def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: str) -> 
         raise problem
 
 
-def _compare(everyone: list[tuple[str | None, str]]) -> None:
+def _compare(everyone: list[tuple[str | None, dict[str, str]]]) -> None:
     for rank, (message, _) in enumerate(everyone):
         if message is not None:
             raise ConfigError(f"rank {rank} refused", got=message)
-    settings = [text for _, text in everyone]
-    if len(set(settings)) > 1:
-        other = next(i for i, text in enumerate(settings) if text != settings[0])
-        raise ConfigError(
-            "the ranks were asked for different things",
-            got=f"rank 0: {settings[0].splitlines()[0]}\nrank {other}: "
-            f"{settings[other].splitlines()[0]}",
-            rule="every rank calls parallelize with the same model and arguments",
-        )
+    first = everyone[0][1]
+    for rank, (_, other) in enumerate(everyone):
+        different = [k for k in {**first, **other} if first.get(k) != other.get(k)]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                "the ranks were asked for different things",
+                where=name if len(different) == 1 else f"{name}, and {len(different) - 1} more",
+                got="\n".join(
+                    f"rank {r}: {text.get(name, 'missing').splitlines()[0]}"
+                    for r, text in ((0, first), (rank, other))
+                ),
+                rule="every rank calls parallelize with the same model and arguments",
+            )

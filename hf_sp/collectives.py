@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 _ops = torch.ops._c10d_functional
@@ -128,6 +129,7 @@ class _ScatterAllGather(torch.autograd.Function):
         return own_shard(x_BSH, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return gather_sequence(grads[0], ctx.length, ctx.axis), None
 
@@ -139,19 +141,9 @@ class _AllGatherScatter(torch.autograd.Function):
         return gather_sequence(x_BsH, length, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return own_shard(grads[0], ctx.axis), None, None
-
-
-class _AllGatherReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BsH: Tensor, length: int | None, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return gather_sequence(x_BsH, length, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return reduce_scatter_sequence(grads[0], ctx.axis), None, None
 
 
 class _GatheredReduceScatter(torch.autograd.Function):
@@ -161,6 +153,7 @@ class _GatheredReduceScatter(torch.autograd.Function):
         return full_BSH.view_as(full_BSH)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return reduce_scatter_sequence(grads[0], ctx.axis), None, None
 
@@ -172,6 +165,7 @@ class _ReduceScatterAllGather(torch.autograd.Function):
         return reduce_scatter_sequence(x_BSH, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return gather_sequence(grads[0], ctx.length, ctx.axis), None
 
@@ -183,6 +177,7 @@ class _IdentityAllReduce(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return all_reduce(grads[0], ctx.axis), None
 
@@ -193,6 +188,7 @@ class _AllReduceIdentity(torch.autograd.Function):
         return all_reduce(x, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0], None
 
@@ -213,6 +209,7 @@ class _ConcatSlice(torch.autograd.Function):
         return full.movedim(0, dim).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0].narrow(ctx.dim, ctx.start, ctx.width), None, None, None
 
@@ -232,7 +229,7 @@ def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
     """All-gather a sequence shard for code that is replicated; the backward takes the shard.
 
     Right only where every rank computes the same thing with the result, so that each holds the
-    whole gradient. After tensor-parallel code the gradient is partial: allgather_reducescatter.
+    whole gradient. After tensor-parallel code it is partial: gathered_reducescatter.
 
     Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
     Forward:  1 all-gather
@@ -242,25 +239,14 @@ def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
     return _AllGatherScatter.apply(x_BsH, length, axis)
 
 
-def allgather_reducescatter(x_BsH: Tensor, length: int | None, axis: Axis) -> Tensor:
-    """All-gather a sequence shard for tensor-parallel code; the backward reduce-scatters.
-
-    Shapes:   x [B, s, H] -> [B, S, H]; ``length=None`` keeps the padding rows
-    Forward:  1 all-gather
-    Backward: 1 reduce-scatter; the gradient must be partial
-    Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g
-    """
-    return _AllGatherReduceScatter.apply(x_BsH, length, axis)
-
-
 def gathered_reducescatter(x_BsH: Tensor, full_BSH: Tensor, axis: Axis) -> Tensor:
-    """allgather_reducescatter where the gathered tensor is at hand already.
+    """Hand the gathered tensor to tensor-parallel code; the backward reduce-scatters to the shard.
 
     Shapes:   x [B, s, H], full [B, S, H] = all shards -> full, with x's gradient path
     Forward:  no collective
     Backward: 1 reduce-scatter; the gradient must be partial
     Saves:    nothing
+    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g without its forward
     """
     return _GatheredReduceScatter.apply(x_BsH, full_BSH.detach(), axis)
 

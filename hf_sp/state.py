@@ -19,9 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_sp.collectives import Axis
 from hf_sp.plan.schema import Plan
 
+CHECKS = 8
+"""Forwards of each kind whose inputs are compared over the tp ranks."""
+KINDS = ("training", "evaluation", "decoding")
+
 ATTRIBUTE = "_hf_sp_state"
 _SHARD = "_hf_sp_shard"
 _VERSION = "_hf_sp_version"
+# Autograd nodes of slices that keep the whole tensor.
+_VIEWS = {"SliceBackward0", "AliasBackward0", "ViewBackward0"}
 
 
 @dataclass
@@ -39,7 +45,7 @@ class ParallelState:
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
-        checks_left: forwards whose inputs are still compared over the ranks.
+        checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
     """
 
     mesh: DeviceMesh
@@ -52,7 +58,7 @@ class ParallelState:
     in_model: bool = False
     length: int | None = None
     logits_wanted: bool = True
-    checks_left: int = 8
+    checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
     _hidden: Any = field(default=None, repr=False)
 
     @property
@@ -88,14 +94,16 @@ class ParallelState:
         """Tie the gathered final hidden states to the shard they were gathered from."""
         # The shard lives as long as the tensor that the user holds, not as long as the model.
         setattr(full_BSH, _SHARD, shard_BsH)
-        setattr(full_BSH, _VERSION, full_BSH._version)
+        setattr(full_BSH, _VERSION, _version(full_BSH))
         self._hidden = weakref.ref(full_BSH)
 
     def shard_of(self, x: Tensor) -> Tensor | None:
-        """The sequence shard that ``x`` was gathered from, if ``x`` is that tensor or a view of it.
+        """The sequence shard that ``x`` was gathered from, if ``x`` is that tensor, whole.
 
         HF slices the hidden states (``[:, -logits_to_keep:]``, by default all of them) before the
-        head, which makes a new tensor over the same memory.
+        head, which makes a new tensor over the same memory. The same memory is not enough: what was
+        detached, or is watched by a gradient hook, has a gradient of its own to receive, and goes
+        the way of any replicated tensor.
         """
         full = self._hidden() if self._hidden is not None else None
         if full is None or x.shape != full.shape or x.dtype != full.dtype:
@@ -106,15 +114,18 @@ class ParallelState:
             and x.stride() == full.stride()
         )
         # The version tells whether someone has written into it since.
-        unchanged = x._version == getattr(full, _VERSION)
-        return getattr(full, _SHARD) if same_memory and unchanged else None
+        unchanged = _version(x) == getattr(full, _VERSION)
+        watched = full._backward_hooks or full.retains_grad or x.retains_grad
+        if not same_memory or not unchanged or watched or not _is_view_of(x, full):
+            return None
+        return getattr(full, _SHARD)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         # The mesh is a handle on process groups, shared like them; weak references do not copy.
         copy = ParallelState(
             self.mesh, self.axis, self.sp, self.plan, self.keep_logits, self.loss_chunk
         )
-        copy.checks_left = self.checks_left
+        copy.checks_left = dict(self.checks_left)
         memo[id(self)] = copy
         return copy
 
@@ -122,6 +133,22 @@ class ParallelState:
         state = dict(self.__dict__)
         state["_hidden"] = None
         return state
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _is_view_of(x: Tensor, full: Tensor) -> bool:
+    """Whether x's gradient goes to ``full`` and nowhere else: by views alone."""
+    if x is full or not full.requires_grad:
+        return x.requires_grad == full.requires_grad
+    node = x.grad_fn
+    while node is not None and node is not full.grad_fn:
+        if node.name() not in _VIEWS or len(node.next_functions) != 1:
+            return False
+        node = node.next_functions[0][0]
+    return node is not None
 
 
 def parallel_state(model: nn.Module | None) -> ParallelState | None:

@@ -340,7 +340,7 @@ def choose_device(tp: int | None) -> tuple[str, int, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="default: ./demo_out")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tp", type=int, choices=(2, 4), help="default: what the machine has")
     options = parser.parse_args()
     out = options.out.resolve()

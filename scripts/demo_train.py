@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by demo.py")
     parser.add_argument("--results", type=Path, required=True, help="where results and model go")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tp", type=int, default=1)
     options = parser.parse_args()
 

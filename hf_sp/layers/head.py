@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_sp import collectives as comm
 from hf_sp.layers.lazy import LazyLogits
 from hf_sp.layers.local import cast_for_autocast, local
-from hf_sp.layers.loss import LossSpec, linear_cross_entropy
+from hf_sp.layers.loss import LossSpec, linear_cross_entropy, scaled_loss
 from hf_sp.layers.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.state import ParallelState
 
@@ -55,7 +55,9 @@ class VocabParallelHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
         request = HeadRequest(self, x, self.state.shard_of(x))
-        if not self.state.in_model:
+        # Backward hooks wrap the output in a Function: it has to be a real tensor.
+        hooked = self._backward_hooks or self._backward_pre_hooks
+        if not self.state.in_model or hooked:
             return self.logits(request)
         like = cast_for_autocast(x.new_empty(0), x)
         return LazyLogits((*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request)
@@ -145,9 +147,11 @@ class CausalLMLoss:
         targets = targets.to(request.hidden.device)
         check_ids(targets, request.head.vocab, "labels", ignore_index)
         total = request.head.summed_loss(request, targets, ignore_index)
-        if num_items_in_batch is None:
-            # No counted label: 0 / 0, as torch's mean.
-            return total / targets.ne(ignore_index).sum()
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        items: Any = num_items_in_batch
+        if items is None:
+            items = targets.ne(ignore_index).sum()
+        elif isinstance(items, Tensor):
+            items = items.to(total.device)
+        # The denominator stays outside the summed loss: where no label counts, its gradients are
+        # exact zeros and the loss is nan, as torch's; 0 / 0 inside would make every gradient nan.
+        return scaled_loss(total, items)

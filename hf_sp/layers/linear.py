@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
@@ -151,6 +152,7 @@ class Entry:
     slots: dict[int, int] = field(default_factory=dict)
     parameters: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     trains: list[bool] = field(default_factory=list)
+    task: int = -1
     dx: Tensor | None = None
     dy: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -171,6 +173,10 @@ class Entry:
             weight: ``[o, H]``.
             keep: whether the entry needs dy for a weight or bias gradient.
         """
+        # What an earlier backward has left, one that ended before the entry, is not this one's.
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.dx, self.dy = task, None, {}
         dy = self.buffer_order(dy)
         rows, others, features = dy.shape
         dy_To = dy.reshape(rows * others, features)
@@ -255,6 +261,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         entry: Entry = ctx.entry
         dys, entry.dy = entry.dy, {}
@@ -263,6 +270,9 @@ class _Enter(torch.autograd.Function):
         if partial is not None and ctx.needs_input_grad[1]:
             launch = comm.launch_reduce_scatter if entry.sharded else comm.launch_all_reduce
             launched = launch(partial, entry.axis)
+            if partial.device.type == "cpu":
+                # gloo has nothing to gain from a second collective beside this one.
+                launched = comm.wait(launched)
         # The weight gradients run while the reduction is in flight.
         flat = _weight_gradients(ctx, entry, dys)
         dx = None if launched is None else entry.buffer_order(comm.wait(launched))
@@ -304,6 +314,7 @@ class _ColumnLinear(torch.autograd.Function):
         return y.contiguous() if entry.batch_major else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         ctx.entry.receive(ctx.slot, grads[0], weight, ctx.keep)
@@ -322,6 +333,7 @@ class _RowLinear(torch.autograd.Function):
         return y.transpose(0, 1) if sharded else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dx = dw = db = None

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
@@ -101,26 +102,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # float16 keeps its sum over many tokens in float32 until the scale makes it small.
             dweight = dweight.to(weight_vH.dtype)
         ctx.save_for_backward(dsource, dweight, dbias)
-        ctx.dtypes = weight_vH.dtype, None if bias_v is None else bias_v.dtype
+        ctx.dtypes = source.dtype, weight_vH.dtype, weight_vH.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        scale = grads[0]
-        dsource, dweight, dbias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        if dsource is not None:
-            dsource = dsource * scale.to(_at_least_float(dsource))
-            dsource = dsource.to(ctx.saved_tensors[0].dtype)
-        if dweight is not None:
-            dweight = (dweight * scale.to(_at_least_float(dweight))).to(weight_dtype)
-        if dbias is not None:
-            dbias = (dbias * scale).to(bias_dtype)
+        # Once: under checkpointing saved tensors can be unpacked a single time.
+        saved = ctx.saved_tensors
+        scaled = [
+            None if grad is None else (grad * grads[0].to(_at_least_float(grad))).to(dtype)
+            for grad, dtype in zip(saved, ctx.dtypes, strict=True)
+        ]
+        dsource, dweight, dbias = scaled
         return dsource, None, dweight, dbias, None, None
 
 
 def _at_least_float(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def scaled_loss(total: Tensor, items: Tensor | float) -> Tensor:
+    """``total / items``, and a gradient of zero where ``items`` is zero.
+
+    torch's cross entropy writes no gradient for ignored tokens, so that a batch without a counted
+    label trains nothing; dividing by its count would make every gradient nan.
+    """
+    if not isinstance(items, Tensor):
+        items = total.new_tensor(float(items))
+    counted = items != 0
+    return (total / items.masked_fill(~counted, 1)).where(counted, total.detach() / items)
 
 
 def _chunks(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -62,7 +62,14 @@ def derive_plan(
     modules = dict(model.named_modules())
     container, rests = _layered_keys(name, styles, modules)
     decoder = container.rpartition(".")[0]
-    layers = tuple(f"{container}.{i}" for i in range(len(list(modules[container].children()))))
+    stack = cast(nn.ModuleList, modules[container])
+    layers = tuple(f"{container}.{i}" for i in range(len(stack)))
+    if len(set(map(id, stack))) != len(stack):
+        raise PlanError(
+            "one decoder layer stands in several places",
+            where=container,
+            rule="each layer is sharded once",
+        )
     divisors: list[Divisor] = []
     blocks: list[Block] = []
     norms: list[str] = []
@@ -164,7 +171,7 @@ def _blocks_of_layer(
                 continue
             module = modules[leaf_path]
             # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
-            if type(module) is not nn.Linear:
+            if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
                 raise PlanError(
                     "a linear of the plan is not a plain torch.nn.Linear",
                     where=leaf_path,

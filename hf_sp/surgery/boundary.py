@@ -99,8 +99,8 @@ class BlockBoundary:
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks. The exit also runs, to clean up, if the forward raises."""
-        module.register_forward_pre_hook(self.enter, with_kwargs=True)
-        module.register_forward_hook(self.leave, always_call=True)
+        module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self.leave, prepend=True, always_call=True)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input for the column linears."""
@@ -160,6 +160,10 @@ class LocalDropout:
 
     def start(self, like: Tensor) -> None:
         """Switch the default generator of ``like``'s device to this rank's stream."""
+        # Left over if the block was interrupted: the shared stream has to come back first.
+        self.stop()
+        if self.state.tp == 1:
+            return
         seed = int(torch.randint(2**62, ()))
         device = like.device
         if device.type == "cpu":

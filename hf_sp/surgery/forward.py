@@ -38,10 +38,10 @@ class DecoderBoundary:
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks. The second also runs, to clean up, if the forward raises."""
-        module.register_forward_pre_hook(self.start, with_kwargs=True)
-        module.register_forward_hook(self.finish, always_call=True)
+        module.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self.finish, prepend=True, always_call=True)
 
-    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def start(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the whole sequence length; decode single tokens without sequence sharding."""
         state, inputs = self.state, _bind(module, args, kwargs)
         if not state.in_model:
@@ -52,7 +52,8 @@ class DecoderBoundary:
         # One token of a generation: all but one rank would get padding. Never in training, where a
         # checkpointed layer may run again after this forward is over.
         state.single_token = state.length == 1 and not torch.is_grad_enabled()
-        self._as_tuple = kwargs.get("return_dict") is False
+        as_dict = kwargs.get("return_dict")
+        self._as_tuple = not (module.config.return_dict if as_dict is None else as_dict)
         return (args, {**kwargs, "return_dict": True}) if self._as_tuple else None
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -87,8 +88,8 @@ class ModelBoundary:
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks. The second also runs, to clean up, if the forward raises."""
-        module.register_forward_pre_hook(self.start, with_kwargs=True)
-        module.register_forward_hook(self.finish, always_call=True)
+        module.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self.finish, prepend=True, always_call=True)
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compare the inputs over the ranks (first forwards); the head may be lazy from here on."""
@@ -99,9 +100,9 @@ class ModelBoundary:
         """Make the logits that someone may read; drop those that a training step does not."""
         self.state.in_model = False
         if isinstance(output, tuple):
+            # Logits that are not made leave their place to None: the others keep theirs.
             has_loss = len(output) > 1 and isinstance(output[1], LazyLogits)
-            resolved = [self._resolve(x, module, has_loss) for x in output]
-            return tuple(x for x in resolved if x is not None)
+            return tuple(self._resolve(x, module, has_loss) for x in output)
         logits = output.get("logits") if hasattr(output, "get") else None
         if isinstance(logits, LazyLogits):
             has_loss = output.get("loss") is not None

@@ -1,7 +1,8 @@
 """Are all ranks of a tp group given the same batch, and is the model still the one we made?
 
-Asked on the first forwards only, by a digest of fixed size: ranks with different shapes get an
-error that names the cause, where the first activation collective would have hung.
+Asked on the first forwards only, of training, evaluation and decoding each, by a digest of fixed
+size: ranks with different shapes get an error that names the cause, where the first activation
+collective would have hung.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
             is active on replicated tensors and the ranks' generators are not in the same state.
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    if state.checks_left <= 0 or not all(type(t) is Tensor for t in tensors.values()):
+    tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
+    decoding = tokens is not None and tokens.shape[1:2] == (1,) and not torch.is_grad_enabled()
+    kind = "training" if model.training else "decoding" if decoding else "evaluation"
+    if state.checks_left[kind] <= 0 or not all(type(t) is Tensor for t in tensors.values()):
         return
-    state.checks_left -= 1
+    state.checks_left[kind] -= 1
     _check_parameters(model)
     if state.tp == 1 or dist.get_backend(state.group) == "fake":
         return
@@ -74,7 +78,12 @@ def _random(model: nn.Module, state: ParallelState) -> int:
 def _structure(tensors: dict[str, Tensor], inputs: dict[str, Any]) -> str:
     present = sorted(k for k, v in inputs.items() if v is not None)
     shapes = {k: (tuple(t.shape), str(t.dtype)) for k, t in sorted(tensors.items())}
-    return f"{present} {shapes}"
+    return f"{present} {shapes} {_scalars(inputs)}"
+
+
+def _scalars(inputs: dict[str, Any]) -> dict[str, str]:
+    """Inputs that are plain numbers (``num_items_in_batch``), by name."""
+    return {k: repr(v) for k, v in sorted(inputs.items()) if isinstance(v, int | float)}
 
 
 def _values(tensors: dict[str, Tensor]) -> Tensor:
@@ -97,6 +106,7 @@ def _raise_mismatch(
     tensors: dict[str, Tensor], inputs: dict[str, Any], state: ParallelState
 ) -> None:
     mine = {k: _describe(t) for k, t in tensors.items()}
+    mine |= _scalars(inputs)
     mine |= {k: "given" for k, v in inputs.items() if v is not None and k not in mine}
     everyone: list[dict[str, str]] = [{} for _ in range(state.tp)]
     dist.all_gather_object(everyone, mine, group=state.group)

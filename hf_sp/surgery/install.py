@@ -25,12 +25,13 @@ def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         for path in block.partial:
             LocalParameters(state, "always").install(model.get_submodule(path))
     for path in plan.shard_norms:
-        LocalParameters(state, "sharded").install(model.get_submodule(path))
+        kind = "in decoder" if path == plan.norm else "sharded"
+        LocalParameters(state, kind).install(model.get_submodule(path))
     for path in plan.replicated:
         LocalParameters(state, "never").install(model.get_submodule(path))
     first = model.get_submodule(plan.layers[0])
-    first.register_forward_pre_hook(StackEntry(state), with_kwargs=True)
-    model.get_submodule(plan.norm).register_forward_hook(StackExit(state))
+    first.register_forward_pre_hook(StackEntry(state), with_kwargs=True, prepend=True)
+    model.get_submodule(plan.norm).register_forward_hook(StackExit(state), prepend=True)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model).install(decoder)
     if decoder is not model:

@@ -25,7 +25,8 @@ class LocalParameters:
         state: the model's parallel state.
         partial: when the gradient is partial and has to be summed over tp: ``"always"`` (each rank
             uses the weight on its own heads), ``"sharded"`` (on its sequence shard, under sp),
-            ``"never"`` (every rank computes the same).
+            ``"in decoder"`` (the same, but only while the decoder runs: the final norm is called by
+            others too, on whole hidden states), ``"never"`` (every rank computes the same).
 
     Collectives: none forward, one all-reduce of each parameter's gradient backward if partial. The
     sum is inside the graph, so that it happens once per micro-batch, before accumulation.
@@ -36,18 +37,24 @@ class LocalParameters:
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks. The second runs even if the forward raises."""
-        module.register_forward_pre_hook(self.show)
-        module.register_forward_hook(self.hide, always_call=True)
+        module.register_forward_pre_hook(self.show, prepend=True)
+        module.register_forward_hook(self.hide, prepend=True, always_call=True)
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the parameters with their local tensors."""
-        summed = self.partial == "always" or (self.partial == "sharded" and self.state.sp)
+        state = self.state
+        summed = {
+            "always": True,
+            "sharded": state.sp,
+            "in decoder": state.sharded and state.length is not None,
+            "never": False,
+        }[self.partial]
         for name, p in module._parameters.items():
             if p is None:
                 continue
             tensor = local(p)
             if summed and p.requires_grad and torch.is_grad_enabled():
-                tensor = comm.identity_allreduce(tensor, self.state.axis)
+                tensor = comm.identity_allreduce(tensor, state.axis)
             module.__dict__[name] = tensor
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:

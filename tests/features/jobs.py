@@ -187,7 +187,7 @@ def half_precision_loss() -> dict[str, float]:
 
 
 def attention_dropout(checkpoint: bool) -> dict[str, Any]:
-    """Dropout in attention: replayed by a recompute, different per rank, the shared stream intact."""
+    """Dropout in attention: replayed by a recompute, another on each rank, the stream shared."""
     model = tiny.build("llama", attention_dropout=0.5, attn="eager")
     model = parallelize(model)
     batch = batches.plain(2, 17)

@@ -21,6 +21,7 @@ from hf_sp.layers import embedding, head, linear, loss
 from hf_sp.surgery import boundary, parameters, swap
 
 Patch = tuple[Any, str, Any]
+Factory = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,24 @@ FAULTS: dict[str, Fault] = {}
 def fault(case: Case | None = None, tp: int = 2) -> Callable:
     """Register the decorated function, which returns the patches, under its name."""
 
-    def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
-        FAULTS[patches.__name__] = Fault(patches, case or Case("llama_bias"), tp)
-        return patches
+    def register(patches: Callable[[], list[Patch]]) -> Factory:
+        return _register(patches.__name__, patches, case or Case("llama_bias"), tp)
 
     return register
 
 
-def __getattr__(name: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """``around="mutants.faults:<name>"``: the context manager factory of a fault."""
-    if name not in FAULTS:
-        raise AttributeError(name)
+def _register(name: str, patches: Callable[[], list[Patch]], case: Case, tp: int) -> Factory:
+    FAULTS[name] = Fault(patches, case, tp)
 
     @contextlib.contextmanager
     def active() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for owner, attribute, value in FAULTS[name].patches():
+            for owner, attribute, value in patches():
                 stack.enter_context(mock.patch.object(owner, attribute, value))
             yield
 
+    # What ``around="mutants.faults:<name>"`` finds.
+    globals()[name] = active
     return active
 
 
@@ -141,7 +141,12 @@ def block_entry_regathers_in_wrong_rank_order() -> list[Patch]:
 
 @fault()
 def block_entry_backward_does_not_reduce() -> list[Patch]:
-    return [(comm, "launch_reduce_scatter", _own_part), (comm, "wait", lambda x: x)]
+    keep = comm.launch_reduce_scatter
+    # The forward's own reduce-scatter stays right: only dx is wrong.
+    return [
+        (comm, "launch_reduce_scatter", _own_part),
+        (comm, "reduce_scatter", lambda x, axis: comm.wait(keep(x, axis))),
+    ]
 
 
 @fault()
@@ -167,7 +172,11 @@ def block_keeps_only_the_last_input_gradient() -> list[Patch]:
 
 @fault(Case("llama_bias", sp=False))
 def tp_entry_backward_does_not_reduce() -> list[Patch]:
-    return [(comm, "launch_all_reduce", lambda x, axis: x.clone()), (comm, "wait", lambda x: x)]
+    keep = comm.launch_all_reduce
+    return [
+        (comm, "launch_all_reduce", lambda x, axis: x.clone()),
+        (comm, "all_reduce", lambda x, axis: comm.wait(keep(x, axis))),
+    ]
 
 
 # --- exit of a TP block -------------------------------------------------------------------------
@@ -231,30 +240,24 @@ for _family, _sp, _tp in [
     ("llama_kv2", True, 4),
 ]:
     _where = f"{_family}_{'sp' if _sp else 'tp'}"
-    FAULTS[f"partial_gradient_not_summed_{_where}"] = Fault(
-        _partial_not_summed, Case(_family, sp=_sp), _tp
+    _register(
+        f"partial_gradient_not_summed_{_where}", _partial_not_summed, Case(_family, sp=_sp), _tp
     )
-    FAULTS[f"partial_gradient_averaged_{_where}"] = Fault(
-        _partial_averaged, Case(_family, sp=_sp), _tp
-    )
+    _register(f"partial_gradient_averaged_{_where}", _partial_averaged, Case(_family, sp=_sp), _tp)
 
 
 @fault(Case("llama", accum=3))
 def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
     """transformers 5.23's fault: a hook on ``param.grad`` reduces the running sum every time."""
+    calls: list[int] = []
 
     def backward(ctx, grad):
-        # The n-th micro-batch's sum is reduced n times too often; here, twice the first's.
-        ctx.axis_calls = True
+        # The first micro-batch's sums (two layers' norms and the final one) are reduced again.
+        calls.append(1)
         reduced = comm.all_reduce(grad, ctx.axis)
-        _CALLS.append(1)
-        return (reduced * ctx.axis.size if len(_CALLS) <= 5 else reduced), None
+        return (reduced * ctx.axis.size if len(calls) <= 5 else reduced), None
 
-    _CALLS.clear()
     return [_backward(comm._IdentityAllReduce, backward)]
-
-
-_CALLS: list[int] = []
 
 
 @fault()

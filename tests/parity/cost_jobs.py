@@ -44,7 +44,7 @@ def collective_log(sp: bool) -> dict[str, Any]:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     # The first forwards compare the batch over the ranks; a step's cost is without that.
-    while model._hf_sp_state.checks_left:
+    while model._hf_sp_state.checks_left["training"]:
         forward()
     with _Log() as log:
         count = count_step(forward)
