@@ -270,9 +270,6 @@ class _Enter(torch.autograd.Function):
         if partial is not None and ctx.needs_input_grad[1]:
             launch = comm.launch_reduce_scatter if entry.sharded else comm.launch_all_reduce
             launched = launch(partial, entry.axis)
-            if partial.device.type == "cpu":
-                # gloo has nothing to gain from a second collective beside this one.
-                launched = comm.wait(launched)
         # The weight gradients run while the reduction is in flight.
         flat = _weight_gradients(ctx, entry, dys)
         dx = None if launched is None else entry.buffer_order(comm.wait(launched))
