@@ -10,6 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.errors import ConfigError
@@ -89,7 +90,10 @@ def build_mesh(tp: int, mesh: DeviceMesh | None) -> DeviceMesh:
     if mesh is not None:
         return _tp_axis(mesh)
     start_distributed()
-    return init_device_mesh(_device_type(), (tp,), mesh_dim_names=("tp",))
+    # A mesh reads its own table of ranks back, which a fake tensor cannot give: estimates build the
+    # model, and so the mesh, under FakeTensorMode. Private, torch 2.11 to 2.13.
+    with unset_fake_temporarily():
+        return init_device_mesh(_device_type(), (tp,), mesh_dim_names=("tp",))
 
 
 def _use_cuda() -> bool:

@@ -142,6 +142,16 @@ def test_collectives_around_the_layers(chunks):
     }
 
 
+def test_estimate_without_a_mesh_at_hand():
+    """parallelize builds its own mesh under fake tensors too."""
+    with fake_world(4), fake_tensors():
+        model = AutoModelForCausalLM.from_config(_config(LlamaConfig, SMALL, 1, 128)).train()
+        model = parallelize(model, tp=4)
+        ids = torch.zeros(1, 64, dtype=torch.long)
+        step = count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    assert step.forward["reduce_scatter"].calls == 3
+
+
 def test_logits_never_exist():
     """The peak does not grow with the vocabulary times the tokens: one chunk of it is alive."""
     sizes = {
