@@ -7,11 +7,6 @@ as ``[B, S, H]`` views; with B = 1 nothing is copied.
 Shape letters: B batch, S full sequence, s = ceil(S / tp), H features. Lower case = local.
 
 Must not know modules, plans or models. Takes an ``Axis`` (a group by name), never a mesh.
-
-Private API: ``torch.ops._c10d_functional`` (torch 2.11 to 2.13). It is what
-``torch.distributed._functional_collectives`` is made of; the public wrappers are differentiable in
-a way of their own (``all_reduce`` all-reduces again in backward), and the plain
-``torch.distributed`` calls cannot be traced. Held by tests/collectives/test_private_api.py.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-_ops = torch.ops._c10d_functional
+from hf_sp.torch_private import collective_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +52,19 @@ def padded(length: int, size: int) -> int:
 
 def launch_all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Start an all-gather of ``[n, ...]`` to ``[tp * n, ...]``; read it only after ``wait``."""
-    return _launched(_ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+    return _launched(collective_ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
 
 
 def launch_reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """Start a summing reduce-scatter of ``[tp * n, ...]`` to ``[n, ...]``."""
-    return _launched(_ops.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group))
+    return _launched(
+        collective_ops.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group)
+    )
 
 
 def launch_all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Start a sum over the axis; ``x`` is left as it was."""
-    return _launched(_ops.all_reduce(x.contiguous(), "sum", axis.group))
+    return _launched(collective_ops.all_reduce(x.contiguous(), "sum", axis.group))
 
 
 def _launched(x: Tensor) -> Tensor:
@@ -78,7 +75,7 @@ def _launched(x: Tensor) -> Tensor:
 
 def wait(x: Tensor) -> Tensor:
     """Block (the stream, on a GPU) until the collective that makes ``x`` is done."""
-    return _ops.wait_tensor(x)
+    return collective_ops.wait_tensor(x)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

@@ -10,10 +10,10 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.errors import ConfigError
+from hf_sp.torch_private import real_tensors
 
 
 def launched_world() -> int:
@@ -90,9 +90,8 @@ def build_mesh(tp: int, mesh: DeviceMesh | None) -> DeviceMesh:
     if mesh is not None:
         return _tp_axis(mesh)
     start_distributed()
-    # A mesh reads its own table of ranks back, which a fake tensor cannot give: estimates build the
-    # model, and so the mesh, under FakeTensorMode. Private, torch 2.11 to 2.13.
-    with unset_fake_temporarily():
+    # Estimates build the model, and so the mesh, under FakeTensorMode.
+    with real_tensors():
         return init_device_mesh(_device_type(), (tp,), mesh_dim_names=("tp",))
 
 

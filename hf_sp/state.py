@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hf_sp.collectives import Axis
 from hf_sp.plan.schema import Plan
+from hf_sp.torch_private import has_gradient_hooks, same_storage, version
 
 CHECKS = 8
 """Forwards of each kind whose inputs are compared over the tp ranks."""
@@ -94,7 +95,7 @@ class ParallelState:
         """Tie the gathered final hidden states to the shard they were gathered from."""
         # The shard lives as long as the tensor that the user holds, not as long as the model.
         setattr(full_BSH, _SHARD, shard_BsH)
-        setattr(full_BSH, _VERSION, _version(full_BSH))
+        setattr(full_BSH, _VERSION, version(full_BSH))
         self._hidden = weakref.ref(full_BSH)
 
     def shard_of(self, x: Tensor) -> Tensor | None:
@@ -109,13 +110,13 @@ class ParallelState:
         if full is None or x.shape != full.shape or x.dtype != full.dtype:
             return None
         same_memory = (
-            x.untyped_storage()._cdata == full.untyped_storage()._cdata
+            same_storage(x, full)
             and x.storage_offset() == full.storage_offset()
             and x.stride() == full.stride()
         )
         # The version tells whether someone has written into it since.
-        unchanged = _version(x) == getattr(full, _VERSION)
-        watched = full._backward_hooks or full.retains_grad or x.retains_grad
+        unchanged = version(x) == getattr(full, _VERSION)
+        watched = has_gradient_hooks(full) or has_gradient_hooks(x)
         if not same_memory or not unchanged or watched or not _is_view_of(x, full):
             return None
         return getattr(full, _SHARD)
@@ -133,10 +134,6 @@ class ParallelState:
         state = dict(self.__dict__)
         state["_hidden"] = None
         return state
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def _is_view_of(x: Tensor, full: Tensor) -> bool:

@@ -10,11 +10,13 @@ it computes; none is silently wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from hf_sp.torch_private import stand_in, without_torch_function
 
 # What may be asked of the stand-in without making the logits.
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda")
@@ -53,14 +55,14 @@ class LazyLogits(Tensor):
         cls, shape: tuple[int, ...], like: Tensor, make: Callable[[], Tensor], request: Any
     ) -> LazyLogits:
         """A tensor without storage."""
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self = cast(LazyLogits, stand_in(cls, shape, like))
         self._make, self._made, self.request = make, None, request
         return self
 
     def materialize(self) -> Tensor:
         """The whole logits; made on the first call, on all ranks together."""
         if self._made is None:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 self._made = self._make()
         return self._made
 
@@ -73,7 +75,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)

@@ -7,8 +7,8 @@ How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for se
 - Each column linear computes ``x W^T`` and saves only W. Its backward adds its input gradient to
   one buffer shared by the block and leaves dy for the entry.
 - Autograd runs the entry's backward when all consumers of the gathered tensor have run: one
-  all-gather of x and one reduce-scatter of the summed input gradient, in flight together; the
-  weight gradients are computed while the reduce-scatter runs.
+  all-gather of x and one reduce-scatter of the summed input gradient, which on a GPU is in flight
+  while the weight gradients are computed.
 
 The gathered tensor is an ordinary differentiable tensor: anything else in the block may consume it
 (an adapter, a router), and its gradient joins the same reduce-scatter.
@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.layers.local import cast_for_autocast, local
+from hf_sp.torch_private import graph_task
 
 _ENTRY = "_hf_sp_entry"
 
@@ -174,7 +175,7 @@ class Entry:
             keep: whether the entry needs dy for a weight or bias gradient.
         """
         # What an earlier backward has left, one that ended before the entry, is not this one's.
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if task != self.task:
             self.task, self.dx, self.dy = task, None, {}
         dy = self.buffer_order(dy)

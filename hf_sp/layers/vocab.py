@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_sp.collectives import Axis
 from hf_sp.errors import ShapeError
+from hf_sp.torch_private import device_assert
 
 
 def vocab_range(vocab: int, axis: Axis) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def check_ids(ids: Tensor, vocab: int, name: str, ignore_index: int | None) -> N
     if ignore_index is not None:
         bad &= ids != ignore_index
     if ids.device.type != "cpu":
-        torch._assert_async(~bad.any())
+        device_assert(~bad.any(), f"{name} holds an id outside the vocabulary")
         return
     if bool(bad.any()):
         raise ShapeError(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -25,6 +24,7 @@ from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.layers.vocab import vocab_range
 from hf_sp.plan.schema import Leaf, Plan
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import is_fake
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -67,7 +67,7 @@ def agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> list[str]:
     """
     group = mesh.get_group()
     tensors = [(n, t) for n, t in _named_tensors(model) if t.numel()]
-    symbolic = any(isinstance(t, FakeTensor) or t.is_meta for _, t in tensors)
+    symbolic = any(is_fake(t) for _, t in tensors)
     if mesh.size() == 1 or symbolic or dist.get_backend(group) == "fake":
         return []
     digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])

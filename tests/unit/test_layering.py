@@ -14,7 +14,7 @@ MAX_LINES = 400
 # The one table. A module may import its own layer and those below; siblings of one row in separate
 # groups are blind to each other (plan knows no kernels, kernels no plan).
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "config"}],
+    [{"errors", "config", "torch_private"}],
     [{"plan"}, {"kernels"}],
     [{"mesh", "collectives", "state"}],
     [{"layers"}],

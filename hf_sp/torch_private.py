@@ -1,0 +1,66 @@
+"""Every private name of torch that hf_sp (outside ``estimate`` and ``checkpoint``) stands on.
+
+One place to look when torch changes; each says why it is needed and is held, with the versions
+torch 2.11 to 2.13 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
+
+Not listed: ``nn.Module._parameters`` and its kin, which every package that edits modules uses.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+# What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
+# in a way of their own (all_reduce all-reduces again in backward), and the plain torch.distributed
+# calls cannot be traced.
+collective_ops = torch.ops._c10d_functional
+
+
+def graph_task() -> int:
+    """Number of the backward pass that is running: what a node has stored belongs to one pass."""
+    return torch._C._current_graph_task_id()
+
+
+def device_assert(holds: Tensor, message: str) -> None:
+    """Fail on the device if false, as torch's own kernels do, without a synchronisation."""
+    torch._assert_async(holds, message)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x has no values (FakeTensorMode, meta)."""
+    return isinstance(x, FakeTensor) or x.is_meta
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Make real tensors inside, under FakeTensorMode too: a mesh reads its table of ranks back."""
+    return unset_fake_temporarily()
+
+
+def same_storage(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors share one storage; ``data_ptr`` is not to be had of a fake tensor."""
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+def version(x: Tensor) -> int | None:
+    """How often x has been written to in place; None under inference mode, which does not count."""
+    return None if x.is_inference() else x._version
+
+
+def stand_in(cls: type[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of a subclass with a shape, a dtype and a device, and no storage."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Operate on a subclass below its own ``__torch_function__``."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether someone watches the gradient that flows into x."""
+    return bool(x._backward_hooks) or x.retains_grad

@@ -1,0 +1,111 @@
+"""The private names of torch that hf_sp stands on, as it uses them, all in one place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_sp import torch_private as private
+
+PACKAGE = Path(private.__file__).parent
+# Apart, each with the reason in the module: the estimate's simulation, and the rendezvous store.
+ELSEWHERE = {"estimate/accounting.py", "estimate/simulate.py", "checkpoint.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("all_gather_into_tensor", "(Tensor input, int group_size, {group} group_name) -> Tensor"),
+        (
+            "reduce_scatter_tensor",
+            "(Tensor input, str reduce_op, int group_size, {group} group_name) -> Tensor",
+        ),
+        ("all_reduce", "(Tensor input, str reduce_op, {group} group_name) -> Tensor"),
+        ("wait_tensor", "(Tensor tensor) -> Tensor"),
+    ],
+)
+def test_functional_collectives_keep_their_signature(name, schema):
+    found = str(getattr(private.collective_ops, name).default._schema)
+    wanted = {f"_c10d_functional::{name}{schema.format(group=g)}" for g in ("str", "Any")}
+    assert found in wanted
+
+
+def test_graph_task_tells_backward_passes_apart():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(private.graph_task()))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert private.graph_task() == -1
+    assert len(set(seen)) == 2
+    assert -1 not in seen
+
+
+def test_device_assert():
+    private.device_assert(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="not so"):
+        private.device_assert(torch.tensor(False), "not so")
+
+
+def test_fake_tensors_and_real_ones_among_them():
+    with FakeTensorMode():
+        assert private.is_fake(torch.ones(1))
+        with private.real_tensors():
+            assert not private.is_fake(torch.ones(1))
+    assert private.is_fake(torch.ones(1, device="meta"))
+
+
+def test_same_storage():
+    x = torch.ones(4)
+    assert private.same_storage(x, x[1:])
+    assert not private.same_storage(x, x.clone())
+
+
+def test_version():
+    x = torch.ones(2)
+    before = private.version(x)
+    x.add_(1)
+    assert private.version(x) != before
+    with torch.inference_mode():
+        assert private.version(torch.ones(1)) is None
+
+
+def test_stand_in_and_torch_function():
+    class Mine(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "mine"
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError
+
+    x = private.stand_in(Mine, (2, 3), torch.ones(1, dtype=torch.float16))
+    assert x.sum() == "mine"
+    with private.without_torch_function():
+        assert (x.shape, x.dtype) == ((2, 3), torch.float16)
+
+
+def test_gradient_hooks():
+    x = torch.ones(2, requires_grad=True) * 2
+    assert not private.has_gradient_hooks(x)
+    x.register_hook(lambda grad: None)
+    assert private.has_gradient_hooks(x)
+    y = torch.ones(2, requires_grad=True) * 2
+    y.retain_grad()
+    assert private.has_gradient_hooks(y)
+
+
+def test_they_stand_in_one_place():
+    pattern = re.compile(r"torch\._(?!distributed)|torch\.ops\._|\._cdata|from torch\._")
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if pattern.search(path.read_text())
+    }
+    assert found - ELSEWHERE == {"torch_private.py"}
