@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_sp.checks import (
     agree,
     check_arguments,
+    check_devices,
     check_environment,
     check_model,
     check_optimizers,
@@ -103,6 +104,7 @@ def parallelize(
     agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
     assert resolved is not None
     tp_mesh = build_mesh(resolved.tp, mesh)
+    check_devices(model, tp_mesh)
     state = ParallelState(
         mesh=tp_mesh,
         axis=Axis.of(tp_mesh),

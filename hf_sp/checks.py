@@ -134,6 +134,18 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse a model on an accelerator that the process group cannot reach."""
+    away = {p.device.type for p in model.parameters()} - {"cpu", "meta", mesh.device_type}
+    if away:
+        raise ConfigError(
+            f"the model is on {away.pop()}, the process group is not",
+            got=f"a mesh on {mesh.device_type}, backend {dist.get_backend(mesh.get_group())}",
+            rule="shards live where their collectives run; hf_sp does not move a model to the CPU",
+            remedy="start torch.distributed with NCCL, or leave it to parallelize",
+        )
+
+
 def check_optimizers(model: nn.Module) -> None:
     """Refuse if an optimizer or a gradient already refers to the whole parameters."""
     parameters = {id(p): n for n, p in model.named_parameters()}

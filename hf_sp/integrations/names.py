@@ -117,6 +117,10 @@ NAMES: tuple[Name, ...] = (
             "self.barrier_after_gathered_checkpoint_save(distributed_config)",
         ),
     ),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
+        "(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True)",
+    ),
     # transformers: used
     Name(
         _TRAINER + "_load_from_checkpoint",

@@ -1,4 +1,6 @@
-"""``save_pretrained`` of a parallelized ``PreTrainedModel``: called on all ranks, written by one.
+"""``PreTrainedModel``'s own methods on a parallelized model: what is saved, what is refused.
+
+``save_pretrained`` is called on all ranks and written by one.
 
 transformers' own gather for native TP (5.17 to 5.23, ``gather_state_dict_for_save``) keeps a CPU
 copy of the whole model on every rank, gathers nothing at tp=1, and gathers by each rank's own list
@@ -45,4 +47,17 @@ def save_whole_tensors(
     whole = gather_state_dict(self, state_dict, keep=writes)
     return original(
         self, save_directory, is_main_process=is_main_process, state_dict=whole, **kwargs
+    )
+
+
+@PATCHES.on(PreTrainedModel, "resize_token_embeddings")
+def resize_first(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Transformers 5.17 to 5.23 copies rows of whole embeddings; of shards it fails half done."""
+    if not args and all(value is None for value in kwargs.values()):
+        return original(self, *args, **kwargs)  # asks for the embedding only
+    raise ConfigError(
+        "the vocabulary of a parallelized model cannot be resized",
+        where=f"{type(self).__name__}.resize_token_embeddings",
+        rule="each rank holds a range of the vocabulary's rows",
+        remedy="resize the embeddings before parallelize",
     )

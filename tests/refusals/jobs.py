@@ -119,6 +119,15 @@ def different_seeds() -> tuple[bool, bool]:
     return all(d == digests[0] for d in digests), right
 
 
+def resized() -> tuple[str | None, str | None]:
+    """A vocabulary resized after parallelize; asked for without a size, it is only looked at."""
+    model = parallelize(tiny.build("llama"))
+    return (
+        _message(lambda: model.resize_token_embeddings(100)),
+        _message(lambda: model.resize_token_embeddings()),
+    )
+
+
 def twice() -> tuple[str | None, str | None]:
     """parallelize called again, on the model and on its decoder."""
     model = parallelize(tiny.build("llama"))

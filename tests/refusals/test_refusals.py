@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -10,7 +12,9 @@ from harness.pool import pool
 from torch import nn
 
 from hf_sp import parallelize
+from hf_sp.checks import check_devices
 from hf_sp.errors import ConfigError, HfSpError
+from hf_sp.estimate import fake_world
 
 # --- on two ranks -------------------------------------------------------------------------------
 
@@ -100,6 +104,18 @@ def test_ids_outside_the_vocabulary(where, value):
     for message in pool(2).run("refusals.jobs:ids_out_of_range", where=where, value=value):
         assert message.startswith("ShapeError")
         assert str(value) in message
+
+
+def test_resized_later():
+    for message, looked in pool(2).run("refusals.jobs:resized"):
+        assert "resize the embeddings before parallelize" in message
+        assert looked is None
+
+
+def test_model_on_a_device_of_another_backend():
+    model = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    with fake_world(2) as mesh, pytest.raises(ConfigError, match="the model is on cuda"):
+        check_devices(model, mesh)
 
 
 def test_twice():
