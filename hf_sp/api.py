@@ -20,13 +20,14 @@ from hf_sp.checks import (
     check_environment,
     check_model,
     check_optimizers,
+    check_switches,
     describe_tensors,
 )
 from hf_sp.collectives import Axis
 from hf_sp.errors import HfSpError
 from hf_sp.mesh import build_mesh, resolve_tp
 from hf_sp.plan import Plan, derive_plan
-from hf_sp.state import ATTRIBUTE, ParallelState
+from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 from hf_sp.surgery.install import install_hooks
 from hf_sp.surgery.swap import agree_on_weights, placements, swap_leaves
 
@@ -53,6 +54,8 @@ def parallelize(
     plan: Mapping[str, str] | None = None,
     keep_logits: bool = False,
     loss_chunk: int = 4096,
+    kernels: bool = True,
+    recompute: Recompute | None = None,
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
@@ -76,6 +79,19 @@ def parallelize(
         keep_logits: return whole logits from training forwards with labels too. By default the
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
+        kernels: run RMS norms, gated SiLU MLPs and the loss in fused Triton kernels on a GPU (the
+            same numbers in torch operations elsewhere). They are recognised by what they compute;
+            a norm of another form keeps its own code. ``False``: no Triton.
+        recompute: what backward makes again instead of keeping it; bytes a token and layer with
+            C for attention (``hf_sp.estimate.formulas``), t = tp, under ``sp``:
+
+            - ``"none"``: ``(8h + 8)/t + C + 6f/t``; with ``kernels=False`` HF's own modules run
+              untouched, ``(16h + 8)/t + C + 8f/t``
+            - ``"norm"``: norm outputs, ``(4h + 8)/t + C + 6f/t``
+            - ``"norm+act"``: and ``silu(gate) * up``, ``(4h + 8)/t + C + 4f/t``
+
+            Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs one elementwise
+            pass each, no matrix product and no collective.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp``; their names are
@@ -92,7 +108,8 @@ def parallelize(
     resolved: Plan | None = None
     problem: HfSpError | None = None
     try:
-        check_arguments(tp, sp, cp_mode, degrees, keep_logits, loss_chunk)
+        check_arguments(tp, cp_mode, degrees, loss_chunk)
+        check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
         check_environment()
         check_model(model)
         resolved = derive_plan(model, resolve_tp(tp, mesh), sp, plan)
@@ -100,7 +117,7 @@ def parallelize(
         check_optimizers(model)
     except HfSpError as error:
         problem = error
-    options = f"keep_logits={keep_logits} loss_chunk={loss_chunk}"
+    options = f"{keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
     agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
     assert resolved is not None
     tp_mesh = build_mesh(resolved.tp, mesh)
@@ -112,6 +129,8 @@ def parallelize(
         plan=resolved,
         keep_logits=keep_logits,
         loss_chunk=loss_chunk,
+        kernels=kernels,
+        recompute=recompute or ("norm+act" if kernels else "none"),
     )
     taken = agree_on_weights(model, tp_mesh)
     if taken and state.rank == 0:

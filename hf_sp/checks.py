@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,19 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.mesh import launched_world, start_distributed
-from hf_sp.state import parallel_state
+from hf_sp.state import Recompute, parallel_state
 
 
-def check_arguments(
-    tp: int | None,
-    sp: bool,
-    cp_mode: str,
-    degrees: dict[str, int],
-    keep_logits: bool,
-    loss_chunk: int,
-) -> None:
-    """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
-    for name, flag in {"sp": sp, "keep_logits": keep_logits}.items():
+def check_switches(switches: dict[str, bool], recompute: str | None) -> None:
+    """Refuse switches that are neither on nor off."""
+    for name, flag in switches.items():
         if not isinstance(flag, bool):
             raise ConfigError(
                 f"{name} is a switch, not a degree",
@@ -36,6 +29,17 @@ def check_arguments(
                 else f"{name} is True or False",
                 legal="True, False",
             )
+    legal = (None, *get_args(Recompute))
+    if recompute not in legal:
+        raise ConfigError(
+            "unknown recompute", got=repr(recompute), legal=", ".join(map(repr, legal))
+        )
+
+
+def check_arguments(
+    tp: int | None, cp_mode: str, degrees: dict[str, int], loss_chunk: int
+) -> None:
+    """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
     sizes = {"loss_chunk": loss_chunk, **degrees, **({} if tp is None else {"tp": tp})}
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:

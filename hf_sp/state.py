@@ -7,10 +7,11 @@ need it, is copied with them, and holds no tensor between two forwards.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -22,6 +23,7 @@ from hf_sp.torch_private import has_gradient_hooks, same_storage, version
 
 CHECKS = 8
 """Forwards of each kind whose inputs are compared over the tp ranks."""
+Recompute = Literal["none", "norm", "norm+act"]
 KINDS = ("training", "evaluation", "decoding")
 
 ATTRIBUTE = "_hf_sp_state"
@@ -42,6 +44,8 @@ class ParallelState:
         plan: what was done to the model.
         keep_logits: whether a training forward with labels also returns logits.
         loss_chunk: tokens per chunk of the LM head's loss.
+        kernels: run Triton kernels where they can.
+        recompute: what is made again in backward instead of being saved.
         single_token: this forward decodes one token: plain TP, nothing is scattered.
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
@@ -55,6 +59,8 @@ class ParallelState:
     plan: Plan
     keep_logits: bool = False
     loss_chunk: int = 4096
+    kernels: bool = True
+    recompute: Recompute = "norm+act"
     single_token: bool = False
     in_model: bool = False
     length: int | None = None
@@ -76,6 +82,11 @@ class ParallelState:
     def group(self) -> ProcessGroup:
         """The tp process group."""
         return self.mesh.get_group()
+
+    @property
+    def fused(self) -> bool:
+        """Whether norms and MLPs of a known form run hf_sp's functions instead of their own."""
+        return self.kernels or self.recompute != "none"
 
     @property
     def sharded(self) -> bool:
@@ -123,10 +134,15 @@ class ParallelState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         # The mesh is a handle on process groups, shared like them; weak references do not copy.
-        copy = ParallelState(
-            self.mesh, self.axis, self.sp, self.plan, self.keep_logits, self.loss_chunk
+        copy = dataclasses.replace(
+            self,
+            single_token=False,
+            in_model=False,
+            length=None,
+            logits_wanted=True,
+            checks_left=dict(self.checks_left),
+            _hidden=None,
         )
-        copy.checks_left = dict(self.checks_left)
         memo[id(self)] = copy
         return copy
 

@@ -9,11 +9,13 @@ Not listed: ``nn.Module._parameters`` and its kin, which every package that edit
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed import ProcessGroup
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
 # in a way of their own (all_reduce all-reduces again in backward), and the plain torch.distributed
@@ -24,6 +26,11 @@ collective_ops = torch.ops._c10d_functional
 def graph_task() -> int:
     """Number of the backward pass that is running: what a node has stored belongs to one pass."""
     return torch._C._current_graph_task_id()
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The process group of that name; functional collectives know groups by name."""
+    return _resolve_process_group(cast(Any, name))
 
 
 def device_assert(holds: Tensor, message: str) -> None:

@@ -14,6 +14,7 @@ It is the training code itself that runs, so the estimate can't drift from it.
 from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, StepAccounting
 from hf_sp.estimate.formulas import (
     LayerShape,
+    kernels_bytes_per_token,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
@@ -30,6 +31,7 @@ __all__ = [
     "count_step",
     "fake_tensors",
     "fake_world",
+    "kernels_bytes_per_token",
     "per_layer",
     "sp_gathered_bytes_per_token",
     "sp_shard_bytes_per_token",

@@ -2,8 +2,9 @@
 
 How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for separate q/k/v):
 
-- ``enter_block`` gathers the block's input once. Its autograd node saves the *shard* and takes the
-  block's column weights as inputs, because it is the node that makes their gradients.
+- ``enter_block`` gathers the block's input once. Its autograd node saves the *shard*, or what the
+  shard is made of (``layers/recipe.py``), and takes the block's column weights as inputs, because
+  it is the node that makes their gradients.
 - Each column linear computes ``x W^T`` and saves only W. Its backward adds its input gradient to
   one buffer shared by the block and leaves dy for the entry.
 - Autograd runs the entry's backward when all consumers of the gathered tensor have run: one
@@ -30,8 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
+from hf_sp.layers.gated import GatedProduct, GatedRowLinear
 from hf_sp.layers.local import cast_for_autocast, local
-from hf_sp.torch_private import graph_task
+from hf_sp.layers.recipe import Recipe, recipe_of
+from hf_sp.torch_private import graph_task, has_gradient_hooks
 
 _ENTRY = "_hf_sp_entry"
 
@@ -119,7 +122,7 @@ class RowParallelLinear(ParallelLinear):
     Shapes:   x [B, S, f] -> [B, S, H] partial, sequence-major inside under sp
     Forward:  no collective
     Backward: no collective; the output gradient is whole
-    Saves:    x, the weight
+    Saves:    the weight, and x or, where x is a gated product that is made again, gate and up
     """
 
     sp: bool
@@ -135,7 +138,15 @@ class RowParallelLinear(ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local columns of the weight."""
         weight, bias = self.local_parameters(x)
-        return _RowLinear.apply(cast_for_autocast(x, x), weight, bias, self.axis.rank == 0, self.sp)
+        x = cast_for_autocast(x, x)
+        add_bias = self.axis.rank == 0
+        recipe = recipe_of(x)
+        # Whoever watches the product's gradient has to be shown it.
+        if isinstance(recipe, GatedProduct) and not has_gradient_hooks(x):
+            return GatedRowLinear.apply(
+                *recipe.ingredients, x.detach(), weight, bias, add_bias, self.sp, recipe.triton
+            )
+        return _RowLinear.apply(x, weight, bias, add_bias, self.sp)
 
 
 @dataclass(eq=False)
@@ -222,7 +233,8 @@ def enter_block(
     Forward:  1 all-gather if ``sharded``, else none
     Backward: ``sharded``: 1 all-gather (of x again, for the weight gradients; none if all column
               weights are frozen) and 1 reduce-scatter; else 1 all-reduce
-    Saves:    x (the shard), if some column weight needs a gradient
+    Saves:    if some column weight needs a gradient: x (the shard), or where x is a norm's output
+              that is made again, what the norm saves anyway
     Source:   Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2
 
     Args:
@@ -238,6 +250,7 @@ def enter_block(
         The gathered tensor, known to the column linears, and the entry, to be closed on exit.
     """
     entry = Entry(axis, sharded, length, batch_major)
+    recipe = recipe_of(x)
     x = cast_for_autocast(x, x)
     flat: list[Tensor | None] = []
     for slot, linear in enumerate(linears):
@@ -245,18 +258,21 @@ def enter_block(
         entry.parameters.append(linear.local_parameters(x))
         flat += entry.parameters[-1]
         entry.trains.append(any(t is not None and t.requires_grad for t in entry.parameters[-1]))
-    full = _Enter.apply(entry, x, *flat)
+    full = _Enter.apply(entry, recipe, x, *flat)
     setattr(full, _ENTRY, entry)
     return full, entry
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, entry: Entry, x: Tensor, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, entry: Entry, recipe: Recipe | None, x: Tensor, *flat: Tensor | None
+    ) -> Tensor:
         ctx.entry = entry
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad[2::2]):
-            ctx.save_for_backward(x)
+        if any(ctx.needs_input_grad[3::2]):
+            ctx.make, ctx.dtype = None if recipe is None else recipe.make, x.dtype
+            ctx.save_for_backward(*((x,) if recipe is None else recipe.ingredients))
         if entry.sharded:
             return comm.gather_sequence(x, entry.length, entry.axis)
         return x.view_as(x)
@@ -268,31 +284,39 @@ class _Enter(torch.autograd.Function):
         dys, entry.dy = entry.dy, {}
         partial = entry.take_input_gradient(grads[0])
         launched = None
-        if partial is not None and ctx.needs_input_grad[1]:
+        if partial is not None and ctx.needs_input_grad[2]:
             launch = comm.launch_reduce_scatter if entry.sharded else comm.launch_all_reduce
             launched = launch(partial, entry.axis)
         # The weight gradients run while the reduction is in flight.
         flat = _weight_gradients(ctx, entry, dys)
         dx = None if launched is None else entry.buffer_order(comm.wait(launched))
-        return None, dx, *flat
+        return None, None, dx, *flat
 
 
 def _weight_gradients(ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]) -> list[Tensor | None]:
     """Gradients of the entry's flat (weight, bias, weight, bias, ...) inputs."""
-    needs = ctx.needs_input_grad[2:]
+    needs = ctx.needs_input_grad[3:]
     flat: list[Tensor | None] = [None] * len(needs)
     x_TH = None
     for slot, several in dys.items():
         for dy_To in several:
             if needs[2 * slot]:
                 if x_TH is None:
-                    (x,) = ctx.saved_tensors
+                    x = _saved_input(ctx)
                     full = comm.gather_sequence(x, entry.length, entry.axis) if entry.sharded else x
                     x_TH = entry.buffer_order(full).reshape(-1, full.shape[-1])
                 flat[2 * slot] = _plus(flat[2 * slot], dy_To.t() @ x_TH)
             if needs[2 * slot + 1]:
                 flat[2 * slot + 1] = _plus(flat[2 * slot + 1], dy_To.sum(0))
     return flat
+
+
+def _saved_input(ctx: Any) -> Tensor:
+    if ctx.make is None:
+        (x,) = ctx.saved_tensors
+        return x
+    # As the forward made it, cast for autocast too.
+    return ctx.make(*ctx.saved_tensors).to(ctx.dtype)
 
 
 def _plus(total: Tensor | None, term: Tensor) -> Tensor:

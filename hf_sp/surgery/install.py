@@ -1,32 +1,37 @@
-"""Put the hooks on a model whose leaves are swapped."""
+"""Put the hooks, and the forwards of what is recognised, on a model whose leaves are swapped."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from hf_sp.layers.head import CausalLMLoss
 from hf_sp.layers.linear import ColumnParallelLinear
-from hf_sp.plan.schema import Plan
+from hf_sp.plan.schema import Block, Plan
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, StackEntry, StackExit
 from hf_sp.surgery.forward import DecoderBoundary, ModelBoundary
+from hf_sp.surgery.fused import GatedForward, NormForward
 from hf_sp.surgery.parameters import LocalParameters
+from hf_sp.surgery.recognise import gated_form, norm_form
 
 
 def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     """Boundaries of the stack and of each block, local views of replicated parameters, the loss."""
+    fused = _Fused(state)
     for block in plan.blocks:
         module = model.get_submodule(block.path)
         leaves = [model.get_submodule(leaf.path) for leaf in block.leaves]
         columns = [leaf for leaf in leaves if isinstance(leaf, ColumnParallelLinear)]
         BlockBoundary(state, columns, block.attention).install(module)
+        fused.gated(module, block)
         for path in block.partial:
-            LocalParameters(state, "always").install(model.get_submodule(path))
+            fused.norm(model.get_submodule(path), LocalParameters(state, "always"))
     for path in plan.shard_norms:
         kind = "in decoder" if path == plan.norm else "sharded"
-        LocalParameters(state, kind).install(model.get_submodule(path))
+        fused.norm(model.get_submodule(path), LocalParameters(state, kind))
     for path in plan.replicated:
         LocalParameters(state, "never").install(model.get_submodule(path))
     first = model.get_submodule(plan.layers[0])
@@ -38,6 +43,50 @@ def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         ModelBoundary(state).install(model)
     if plan.head is not None:
         _install_loss(model)
+
+
+class _Fused:
+    """Gives norms and MLPs their stand-ins, where their maths is known and wanted.
+
+    Modules of one class, size and settings are asked once.
+    """
+
+    def __init__(self, state: ParallelState) -> None:
+        self.state = state
+        self._forms: dict[Any, Any] = {}
+
+    def norm(self, module: nn.Module, parameters: LocalParameters) -> None:
+        """A norm on the hidden stream or on this rank's heads."""
+        state = self.state
+        recompute = state.recompute != "none"
+        form = self._ask(module, (), lambda: norm_form(module)) if state.fused else None
+        if form is None:
+            parameters.install(module)
+            return
+        forward = NormForward(module, form, parameters, recompute=recompute, triton=state.kernels)
+        setattr(module, "forward", forward)  # noqa: B010 (a method to mypy)
+
+    def gated(self, module: nn.Module, block: Block) -> None:
+        """A TP block, which may be a gated MLP."""
+        rows = [leaf.path for leaf in block.leaves if leaf.style == "row"]
+        if not self.state.fused or block.attention or len(rows) != 1:
+            return
+        columns = [leaf.path for leaf in block.leaves if leaf.style != "row"]
+        (row, *names) = (path.removeprefix(block.path + ".") for path in (*rows, *columns))
+        form = self._ask(module, (row, *names), lambda: gated_form(module, names, row))
+        if form is not None:
+            recompute = self.state.recompute == "norm+act"
+            forward = GatedForward(module, form, recompute=recompute, triton=self.state.kernels)
+            setattr(module, "forward", forward)  # noqa: B010 (a method to mypy)
+
+    def _ask(self, module: nn.Module, names: tuple[str, ...], ask: Callable[[], Any]) -> Any:
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
+        shapes = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
+        children = [type(child) for child in module._modules.values()]
+        key = (type(module), names, f"{settings} {shapes} {children}")
+        if key not in self._forms:
+            self._forms[key] = ask()
+        return self._forms[key]
 
 
 def _install_loss(model: nn.Module) -> None:

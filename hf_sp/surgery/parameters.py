@@ -8,6 +8,8 @@ change). So any form of norm works, unmodified, and no class is replaced.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,15 +42,28 @@ class LocalParameters:
         module.register_forward_pre_hook(self.show, prepend=True)
         module.register_forward_hook(self.hide, prepend=True, always_call=True)
 
-    def show(self, module: nn.Module, args: Any) -> None:
-        """Shadow the parameters with their local tensors."""
+    def summed(self) -> bool:
+        """Whether gradients of the current forward are partial."""
         state = self.state
-        summed = {
+        return {
             "always": True,
             "sharded": state.sp,
             "in decoder": state.sharded and state.length is not None,
             "never": False,
         }[self.partial]
+
+    @contextlib.contextmanager
+    def shown(self, module: nn.Module) -> Iterator[None]:
+        """Shadow the parameters inside, for a forward that is called without its hooks."""
+        self.show(module, ())
+        try:
+            yield
+        finally:
+            self.hide(module, (), None)
+
+    def show(self, module: nn.Module, args: Any) -> None:
+        """Shadow the parameters with their local tensors."""
+        state, summed = self.state, self.summed()
         for name, p in module._parameters.items():
             if p is None:
                 continue

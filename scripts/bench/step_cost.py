@@ -2,7 +2,7 @@
 
 For each shape and tp: bytes alive after the forward, peak live bytes, collectives and their
 payload, of the unsharded model, transformers' own TP, torch's DTensor TP + SequenceParallel, and
-hf_sp with and without sequence parallelism, side by side with the closed form.
+hf_sp along its memory frontier, side by side with the closed form.
 
 A row is what a third layer adds to a model of two, so that embedding, head and loss drop out; the
 first layer's peak may differ by a buffer. The models are whole LlamaForCausalLMs in bfloat16, run
@@ -19,6 +19,7 @@ import csv
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -45,6 +46,7 @@ from hf_sp.estimate import (
     count_step,
     fake_tensors,
     fake_world,
+    kernels_bytes_per_token,
     per_layer,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
@@ -73,6 +75,7 @@ QUICK: tuple[tuple[str, int, int], ...] = (("small", 2, 128),)
 
 # What turns a plain model into a parallel one. In two steps, since meshes cannot be made on fake
 # tensors: the first is called before them, the second on the model that was made of them.
+Recompute = Literal["none", "norm", "norm+act"]
 Apply = Callable[[LlamaForCausalLM], nn.Module]
 Layout = Callable[[DeviceMesh], Apply]
 
@@ -133,25 +136,34 @@ def dtensor_sp(mesh: DeviceMesh) -> Apply:
     return apply
 
 
-def hf_sp_layout(*, sp: bool) -> Layout:
+def hf_sp_layout(**options: Any) -> Layout:
     """Apply hf_sp."""
 
     def layout(mesh: DeviceMesh) -> Apply:
         from hf_sp import parallelize
 
-        return lambda model: parallelize(model, sp=sp, mesh=mesh)
+        return lambda model: parallelize(model, mesh=mesh, **options)
 
     return layout
 
 
 Formula = Callable[[LayerShape, int], float]
-# With the closed form of what it keeps, which for hf_sp is what Megatron keeps.
+
+
+def _kernels(recompute: Recompute) -> Formula:
+    return lambda shape, tp: kernels_bytes_per_token(shape, tp, recompute)
+
+
+# With the closed form of what it keeps. recompute="none" keeps what Megatron keeps.
 LAYOUTS: dict[str, tuple[Layout, Formula]] = {
     "unsharded": (unsharded, lambda shape, tp: tp_bytes_per_token(shape, 1)),
     "HF native TP": (hf_native, tp_bytes_per_token),
     "DTensor TP+SP": (dtensor_sp, sp_gathered_bytes_per_token),
-    "hf_sp sp=False": (hf_sp_layout(sp=False), tp_bytes_per_token),
-    "hf_sp sp=True": (hf_sp_layout(sp=True), sp_shard_bytes_per_token),
+    "hf_sp sp=False, kernels=False": (hf_sp_layout(sp=False, kernels=False), tp_bytes_per_token),
+    "hf_sp kernels=False": (hf_sp_layout(kernels=False), sp_shard_bytes_per_token),
+    "hf_sp recompute=none": (hf_sp_layout(recompute="none"), _kernels("none")),
+    "hf_sp recompute=norm": (hf_sp_layout(recompute="norm"), _kernels("norm")),
+    "hf_sp (norm+act)": (hf_sp_layout(), _kernels("norm+act")),
 }
 
 

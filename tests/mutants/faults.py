@@ -17,8 +17,8 @@ import torch
 from harness.parity import Case
 
 from hf_sp import collectives as comm
-from hf_sp.layers import embedding, head, linear, loss
-from hf_sp.surgery import boundary, parameters, swap
+from hf_sp.layers import embedding, gated, head, linear, loss
+from hf_sp.surgery import boundary, fused, parameters, swap
 
 Patch = tuple[Any, str, Any]
 Factory = Callable[[], contextlib.AbstractContextManager]
@@ -223,27 +223,34 @@ def tp_exit_backward_reduces_again() -> list[Patch]:
 
 
 def _partial_not_summed() -> list[Patch]:
-    return [_backward(comm._IdentityAllReduce, lambda ctx, grad: (grad, None))]
+    return [
+        _backward(comm._IdentityAllReduce, lambda ctx, grad: (grad, None)),
+        (fused, "sum_over_ranks", lambda dw, axis: dw),
+    ]
 
 
 def _partial_averaged() -> list[Patch]:
     def backward(ctx, grad):
         return comm.all_reduce(grad, ctx.axis) / ctx.axis.size, None
 
-    return [_backward(comm._IdentityAllReduce, backward)]
+    return [
+        _backward(comm._IdentityAllReduce, backward),
+        (fused, "sum_over_ranks", _averaged(comm.all_reduce)),
+    ]
 
 
-for _family, _sp, _tp in [
-    ("llama", True, 2),  # norms on sequence shards
-    ("qwen3", False, 2),  # q_norm, k_norm on local heads, in plain TP too
-    ("llama_kv1", False, 2),  # k and v of a head that several ranks compute
-    ("llama_kv2", True, 4),
+for _family, _sp, _tp, _kernels in [
+    ("llama", True, 2, True),  # norms on sequence shards
+    ("llama", True, 2, False),
+    ("qwen3", False, 2, True),  # q_norm, k_norm on local heads, in plain TP too
+    ("qwen3", False, 2, False),
+    ("llama_kv1", False, 2, True),  # k and v of a head that several ranks compute
+    ("llama_kv2", True, 4, True),
 ]:
-    _where = f"{_family}_{'sp' if _sp else 'tp'}"
-    _register(
-        f"partial_gradient_not_summed_{_where}", _partial_not_summed, Case(_family, sp=_sp), _tp
-    )
-    _register(f"partial_gradient_averaged_{_where}", _partial_averaged, Case(_family, sp=_sp), _tp)
+    _where = f"{_family}_{'sp' if _sp else 'tp'}" + ("" if _kernels else "_own_norms")
+    _case = Case(_family, sp=_sp, parallelize=(("kernels", _kernels),))
+    _register(f"partial_gradient_not_summed_{_where}", _partial_not_summed, _case, _tp)
+    _register(f"partial_gradient_averaged_{_where}", _partial_averaged, _case, _tp)
 
 
 @fault(Case("llama", accum=3))
@@ -251,16 +258,16 @@ def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
     """transformers 5.23's fault: a hook on ``param.grad`` reduces the running sum every time."""
     calls: list[int] = []
 
-    def backward(ctx, grad):
+    def again(dw, axis):
         # The first micro-batch's sums (two layers' norms and the final one) are reduced again.
         calls.append(1)
-        reduced = comm.all_reduce(grad, ctx.axis)
-        return (reduced * ctx.axis.size if len(calls) <= 5 else reduced), None
+        reduced = comm.all_reduce(dw, axis)
+        return reduced * axis.size if len(calls) <= 5 else reduced
 
-    return [_backward(comm._IdentityAllReduce, backward)]
+    return [(fused, "sum_over_ranks", again)]
 
 
-@fault()
+@fault(Case("llama_bias", parallelize=(("kernels", False),)))
 def norm_gradients_left_partial() -> list[Patch]:
     def show(self, module, args):
         for name, p in module._parameters.items():
@@ -268,6 +275,58 @@ def norm_gradients_left_partial() -> list[Patch]:
                 module.__dict__[name] = parameters.local(p)
 
     return [(parameters.LocalParameters, "show", show)]
+
+
+# --- what is made again in backward -------------------------------------------------------------
+
+
+@fault()
+def norm_made_again_without_its_weight() -> list[Patch]:
+    right = fused._norm_again
+
+    def wrong(x, weight, **kwargs):
+        return right(x, torch.ones_like(weight), **kwargs)
+
+    return [(fused, "_norm_again", wrong)]
+
+
+@fault()
+def norm_made_again_from_the_wrong_shard() -> list[Patch]:
+    right = fused._norm_again
+    return [(fused, "_norm_again", lambda x, weight, **kwargs: right(x.roll(1, 1), weight, **kwargs))]
+
+
+@fault()
+def product_made_again_from_gate_alone() -> list[Patch]:
+    right = gated.swiglu_backward
+
+    def wrong(dz, gate, up, **kwargs):
+        dgate, dup, product = right(dz, gate, up, **kwargs)
+        return dgate, dup, product / up
+
+    return [(gated, "swiglu_backward", wrong)]
+
+
+@fault()
+def gated_gradient_without_its_slope() -> list[Patch]:
+    """d silu(g) taken for sigmoid(g): the second term of the derivative is missing."""
+    right = gated.swiglu_backward
+
+    def wrong(dz, gate, up, **kwargs):
+        _, dup, product = right(dz, gate, up, **kwargs)
+        return dz * up * gate.sigmoid(), dup, product
+
+    return [(gated, "swiglu_backward", wrong)]
+
+
+@fault()
+def gated_row_bias_added_on_every_rank() -> list[Patch]:
+    right = gated.GatedRowLinear.forward
+
+    def forward(ctx, gate, up, product, weight, bias, add_bias, *rest):
+        return right(ctx, gate, up, product, weight, bias, True, *rest)
+
+    return [(gated.GatedRowLinear, "forward", staticmethod(forward))]
 
 
 # --- row bias, padding row, replicated heads ----------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sp import torch_private as private
+from hf_sp.estimate import fake_world
 
 PACKAGE = Path(private.__file__).parent
 # Apart, each with the reason in the module: the estimate's simulation, and the rendezvous store.
@@ -44,6 +45,13 @@ def test_graph_task_tells_backward_passes_apart():
     assert private.graph_task() == -1
     assert len(set(seen)) == 2
     assert -1 not in seen
+
+
+def test_process_group_by_name():
+    with fake_world(2, rank=1) as mesh:
+        group = mesh.get_group()
+        found = private.process_group(group.group_name)
+        assert (found.group_name, found.size(), found.rank()) == (group.group_name, 2, 1)
 
 
 def test_device_assert():

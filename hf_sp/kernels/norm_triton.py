@@ -1,0 +1,297 @@
+"""Triton kernels of RMSNorm, with their launchers.
+
+Owns the tiles and the addressing; the arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits
+of the forward with it. Must not know autograd. Imported at the first launch only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sp.kernels import dispatch, table
+from hf_sp.kernels.layout import has_rows, readable, rows_of
+from hf_sp.kernels.reference import Casting, rms_norm_dtype
+from hf_sp.kernels.table import LaunchConfig
+
+# Written with care for the interpreter: everything is float32 before arithmetic (its bfloat16 is
+# wrong), row numbers are made from tl.arange (loop variables are plain ints there), and numbers
+# such as eps are constexpr (float arguments are plain floats there).
+
+
+@triton.jit
+def rms_norm_forward_kernel(
+    X,
+    R,
+    W,
+    Y,
+    S,
+    RSTD,
+    rows,
+    inner,
+    x_outer,
+    x_inner,
+    r_outer,
+    r_inner,
+    y_outer,
+    y_inner,
+    s_outer,
+    s_inner,
+    q_outer,
+    q_inner,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LLAMA: tl.constexpr,
+    HAS_R: tl.constexpr,
+    HAS_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of rows: the residual sum, its statistics, y."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_N)[None, :]
+    live = (row < rows)[:, None] & (col < N)
+    # int64: rows * N may pass 2^31.
+    outer = (row // inner).to(tl.int64)[:, None]
+    within = (row % inner).to(tl.int64)[:, None]
+
+    s = tl.load(X + outer * x_outer + within * x_inner + col, mask=live, other=0.0)
+    if HAS_R:
+        r = tl.load(R + outer * r_outer + within * r_inner + col, mask=live, other=0.0)
+        s = (s.to(tl.float32) + r.to(tl.float32)).to(S.dtype.element_ty)
+        tl.store(S + outer * s_outer + within * s_inner + col, s, mask=live)
+    s32 = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(s32 * s32, axis=1, keep_dims=True) / N + EPS)
+    tl.store(RSTD + outer * q_outer + within * q_inner, rstd, mask=(row < rows)[:, None])
+    y = s32 * rstd
+    if LLAMA:
+        y = y.to(s.dtype).to(tl.float32)
+    if HAS_W:
+        w = tl.load(W + col, mask=col < N, other=0.0).to(tl.float32)
+        if OFFSET != 0.0:
+            w = w + OFFSET
+        y = y * w
+    tl.store(Y + outer * y_outer + within * y_inner + col, y.to(Y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    DY,
+    DS,
+    S,
+    W,
+    RSTD,
+    DX,
+    DW,
+    rows,
+    inner,
+    g_outer,
+    g_inner,
+    r_outer,
+    r_inner,
+    s_outer,
+    s_inner,
+    q_outer,
+    q_inner,
+    d_outer,
+    d_inner,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LLAMA: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    HAS_W: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Every so many-th tile of rows: dx, and this program's part of dw."""
+    pid = tl.program_id(0)
+    col = tl.arange(0, BLOCK_N)[None, :]
+    if HAS_W:
+        w = tl.load(W + col, mask=col < N, other=0.0).to(tl.float32)
+        if OFFSET != 0.0:
+            w = w + OFFSET
+    if NEED_DW:
+        dw = tl.full([ROWS, BLOCK_N], 0.0, tl.float32)
+    # Block b always goes to program b % programs, and in this order: the same sum every time.
+    for block in tl.range(pid, (rows + ROWS - 1) // ROWS, tl.num_programs(0), num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        live = (row < rows)[:, None] & (col < N)
+        outer = (row // inner).to(tl.int64)[:, None]
+        within = (row % inner).to(tl.int64)[:, None]
+        dy = tl.load(DY + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
+        s = tl.load(S + outer * s_outer + within * s_inner + col, mask=live, other=0.0)
+        # 0 in rows past the end, whatever eps is: they add nothing to dw.
+        rstd = tl.load(
+            RSTD + outer * q_outer + within * q_inner, mask=(row < rows)[:, None], other=0.0
+        )
+        dy32 = dy.to(tl.float32)
+        x = s.to(tl.float32) * rstd
+        if NEED_DW:
+            if LLAMA:
+                dw += dy32 * x.to(s.dtype).to(tl.float32)
+            else:
+                dw += dy32 * x
+        if NEED_DX:
+            if HAS_W:
+                g = dy32 * w
+            else:
+                g = dy32
+            dx = rstd * (g - x * (tl.sum(g * x, axis=1, keep_dims=True) / N))
+            if HAS_DS:
+                ds = tl.load(DS + outer * r_outer + within * r_inner + col, mask=live, other=0.0)
+                dx = dx + ds.to(tl.float32)
+            tl.store(
+                DX + outer * d_outer + within * d_inner + col,
+                dx.to(DX.dtype.element_ty),
+                mask=live,
+            )
+    if NEED_DW:
+        total = tl.sum(dw, axis=0, keep_dims=True)
+        tl.store(DW + pid.to(tl.int64) * N + col, total, mask=col < N)
+
+
+def rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    casting: Casting,
+    *,
+    out: Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward.
+
+    Args:
+        x: ``[..., N]``, N up to ``table.MAX_FORWARD``, as ``dispatch.norm_kernels`` accepts.
+        residual: ``[..., N]`` or None.
+        weight: ``[N]`` or None.
+        eps: see :func:`hf_sp.kernels.norm.rms_norm`, like the next three.
+        offset: see eps.
+        casting: see eps.
+        out: see eps.
+        config: in place of the table's.
+
+    Returns:
+        ``(y, s, rstd [...])``; y is over ``out`` if that was given, s is x without a residual.
+    """
+    n = x.shape[-1]
+    config = config or table.norm_forward(n)
+    x, r = readable(x, residual)
+    dtype = x.dtype if r is None else torch.promote_types(x.dtype, r.dtype)
+    y_dtype = rms_norm_dtype(dtype, None if weight is None else weight.dtype, casting)
+    s = x if r is None else torch.empty_like(x, dtype=dtype)
+    rstd = torch.empty_like(x[..., 0], dtype=torch.float32)
+    y, walk = out, None
+    if y is not None and has_rows(y):
+        walk = rows_of([x, r, y, s, rstd], x)
+    if y is None or walk is None:
+        # Without a place for it, or with one whose rows cannot be walked along with x's.
+        y = torch.empty_like(x, dtype=y_dtype)
+        walk = rows_of([x, r, y, s, rstd], x)
+    assert walk is not None
+    dispatch.launch(
+        rms_norm_forward_kernel,
+        ((walk.count + config.rows - 1) // config.rows,),
+        x,
+        x if r is None else r,
+        x if weight is None else weight.contiguous(),
+        y,
+        s,
+        rstd,
+        walk.count,
+        walk.inner,
+        *(step for pair in walk.strides for step in pair),
+        N=n,
+        EPS=float(eps),
+        OFFSET=float(offset),
+        LLAMA=casting == "llama",
+        HAS_R=r is not None,
+        HAS_W=weight is not None,
+        ROWS=config.rows,
+        BLOCK_N=table.next_power_of_2(n),
+        num_warps=config.warps,
+    )
+    if out is not None and y is not out:
+        out.copy_(y)
+    return (y if out is None else out), s, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offset: float,
+    casting: Casting,
+    *,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward.
+
+    Args:
+        dy: ``[..., N]``, N up to ``table.MAX_BACKWARD``; read only.
+        ds: ``[..., N]`` or None; read only.
+        s: ``[..., N]``.
+        rstd: ``[...]``, float32.
+        weight: ``[N]`` or None.
+        offset: see :func:`hf_sp.kernels.norm.rms_norm`, like the next.
+        casting: see offset.
+        need_dx: whether the first result is wanted.
+        need_dw: whether the second one is.
+        config: in place of the table's.
+
+    Returns:
+        ``(dx in s.dtype, dw [N] in float32)``; None for what is not needed.
+    """
+    need_dw = need_dw and weight is not None
+    if not (need_dx or need_dw):
+        return None, None
+    n = s.shape[-1]
+    config = config or table.norm_backward(n)
+    s, dy, ds = readable(s, dy, ds)
+    dx = torch.empty_like(s) if need_dx else None
+    walk = rows_of([dy, ds, s, rstd, dx], s)
+    if walk is None:
+        rstd = torch.empty_like(s[..., 0], dtype=torch.float32).copy_(rstd)
+        walk = rows_of([dy, ds, s, rstd, dx], s)
+    assert walk is not None
+    blocks = (walk.count + config.rows - 1) // config.rows
+    grid = min(blocks, dispatch.programs(s.device, config.per_sm))
+    partial = torch.empty(grid, n, dtype=torch.float32, device=s.device) if need_dw else None
+    dispatch.launch(
+        rms_norm_backward_kernel,
+        (grid,),
+        dy,
+        dy if ds is None else ds,
+        s,
+        s if weight is None else weight.contiguous(),
+        rstd,
+        s if dx is None else dx,
+        rstd if partial is None else partial,
+        walk.count,
+        walk.inner,
+        *(step for pair in walk.strides for step in pair),
+        N=n,
+        OFFSET=float(offset),
+        LLAMA=casting == "llama",
+        HAS_DS=ds is not None,
+        HAS_W=weight is not None,
+        NEED_DX=need_dx,
+        NEED_DW=need_dw,
+        ROWS=config.rows,
+        BLOCK_N=table.next_power_of_2(n),
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+    return dx, None if partial is None else partial.sum(0)

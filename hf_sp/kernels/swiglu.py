@@ -1,0 +1,128 @@
+"""SwiGLU, ``silu(gate) * up``, that keeps gate and up for backward and nothing else.
+
+Owns the public function, its autograd pair and the checks of its arguments. Must not know how the
+kernels work, linear layers, or ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_sp.errors import ShapeError
+from hf_sp.kernels import dispatch, reference
+
+
+def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
+    """``silu(gate) * up`` with Hugging Face's roundings, saving gate and up only.
+
+    torch's autograd would save silu(gate) as well: a third more activation memory in every MLP.
+
+    Shapes ``[..., f]``, both alike; any floating dtype; any strides (halves of one fused buffer and
+    sequence-major memory are read where they lie). The result has gate's memory layout.
+
+    Precision: silu is rounded to the dtype before the product, as in ``act_fn(gate) * up``, so the
+    result has the same bits but for last-bit differences of ``exp``. Gradients are computed in
+    float32 and rounded once, which autograd does twice. Not differentiable twice.
+
+    Under torch.compile this is the plain expression.
+
+    Args:
+        gate: ``[..., f]``.
+        up: ``[..., f]``.
+        triton: False keeps to torch operations.
+
+    Returns:
+        ``[..., f]`` in the promoted dtype of both.
+
+    Raises:
+        ShapeError: shapes or devices differ, or a dtype is not floating.
+    """
+    _check(gate, up)
+    if torch.compiler.is_compiling():
+        return reference.swiglu(gate, up)
+    return SwiGlu.apply(gate, up, triton)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
+    """:func:`swiglu` without autograd, to compute it again in someone else's backward.
+
+    Args:
+        gate: ``[..., f]``.
+        up: ``[..., f]``.
+        triton: False keeps to torch operations.
+
+    Returns:
+        ``[..., f]``, bit-equal to :func:`swiglu` of the same arguments.
+    """
+    with torch.no_grad():
+        kernels = dispatch.swiglu_kernels(gate, up) if triton else None
+        if kernels is not None:
+            return kernels.swiglu(gate, up)
+        return reference.swiglu(gate, up)
+
+
+def swiglu_backward(
+    dz: Tensor, gate: Tensor, up: Tensor, *, product: bool = False, triton: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of :func:`swiglu` in one pass, and the product again where it is asked for.
+
+    Args:
+        dz: gradient of the product, ``[..., f]``.
+        gate: ``[..., f]``.
+        up: ``[..., f]``.
+        product: also return ``z``, bit-equal to the forward's, so that it need not be saved.
+        triton: False keeps to torch operations.
+
+    Returns:
+        ``(dgate, dup, z or None)``, each in the layout and dtype of gate, up and gate.
+    """
+    with torch.no_grad():
+        kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
+        if kernels is not None:
+            return kernels.swiglu_backward(dz, gate, up, product=product)
+        return reference.swiglu_backward(dz, gate, up, product=product)
+
+
+class SwiGlu(torch.autograd.Function):
+    """Autograd's view of :func:`swiglu`. Saves gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, triton: bool) -> Tensor:
+        """Compute the product; arguments as in :func:`swiglu`."""
+        ctx.set_materialize_grads(False)
+        ctx.triton = triton
+        ctx.save_for_backward(gate, up)
+        return swiglu_forward(gate, up, triton=triton)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of gate and up."""
+        if dz is None:
+            return None, None, None
+        gate, up = ctx.saved_tensors
+        dgate, dup, _ = swiglu_backward(dz, gate, up, triton=ctx.triton)
+        need_gate, need_up, _ = ctx.needs_input_grad
+        return dgate if need_gate else None, dup if need_up else None, None
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape or gate.device != up.device:
+        raise ShapeError(
+            "swiglu needs a gate and an up projection of one shape on one device.",
+            where="hf_sp.kernels.swiglu(gate, up)",
+            got=f"gate {list(gate.shape)} on {gate.device}, up {list(up.shape)} on {up.device}",
+            rule="the product is elementwise, and never broadcasts",
+            legal="two tensors [..., f] alike",
+        )
+    if not (gate.is_floating_point() and up.is_floating_point()):
+        raise ShapeError(
+            "swiglu works on floating point numbers.",
+            where="hf_sp.kernels.swiglu(gate, up)",
+            got=f"gate {gate.dtype}, up {up.dtype}",
+            legal="float32, bfloat16, float16, float64",
+        )

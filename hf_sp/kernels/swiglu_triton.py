@@ -1,0 +1,170 @@
+"""Triton kernels of SwiGLU, with their launchers.
+
+Owns the tiles and the addressing; the arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits
+of the product with it. Must not know autograd. Imported at the first launch only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sp.kernels import dispatch, table
+from hf_sp.kernels.layout import readable, rows_of
+from hf_sp.kernels.table import LaunchConfig
+
+
+@triton.jit
+def swiglu_forward_kernel(
+    G,
+    U,
+    Z,
+    n,
+    tiles,
+    inner,
+    g_outer,
+    g_inner,
+    u_outer,
+    u_inner,
+    z_outer,
+    z_inner,
+    BLOCK: tl.constexpr,
+):
+    """One tile of the product."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    outer = row // inner
+    within = row % inner
+    # int64: without strides in the way the whole tensor is one row.
+    col = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = col < n
+    g = tl.load(G + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
+    u = tl.load(U + outer * u_outer + within * u_inner + col, mask=live, other=0.0)
+    g32 = g.to(tl.float32)
+    silu = (g32 / (1.0 + tl.exp(-g32))).to(g.dtype).to(tl.float32)
+    z = (silu * u.to(tl.float32)).to(g.dtype)
+    tl.store(Z + outer * z_outer + within * z_inner + col, z, mask=live)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    DZ,
+    G,
+    U,
+    DG,
+    DU,
+    Z,
+    n,
+    tiles,
+    inner,
+    d_outer,
+    d_inner,
+    g_outer,
+    g_inner,
+    u_outer,
+    u_inner,
+    dg_outer,
+    dg_inner,
+    du_outer,
+    du_inner,
+    z_outer,
+    z_inner,
+    PRODUCT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of both gradients, and of the product where it is asked for."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    outer = row // inner
+    within = row % inner
+    col = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = col < n
+    dz = tl.load(DZ + outer * d_outer + within * d_inner + col, mask=live, other=0.0)
+    g = tl.load(G + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
+    u = tl.load(U + outer * u_outer + within * u_inner + col, mask=live, other=0.0)
+    dz32 = dz.to(tl.float32)
+    g32 = g.to(tl.float32)
+    u32 = u.to(tl.float32)
+    e = 1.0 + tl.exp(-g32)
+    sigmoid = 1.0 / e
+    silu = g32 / e
+    dg = dz32 * u32 * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(DG + outer * dg_outer + within * dg_inner + col, dg.to(g.dtype), mask=live)
+    tl.store(DU + outer * du_outer + within * du_inner + col, (dz32 * silu).to(g.dtype), mask=live)
+    if PRODUCT:
+        z = (silu.to(g.dtype).to(tl.float32) * u32).to(g.dtype)
+        tl.store(Z + outer * z_outer + within * z_inner + col, z, mask=live)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
+    """Launch the forward.
+
+    Args:
+        gate: ``[..., f]``.
+        up: ``[..., f]``, same dtype.
+        config: in place of the table's.
+
+    Returns:
+        ``[..., f]``, laid out as gate.
+    """
+    gate, up = readable(gate, up)
+    z = torch.empty_like(gate)
+    _launch(swiglu_forward_kernel, gate, [gate, up, z], config)
+    return z
+
+
+def swiglu_backward(
+    dz: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    product: bool = False,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch the backward.
+
+    Args:
+        dz: ``[..., f]``; read only.
+        gate: ``[..., f]``.
+        up: ``[..., f]``.
+        product: also write z again.
+        config: in place of the table's.
+
+    Returns:
+        ``(dgate, dup, z or None)``, laid out as gate.
+    """
+    gate, up, dz = readable(gate, up, dz)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    z = torch.empty_like(gate) if product else None
+    tensors = [dz, gate, up, dgate, dup, dgate if z is None else z]
+    _launch(swiglu_backward_kernel, gate, tensors, config, PRODUCT=product)
+    return dgate, dup, z
+
+
+def _launch(
+    kernel: Any, lead: Tensor, tensors: list[Tensor], config: LaunchConfig | None, **options: Any
+) -> None:
+    config = config or table.swiglu()
+    walk = rows_of(tensors, lead)
+    assert walk is not None
+    n = lead.shape[-1]
+    rows, inner, strides = walk.count, walk.inner, walk.strides
+    if inner == 1 and all(outer == n for outer, _ in strides):
+        rows, n = 1, rows * n  # no gaps between the rows: one row, and no ragged tile at each end
+    tiles = (n + config.block - 1) // config.block
+    dispatch.launch(
+        kernel,
+        (rows * tiles,),
+        *tensors,
+        n,
+        tiles,
+        inner,
+        *(step for pair in strides for step in pair),
+        BLOCK=config.block,
+        num_warps=config.warps,
+        **options,
+    )
