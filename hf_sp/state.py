@@ -49,6 +49,7 @@ class ParallelState:
         single_token: this forward decodes one token: plain TP, nothing is scattered.
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
+        lazy_hidden: this forward wants the loss alone, which gathers hidden states by chunks.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
         checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
     """
@@ -63,6 +64,7 @@ class ParallelState:
     recompute: Recompute = "norm+act"
     single_token: bool = False
     in_model: bool = False
+    lazy_hidden: bool = False
     length: int | None = None
     logits_wanted: bool = True
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
@@ -138,6 +140,7 @@ class ParallelState:
             self,
             single_token=False,
             in_model=False,
+            lazy_hidden=False,
             length=None,
             logits_wanted=True,
             checks_left=dict(self.checks_left),

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 from hf_sp.layers.recipe import Recipe, leave_recipe
+from hf_sp.once import once_differentiable
 
 
 @dataclass(frozen=True, slots=True)

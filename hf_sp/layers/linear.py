@@ -27,13 +27,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.layers.gated import GatedProduct, GatedRowLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.recipe import Recipe, recipe_of
+from hf_sp.once import once_differentiable
 from hf_sp.torch_private import graph_task, has_gradient_hooks
 
 _ENTRY = "_hf_sp_entry"
