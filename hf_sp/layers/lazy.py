@@ -94,7 +94,7 @@ class LazyTensor(Tensor):
             result = args[0].deferred(func, args[1:], kwargs)
             if result is not None:
                 return result
-        args, kwargs = tree_map_only(LazyTensor, LazyTensor.materialize, (args, kwargs))
+        args, kwargs = tree_map_only(LazyTensor, lambda x: x.materialize(), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
