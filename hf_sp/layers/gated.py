@@ -79,7 +79,7 @@ class GatedRowLinear(torch.autograd.Function):
         dw = db = None
         dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
         dy_TH = dy.reshape(-1, dy.shape[-1])
-        dproduct = (dy_TH @ weight).view(*dy.shape[:2], -1)
+        dproduct = (dy_TH @ weight).view(*dy.shape[:-1], -1)
         dproduct = dproduct.transpose(0, 1) if ctx.sharded else dproduct
         dgate, dup, product = swiglu_backward(
             dproduct, gate, up, product=needs_weight, triton=ctx.triton

@@ -293,7 +293,9 @@ def norm_made_again_without_its_weight() -> list[Patch]:
 @fault()
 def norm_made_again_from_the_wrong_shard() -> list[Patch]:
     right = fused._norm_again
-    return [(fused, "_norm_again", lambda x, weight, **kwargs: right(x.roll(1, 1), weight, **kwargs))]
+    return [
+        (fused, "_norm_again", lambda x, weight, **kwargs: right(x.roll(1, 1), weight, **kwargs))
+    ]
 
 
 @fault()
@@ -363,8 +365,8 @@ def padding_row_gets_a_gradient() -> list[Patch]:
 def replicated_head_is_the_wrong_one() -> list[Patch]:
     right = swap._swap_linear
 
-    def wrong(module, leaf, state):
-        right(module, leaf, state)
+    def wrong(module, leaf, *rest):
+        right(module, leaf, *rest)
         if module.rows is not None:
             first, width = module.rows
             module.rows = (width - first, width)
@@ -457,7 +459,7 @@ def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
 
     def wrong(self, module, args, kwargs):
         args, kwargs = right(self, module, args, kwargs)
-        x = boundary._take_hidden(args, kwargs)
-        return boundary._put_hidden(args, kwargs, x.detach() + 0 * x)
+        x = boundary.take_hidden(args, kwargs)
+        return boundary.put_hidden(args, kwargs, x.detach() + 0 * x)
 
     return [(boundary.StackEntry, "__call__", wrong)]
