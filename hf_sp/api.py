@@ -29,6 +29,7 @@ from hf_sp.mesh import build_mesh, resolve_tp
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 from hf_sp.surgery.install import install_hooks
+from hf_sp.surgery.sparse_forms import check_sparse_blocks
 from hf_sp.surgery.swap import agree_on_weights, placements, swap_leaves
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def parallelize(
         check_model(model)
         resolved = derive_plan(model, resolve_tp(tp, mesh), sp, plan, ep)
         placements(model, resolved)
+        check_sparse_blocks(model, resolved)
         check_optimizers(model)
     except HfSpError as error:
         problem = error

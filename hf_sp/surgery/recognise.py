@@ -75,9 +75,9 @@ def norm_form(module: nn.Module) -> NormForm | None:
     for eps in _small_numbers(module):
         for casting, offset in _CANDIDATES:
             form, width = NormForm(casting, offset, eps), weight.shape[0]
-            if _agrees(lambda form=form: _compare_norm(module, width, form, _DTYPES)):
+            if agrees(lambda form=form: _compare_norm(module, width, form, _DTYPES)):
                 double = ((torch.float64, torch.float64),)
-                exact = _agrees(lambda form=form: _compare_norm(module, width, form, double))
+                exact = agrees(lambda form=form: _compare_norm(module, width, form, double))
                 return dataclasses.replace(form, float64=exact)
     return None
 
@@ -94,7 +94,7 @@ def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | N
         return None
     for gate, up in (columns, columns[::-1]):
         form = GatedForm(gate, up, row)
-        if _agrees(lambda form=form: _compare_gated(module, form)):
+        if agrees(lambda form=form: _compare_gated(module, form)):
             return form
     return None
 
@@ -111,7 +111,8 @@ def _small_numbers(module: nn.Module) -> list[float]:
     return list(dict.fromkeys(floats))
 
 
-def _agrees(compare: Callable[[], bool]) -> bool:
+def agrees(compare: Callable[[], bool]) -> bool:
+    """Whether a comparison on a probe holds."""
     # Whatever a foreign forward raises on a probe means that it is not one we know.
     try:
         with real_tensors(), torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -120,7 +121,9 @@ def _agrees(compare: Callable[[], bool]) -> bool:
         return False
 
 
-def _probe(module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, Any]) -> nn.Module:
+def probe_of(
+    module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, Any]
+) -> nn.Module:
     """A training copy of the module alone, with other parameters and children, and no hooks."""
     probe = copy.copy(module)
     probe.__dict__.update(_parameters=dict(parameters), _modules=dict(modules), training=True)
@@ -154,7 +157,7 @@ def _compare_norm(
                     rows, w, form.eps, offset=form.offset, casting=form.casting, triton=False
                 )
             else:
-                probe = _probe(module, {"weight": w}, {})
+                probe = probe_of(module, {"weight": w}, {})
                 before = dict(vars(probe))
                 y = type(module).forward(probe, rows)
                 if vars(probe) != before:
@@ -198,14 +201,14 @@ def _compare_gated(module: nn.Module, form: GatedForm) -> bool:
     if module._parameters or module._buffers or weighted:
         return False
     # In training mode: dropout that is off while the model is in eval is seen too.
-    others = {k: _probe(m, {}, {}) for k, m in others.items()}
+    others = {k: probe_of(m, {}, {}) for k, m in others.items()}
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(2, 3, 4, generator=generator).to(dtype)
         gate, up = (8 * torch.randn(2, 2, 3, 256, generator=generator)).to(dtype)
         gate.requires_grad_()
         up.requires_grad_()
         stubs = {form.gate: _Stub(gate), form.up: _Stub(up), form.down: _Stub()}
-        probe = _probe(module, {}, {**others, **stubs})
+        probe = probe_of(module, {}, {**others, **stubs})
         before = dict(vars(probe))
         y = type(module).forward(probe, x)
         wired = all(
