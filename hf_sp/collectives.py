@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from hf_sp.once import once_differentiable
 from hf_sp.torch_private import collective_ops
 
 

@@ -50,6 +50,7 @@ class ParallelState:
         single_token: this forward decodes one token: plain TP, nothing is scattered.
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
+        lazy_hidden: this forward wants the loss alone, which gathers hidden states by chunks.
         attended: whole length of the latest attention block; a block that is computed again in
             backward follows an attention block of its own.
         load: tokens of each expert in the latest forward, by the path of the experts; counted on
@@ -68,6 +69,7 @@ class ParallelState:
     recompute: Recompute = "norm+act"
     single_token: bool = False
     in_model: bool = False
+    lazy_hidden: bool = False
     length: int | None = None
     attended: int | None = None
     load: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -157,6 +159,7 @@ class ParallelState:
             self,
             single_token=False,
             in_model=False,
+            lazy_hidden=False,
             length=None,
             attended=None,
             load={},

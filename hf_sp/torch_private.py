@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.modules import module as _module
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
 # in a way of their own (all_reduce all-reduces again in backward), and the plain torch.distributed
@@ -85,3 +86,16 @@ def without_torch_function() -> AbstractContextManager[Any]:
 def has_gradient_hooks(x: Tensor) -> bool:
     """Whether someone watches the gradient that flows into x."""
     return bool(x._backward_hooks) or x.retains_grad
+
+
+def has_global_hooks() -> bool:
+    """Whether someone has hooks on the forward or backward of every module there is."""
+    return any(
+        len(getattr(_module, name))
+        for name in (
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+        )
+    )

@@ -219,9 +219,10 @@ def compare(one: dict, many: dict) -> tuple[Table, list[str]]:
 def cost_rows(one: dict, many: dict) -> list[tuple[str, dict]]:
     tp = many["tp"]
     return [
-        ("1 process", one["counts"]["sp"]),
-        (f"hf_sp tp={tp}, sp=False", many["counts"]["tp"]),
-        (f"hf_sp tp={tp}, sp=True", many["counts"]["sp"]),
+        ("1 process", one["counts"]["all"]),
+        (f"tp={tp}: sp=False, kernels=False", many["counts"]["tp"]),
+        (f"tp={tp}: sp=True, kernels=False", many["counts"]["sp"]),
+        (f"tp={tp}: sp=True (default)", many["counts"]["all"]),
     ]
 
 
@@ -235,7 +236,7 @@ def cost_table(one: dict, many: dict) -> Table:
     def calls(kinds: dict) -> str:
         return ", ".join(f"{n} {kind}" for kind, (n, _) in sorted(kinds.items())) or "none"
 
-    base = one["counts"]["sp"]["layer_alive_bytes"]
+    base = one["counts"]["all"]["layer_alive_bytes"]
     for name, c in cost_rows(one, many):
         table.add_row(
             name,
@@ -312,9 +313,9 @@ def draw(one: dict, many: dict, path: Path) -> None:
     middle.set(title="relative difference of the two runs", xlabel="step")
 
     rows = cost_rows(one, many)
-    names = [name.replace(", ", "\n") for name, _ in rows]
+    names = [name.replace(": ", "\n").replace(", ", "\n") for name, _ in rows]
     sizes = [c["layer_alive_bytes"] / 2**20 for _, c in rows]
-    bars = right.bar(names, sizes, color=[grey, orange, blue], width=0.6)
+    bars = right.bar(names, sizes, color=[grey, orange, orange, blue], width=0.6)
     labels = [f"{size:.1f} MiB\n{100 * size / sizes[0]:.0f} %" for size in sizes]
     right.bar_label(bars, labels, padding=3)
     right.set(title="activations kept for backward\nper layer and rank", ylabel="MiB")

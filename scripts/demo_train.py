@@ -88,7 +88,7 @@ class Progress(TrainerCallback):
             tell(step=state.global_step, steps=state.max_steps, loss=logs["loss"])
 
 
-def count(vocab_size: int, tp: int, sp: bool) -> dict[str, object]:
+def count(vocab_size: int, tp: int, **switches: bool) -> dict[str, object]:
     """Count what a training step costs this rank: the whole model, and one layer of it."""
     device = torch.device("cuda", torch.cuda.current_device()) if USE_CUDA else torch.device("cpu")
     ids = torch.randint(
@@ -99,7 +99,7 @@ def count(vocab_size: int, tp: int, sp: bool) -> dict[str, object]:
     def measured(layers: int) -> StepCount:
         model = make_model(vocab_size, layers).to(device).train()
         if tp > 1:
-            model = parallelize(model, tp=tp, sp=sp)
+            model = parallelize(model, tp=tp, **switches)
         bf16 = torch.autocast("cuda", torch.bfloat16) if USE_CUDA else contextlib.nullcontext()
         with bf16:
             return count_step(lambda: model(input_ids=ids, labels=ids).loss)
@@ -168,9 +168,10 @@ def main() -> None:
     trainer.save_model(str(options.results / "model"))
 
     tell(phase="counting bytes and collectives")
-    counts = {"sp": count(vocab_size, options.tp, sp=True)}
+    counts = {"all": count(vocab_size, options.tp)}
     if options.tp > 1:
-        counts["tp"] = count(vocab_size, options.tp, sp=False)
+        counts["sp"] = count(vocab_size, options.tp, kernels=False)
+        counts["tp"] = count(vocab_size, options.tp, sp=False, kernels=False)
 
     if RANK == 0:
         result = {

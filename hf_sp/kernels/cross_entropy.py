@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_sp import collectives as comm
@@ -28,6 +27,7 @@ from hf_sp.kernels.cross_entropy_steps import (
     write_gradient,
 )
 from hf_sp.kernels.vocab import check_ids, vocab_range
+from hf_sp.once import once_differentiable
 from hf_sp.torch_private import process_group
 
 Group = Axis | DeviceMesh | dist.ProcessGroup | str | None
@@ -90,7 +90,7 @@ def vocab_parallel_cross_entropy(
     """
     axis = axis_of(group)
     _check(logits, labels, reduction, inplace)
-    vocab, start = _place(logits, axis, vocab_size, vocab_start)
+    vocab, start = place(logits.shape[-1], logits.device, axis, vocab_size, vocab_start)
     check_ids(labels, vocab, "labels", ignore_index)
     terms = LossTerms(vocab, start, ignore_index, label_smoothing, softcap, scale, triton)
     labels = labels.to(logits.device)
@@ -180,7 +180,7 @@ def _check(logits: Tensor, labels: Tensor, reduction: str, inplace: bool) -> Non
         raise ConfigError(
             "unknown reduction", where=where, got=repr(reduction), legal="'none', 'sum', 'mean'"
         )
-    if not inplace or not logits.requires_grad:
+    if not inplace or not logits.requires_grad or not torch.is_grad_enabled():
         return
     shared = any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True))
     if logits.is_leaf or shared:
@@ -193,26 +193,35 @@ def _check(logits: Tensor, labels: Tensor, reduction: str, inplace: bool) -> Non
         )
 
 
-def _place(
-    logits: Tensor, axis: Axis | None, vocab_size: int | None, vocab_start: int | None
+def place(
+    columns: int,
+    device: torch.device,
+    axis: Axis | None,
+    vocab_size: int | None,
+    vocab_start: int | None,
 ) -> tuple[int, int]:
-    """Size of the whole vocabulary and this rank's first column."""
-    v, start = logits.shape[-1], vocab_start
+    """Size of the whole vocabulary and first column of a rank that has ``columns`` of it.
+
+    Collectives: 1 all-gather of a number and a synchronisation, if vocab_size is not given.
+
+    Raises:
+        ShapeError: the columns are not this rank's part.
+    """
+    start = vocab_start
     if vocab_size is None and axis is not None:
-        mine = torch.tensor([v], device=logits.device)
+        mine = torch.tensor([columns], device=device)
         sizes = comm.all_gather(mine, axis).tolist()
         vocab_size = sum(sizes)
         start = sum(sizes[: axis.rank]) if start is None else start
     elif vocab_size is None:
-        vocab_size = v + (start or 0)
+        vocab_size = columns + (start or 0)
     stop = None
     if start is None:
         start, stop = (0, vocab_size) if axis is None else vocab_range(vocab_size, axis)
-    if start < 0 or start + v > vocab_size or (stop is not None and start + v != stop):
+    if start < 0 or start + columns > vocab_size or (stop is not None and start + columns != stop):
         raise ShapeError(
             "the local vocabulary is not this rank's part of the whole",
-            where="vocab_parallel_cross_entropy",
-            got=f"{v} columns from {start}, vocab_size={vocab_size}",
+            got=f"{columns} columns from {start}, vocab_size={vocab_size}",
             rule="without vocab_start, rank r has the columns from r * ceil(V / tp) on",
             remedy="pass vocab_start for another split",
         )

@@ -27,7 +27,7 @@ GRADIENT = LaunchConfig(warps=4, block=2048)
 def _mapped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
     """The logit that counts, ``cap * tanh(scale * x / cap)``, and its derivative."""
     z = x * SCALE
-    slope = x * 0 + SCALE
+    slope = tl.zeros_like(x) + SCALE
     if CAP != 0.0:
         # By exp(-2 |y|), which neither overflows nor cancels in the derivative.
         y = z * (1.0 / CAP)

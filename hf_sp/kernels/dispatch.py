@@ -21,6 +21,10 @@ from hf_sp.kernels import table
 # How often each kernel ran in this process: lets a test see that it was not torch that answered.
 launches: Counter[str] = Counter()
 
+# Said outright: the default changes in triton 3.10, and 3.9 warns of that when it compiles.
+# In the forwards only the sum of squares has something to fuse.
+OPTIONS = {"enable_fp_fusion": True}
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -92,7 +96,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     launches[kernel.fn.__name__] += 1
     if args[0].is_cuda:
         with torch.cuda.device_of(args[0]):
-            kernel[grid](*args, **kwargs)
+            kernel[grid](*args, **OPTIONS, **kwargs)
     else:
         importlib.import_module("hf_sp.kernels.interpreter").launch(kernel, grid, *args, **kwargs)
 

@@ -37,9 +37,9 @@ def rows_of(tensors: Sequence[Tensor | None], lead: Tensor) -> Rows | None:
         The walk, or None where it would take three levels.
     """
     shape, order = lead.shape, lead.stride()
+    strides = [order if x is None else x.stride() for x in tensors]
     dims = [dim for dim in range(lead.dim() - 1) if shape[dim] != 1]
     dims.sort(key=lambda dim: -order[dim])
-    strides = [order if x is None else x.stride() for x in tensors]
     levels: list[tuple[int, list[int]]] = []
     for dim in dims:
         size, steps = shape[dim], [stride[dim] for stride in strides]
@@ -69,6 +69,8 @@ def readable(lead: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     Returns:
         ``(lead, *others)``.
     """
+    if _all_contiguous(lead, *others):
+        return lead, *others
     lead = lead if has_rows(lead) else lead.contiguous()
     others = tuple(x if x is None or has_rows(x) else x.contiguous() for x in others)
     fresh = torch.empty_like(lead)  # the layout that results will have
@@ -82,6 +84,10 @@ def readable(lead: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 def has_rows(x: Tensor) -> bool:
     """Whether the last dimension is contiguous."""
     return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _all_contiguous(*tensors: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in tensors)
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sp.kernels import dispatch, reference
 from hf_sp.kernels.arguments import check_norm, check_out
 from hf_sp.kernels.reference import Casting, rms_norm_dtype
+from hf_sp.once import once_differentiable
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -159,6 +159,34 @@ def rms_norm_forward(
     with torch.no_grad():
         y, _, rstd = _forward(x, None, weight, _Call(eps, offset, casting, out, None, triton))
     return y, rstd
+
+
+def add_rms_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    casting: Casting = "llama",
+    triton: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rms_norm` of ``residual + x`` without autograd.
+
+    Args:
+        x: ``[..., N]``.
+        residual: ``[..., N]``.
+        weight: ``[N]`` or None.
+        eps: added to the mean square.
+        offset: see :func:`rms_norm`, like the next.
+        casting: where it rounds.
+        triton: False keeps to torch operations.
+
+    Returns:
+        ``(y [..., N], s [..., N], rstd [...] in float32)``.
+    """
+    with torch.no_grad():
+        return _forward(x, residual, weight, _Call(eps, offset, casting, None, None, triton))
 
 
 class RmsNorm(torch.autograd.Function):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sp.errors import ShapeError
 from hf_sp.kernels import dispatch, reference
+from hf_sp.once import once_differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp import collectives as comm
-from hf_sp.layers.lazy import LazyLogits
+from hf_sp.kernels.cross_entropy_steps import LossTerms
+from hf_sp.layers.lazy import LazyHidden, LazyLogits
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.loss import LossSpec, linear_cross_entropy, scaled_loss
 from hf_sp.layers.vocab import check_ids, vocab_range, vocab_sizes
@@ -22,7 +23,13 @@ from hf_sp.state import ParallelState
 
 @dataclass(frozen=True, slots=True)
 class HeadRequest:
-    """The head and what it was called on, for a loss that does without logits."""
+    """The head and what it was called on, for a loss that does without logits.
+
+    Args:
+        head: the head.
+        hidden: whole hidden states, or a stand-in for them.
+        shard: the sequence shard that they are gathered from, if they are.
+    """
 
     head: VocabParallelHead
     hidden: Tensor
@@ -54,12 +61,19 @@ class VocabParallelHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
-        request = HeadRequest(self, x, self.state.shard_of(x))
+        if isinstance(x, LazyHidden) and not x.made:
+            shard: Tensor | None = x.shard
+        else:
+            # Touched: what it is now may be other than what was gathered.
+            x = x.materialize() if isinstance(x, LazyHidden) else x
+            shard = self.state.shard_of(x)
+        request = HeadRequest(self, x, shard)
         # Backward hooks wrap the output in a Function: it has to be a real tensor.
         hooked = self._backward_hooks or self._backward_pre_hooks
         if not self.state.in_model or hooked:
             return self.logits(request)
-        like = cast_for_autocast(x.new_empty(0), x)
+        real = x if shard is None else shard
+        like = cast_for_autocast(real.new_empty(0), real)
         return LazyLogits((*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request)
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,29 +84,44 @@ class VocabParallelHead(nn.Linear):
     def logits(self, request: HeadRequest) -> Tensor:
         """The whole logits ``[..., V]``."""
         axis = self.state.axis
-        x = cast_for_autocast(request.hidden, request.hidden)
+        x = _whole(request.hidden)
+        x = cast_for_autocast(x, x)
         if request.shard is not None:
-            shard = cast_for_autocast(request.shard, request.hidden)
-            x = comm.gathered_reducescatter(shard, x, axis)
+            x = comm.gathered_reducescatter(cast_for_autocast(request.shard, x), x, axis)
         else:
             x = comm.identity_allreduce(x, axis)
         weight, bias = self.local_parameters(x)
         sizes = vocab_sizes(self.vocab, axis)
         return comm.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
 
-    def summed_loss(self, request: HeadRequest, labels_BS: Tensor, ignore_index: int) -> Tensor:
+    def summed_loss(
+        self,
+        request: HeadRequest,
+        labels_BS: Tensor,
+        ignore_index: int,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Sum over tokens of the cross entropy, without logits. See ``linear_cross_entropy``."""
-        x = cast_for_autocast(request.hidden, request.hidden)
-        source = x if request.shard is None else cast_for_autocast(request.shard, request.hidden)
-        weight, bias = self.local_parameters(x)
-        spec = LossSpec(
-            axis=self.state.axis,
-            sharded=request.shard is not None,
+        hidden, shard = request.hidden, request.shard
+        full = None
+        if not isinstance(hidden, LazyHidden) or hidden.made:
+            full = _whole(hidden)
+            full = cast_for_autocast(full, full)
+        source = full if shard is None else cast_for_autocast(shard, shard)
+        assert source is not None
+        weight, bias = self.local_parameters(source)
+        terms = LossTerms(
+            vocab=self.vocab,
             start=vocab_range(self.vocab, self.state.axis)[0],
             ignore_index=ignore_index,
-            chunk=self.state.loss_chunk,
+            softcap=softcap,
+            scale=scale,
+            triton=self.state.kernels,
         )
-        return linear_cross_entropy(source, x, weight, bias, labels_BS, spec)
+        chunk = self.state.loss_chunk
+        spec = LossSpec(terms, self.state.axis, sharded=shard is not None, chunk=chunk)
+        return linear_cross_entropy(source, full, weight, bias, labels_BS, spec)
 
     def extra_repr(self) -> str:
         """Local sizes and the place on the tp axis."""
@@ -100,12 +129,17 @@ class VocabParallelHead(nn.Linear):
         return f"{super().extra_repr()}, vocab={self.vocab}, tp={axis.size}, tp_rank={axis.rank}"
 
 
+def _whole(hidden: Tensor) -> Tensor:
+    return hidden.materialize() if isinstance(hidden, LazyHidden) else hidden
+
+
 class CausalLMLoss:
     """``ForCausalLMLoss`` of transformers, over lazy logits without making them.
 
     Same arguments and result: labels are shifted here unless ``shift_labels`` is given, the mean is
-    over the labels that count, or the sum is divided by ``num_items_in_batch``. Logits that someone
-    has touched, or another shape of labels, go to the model's own loss function.
+    over the labels that count, or the sum is divided by ``num_items_in_batch``. A model's scale and
+    soft cap of its logits (Cohere, Granite, Gemma) are part of the loss. Logits that someone has
+    touched otherwise, or another shape of labels, go to the model's own loss function.
 
     Args:
         original: the loss function that the model had.
@@ -126,8 +160,11 @@ class CausalLMLoss:
     ) -> Tensor:
         """The loss, a scalar equal on all ranks."""
         targets = labels if shift_labels is None else shift_labels
+        mapped = logits.scale_and_softcap() if isinstance(logits, LazyLogits) else None
         if (
             not isinstance(logits, LazyLogits)
+            or mapped is None
+            or logits.made
             or targets is None
             or targets.shape != logits.shape[:-1]
             or targets.dim() != 2
@@ -146,7 +183,7 @@ class CausalLMLoss:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(request.hidden.device)
         check_ids(targets, request.head.vocab, "labels", ignore_index)
-        total = request.head.summed_loss(request, targets, ignore_index)
+        total = request.head.summed_loss(request, targets, ignore_index, *mapped)
         items: Any = num_items_in_batch
         if items is None:
             items = targets.ne(ignore_index).sum()

@@ -27,14 +27,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.layers.entered import Member, entered, mark_entered
-from hf_sp.layers.gated import GatedProduct, GatedRowLinear
+from hf_sp.layers.gated import GatedProduct, GatedRowLinear, RowLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.recipe import Recipe, recipe_of
+from hf_sp.once import once_differentiable
 from hf_sp.torch_private import graph_task, has_gradient_hooks
 
 
@@ -149,7 +149,7 @@ class RowParallelLinear(ParallelLinear):
             return GatedRowLinear.apply(
                 *recipe.ingredients, x.detach(), weight, bias, add_bias, self.sp, recipe.triton
             )
-        return _RowLinear.apply(x, weight, bias, add_bias, self.sp)
+        return RowLinear.apply(x, weight, bias, add_bias, self.sp)
 
 
 @dataclass(eq=False)
@@ -379,33 +379,3 @@ class _ColumnLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         ctx.entry.receive(ctx.slot, grads[0], weight, ctx.keep)
         return None, None, None, None, None
-
-
-class _RowLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, sharded: bool
-    ) -> Tensor:
-        ctx.sharded = sharded
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
-        y = F.linear(x.transpose(0, 1) if sharded else x, weight, bias if add_bias else None)
-        return y.transpose(0, 1) if sharded else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        # Same token order on both sides of the products; sequence-major costs no full-size copy.
-        dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
-        dy_TH = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dx = (dy_TH @ weight).view(*dy.shape[:-1], -1)
-            dx = dx.transpose(0, 1) if ctx.sharded else dx
-        if ctx.needs_input_grad[1]:
-            x = x.transpose(0, 1) if ctx.sharded else x
-            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            db = dy_TH.sum(0)
-        return dx, dw, db, None, None

@@ -3,13 +3,14 @@
 - entry of the stack: a pre-hook on layer 0 takes the sequence shard. HF derives masks, positions
   and RoPE from the embedding's output before that, over the whole sequence.
 - entry and exit of each TP block: gather / reduce-scatter (or, without sp, nothing / all-reduce).
-- exit of the stack: a hook on the final norm gathers the sequence.
+- exit of the stack: a hook on the final norm gathers the sequence, or leaves that to the loss.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.errors import ShapeError
+from hf_sp.layers.lazy import LazyHidden
 from hf_sp.layers.linear import ColumnParallelLinear, Entry, enter_block
 from hf_sp.state import ParallelState
 
@@ -65,7 +67,8 @@ class StackExit:
     """Hook of the final norm: sequence shard ``[B, s, H]`` -> replicated ``[B, S, H]``.
 
     Replicated, because anyone may read ``last_hidden_state``. The LM head recognises it and sends
-    its partial gradient to the shard by a reduce-scatter.
+    its partial gradient to the shard by a reduce-scatter. In a forward that wants the loss alone it
+    is a stand-in, which nobody but the head should meet: the loss gathers it by chunks.
     """
 
     def __init__(self, state: ParallelState) -> None:
@@ -76,10 +79,15 @@ class StackExit:
         state = self.state
         if not state.sharded or state.length is None:
             return None
-        full = comm.allgather_scatter(output, state.length, state.axis)
+        gather = functools.partial(self.gather, output, state.length)
+        return LazyHidden(output, state.length, gather) if state.lazy_hidden else gather()
+
+    def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
+        """The whole hidden states, known to the head."""
+        full = comm.allgather_scatter(shard_BsH, length, self.state.axis)
         # HF's own is contiguous, and people call .view on it. No copy for B = 1.
         full = full.contiguous()
-        state.remember_hidden(full, output)
+        self.state.remember_hidden(full, shard_BsH)
         return full
 
 

@@ -9,13 +9,16 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sp import collectives as comm
-from hf_sp.layers.lazy import LazyLogits
+from hf_sp.layers.head import CausalLMLoss
+from hf_sp.layers.lazy import LazyHidden, LazyLogits, LazyTensor
+from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.surgery.guard import check_forward
 from hf_sp.surgery.sparse import leave_router_logits
+from hf_sp.torch_private import has_global_hooks
 
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +74,13 @@ class DecoderBoundary:
         if not hasattr(output, "get") or length is None:
             return None
         hidden = output.get("hidden_states")
+        last = output.get("last_hidden_state")
+        if hidden is not None and isinstance(last, LazyHidden):
+            # The last of them: one tensor in both places, as HF has it.
+            lazy, last = last, last.materialize()
+            output["last_hidden_state"] = last
+            hidden = tuple(last if h is lazy else h for h in hidden)
         if hidden is not None and sharded:
-            last = output.get("last_hidden_state")
             output["hidden_states"] = tuple(
                 h if h is None or h is last else comm.allgather_scatter(h, length, state.axis)
                 for h in hidden
@@ -99,25 +107,66 @@ class ModelBoundary:
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compare the inputs over the ranks (first forwards); the head may be lazy from here on."""
-        check_forward(module, self.state, _bind(module, args, kwargs))
+        inputs = _bind(module, args, kwargs)
+        check_forward(module, self.state, inputs)
         self.state.in_model = True
+        self.state.lazy_hidden = (
+            inputs.get("labels") is not None
+            and isinstance(getattr(module, "loss_function", None), CausalLMLoss)
+            and not self._logits_wanted(module)
+            and not _watched(module, self.state.plan)
+        )
+
+    def _logits_wanted(self, module: nn.Module) -> bool:
+        return self.state.keep_logits if module.training else self.state.logits_wanted
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Make the logits that someone may read; drop those that a training step does not."""
-        self.state.in_model = False
+        self.state.in_model = self.state.lazy_hidden = False
         if isinstance(output, tuple):
             # Logits that are not made leave their place to None: the others keep theirs.
             has_loss = len(output) > 1 and isinstance(output[1], LazyLogits)
             return tuple(self._resolve(x, module, has_loss) for x in output)
-        logits = output.get("logits") if hasattr(output, "get") else None
-        if isinstance(logits, LazyLogits):
-            has_loss = output.get("loss") is not None
-            output["logits"] = self._resolve(logits, module, has_loss)
-            return output
-        return None
+        if not hasattr(output, "get"):
+            return None
+        lazy = {name: x for name, x in output.items() if isinstance(x, LazyTensor)}
+        has_loss = output.get("loss") is not None
+        for name, x in lazy.items():
+            output[name] = self._resolve(x, module, has_loss)
+        return output if lazy else None
 
-    def _resolve(self, x: Any, module: nn.Module, has_loss: bool) -> Tensor | None:
-        if not isinstance(x, LazyLogits):
+    def _resolve(self, x: Any, module: nn.Module, has_loss: bool) -> Any:
+        if not isinstance(x, LazyTensor):
             return x
-        wanted = self.state.keep_logits if module.training else self.state.logits_wanted
-        return x.materialize() if wanted or not has_loss else None
+        if isinstance(x, LazyLogits) and has_loss and not self._logits_wanted(module):
+            return None
+        return x.materialize()
+
+
+def _watched(model: nn.Module, plan: Plan) -> bool:
+    """Whether code that we do not know would meet the final hidden states inside the forward.
+
+    Someone's hooks on the final norm, on the decoder and what holds it, or on the head; a forward
+    that was replaced.
+    """
+    if plan.head is None or has_global_hooks():
+        return True
+    decoder = plan.decoder.split(".")
+    holders = [".".join(decoder[: i + 1]) for i in range(len(decoder))]
+    for path in (plan.norm, plan.head, *holders):
+        module = model.get_submodule(path)
+        hooks = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
+        if path == plan.head:
+            hooks.append(module._forward_pre_hooks)
+        if not all(_is_ours(hook) for group in hooks for hook in group.values()):
+            return True
+        replaced = module.__dict__.get("forward")
+        if replaced is not None and not _is_ours(replaced):
+            return True
+    return False
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", hook)
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return module.partition(".")[0] == __name__.partition(".")[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
 )
+_DOUBLE = ((torch.float64, torch.float64),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,10 @@ def norm_form(module: nn.Module) -> NormForm | None:
         return None
     for eps in _small_numbers(module):
         for casting, offset in _CANDIDATES:
-            form, width = NormForm(casting, offset, eps), weight.shape[0]
-            if agrees(lambda form=form: _compare_norm(module, width, form, _DTYPES)):
-                double = ((torch.float64, torch.float64),)
-                exact = agrees(lambda form=form: _compare_norm(module, width, form, double))
+            form = NormForm(casting, offset, eps)
+            compare = functools.partial(_compare_norm, module, weight.shape[0], form)
+            if agrees(functools.partial(compare, _DTYPES)):
+                exact = agrees(functools.partial(compare, _DOUBLE))
                 return dataclasses.replace(form, float64=exact)
     return None
 
@@ -94,7 +96,7 @@ def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | N
         return None
     for gate, up in (columns, columns[::-1]):
         form = GatedForm(gate, up, row)
-        if agrees(lambda form=form: _compare_gated(module, form)):
+        if agrees(functools.partial(_compare_gated, module, form)):
             return form
     return None
 
@@ -185,7 +187,8 @@ class _Stub(nn.Module):
 
     def __init__(self, answer: Tensor | None = None) -> None:
         super().__init__()
-        self.answer, self.seen = answer, []
+        self.answer = answer
+        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """Note x."""

@@ -16,10 +16,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+# Not this folder: transformers looks for a package called `kernels`, and would find kernels.py.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import transformers
@@ -163,7 +168,7 @@ LAYOUTS: dict[str, tuple[Layout, Formula]] = {
     "hf_sp kernels=False": (hf_sp_layout(kernels=False), sp_shard_bytes_per_token),
     "hf_sp recompute=none": (hf_sp_layout(recompute="none"), _kernels("none")),
     "hf_sp recompute=norm": (hf_sp_layout(recompute="norm"), _kernels("norm")),
-    "hf_sp (norm+act)": (hf_sp_layout(), _kernels("norm+act")),
+    "hf_sp": (hf_sp_layout(), _kernels("norm+act")),
 }
 
 

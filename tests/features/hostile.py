@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_sp import parallelize
-from hf_sp.errors import HfSpError
+from hf_sp.errors import ConfigError, HfSpError
 
 Batch = dict[str, Any]
 Use = Callable[[nn.Module, Batch], Any]
@@ -153,7 +153,7 @@ def second_derivative() -> str:
     (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
     try:
         grad.to_local().square().sum().backward()
-    except RuntimeError as error:
+    except ConfigError as error:
         return str(error)
     return ""
 

@@ -52,11 +52,8 @@ def classifier(kind: str, sp: bool) -> Report:
     return report
 
 
-def kin(model_type: str, own_loss: bool, **config: Any) -> Report:
-    """A family outside the matrix, derived by the same rules: one step's gradients.
-
-    ``own_loss``: the model touches its logits, so that both run transformers' own loss.
-    """
+def kin(model_type: str, **config: Any) -> Report:
+    """A family outside the matrix, derived by the same rules: one step's gradients."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": 96,
@@ -75,8 +72,7 @@ def kin(model_type: str, own_loss: bool, **config: Any) -> Report:
     parallel = parallelize(copy.deepcopy(model))
     batch = batches.plain(2, 17)
     report = _report(model_type)
-    if not own_loss:
-        tiny.reference(model)
+    tiny.reference(model)
     for one in (model, parallel):
         one(**batch).loss.backward()
     compare_gradients(report, gradients(parallel, report), gradients(model))

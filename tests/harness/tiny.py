@@ -11,10 +11,16 @@ from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     PreTrainedModel,
@@ -66,6 +72,39 @@ FAMILIES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         "qwen3_tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     }
 )
+# Outside the matrix, for one trait each: what the model does to its logits.
+RELATIVES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
+    {
+        # divides logits (and scales residuals and embeddings)
+        "granite": (
+            GraniteConfig,
+            {"logits_scaling": 0.25, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+        ),
+        # multiplies logits; one norm and two blocks side by side
+        "cohere": (CohereConfig, {"logit_scale": 0.5, "pad_token_id": None}),
+        # caps logits and attention scores; its embedding, which hf_sp refuses, is made a plain one
+        "gemma2": (
+            Gemma2Config,
+            {
+                "head_dim": 8,
+                "query_pre_attn_scalar": 8,
+                "sliding_window": 5,
+                "final_logit_softcapping": 1.5,
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+        ),
+        # Gemma 2's forward around the head on a model that takes padded batches: Gemma's attention
+        # makes NaN of rows that see nothing
+        "llama_capped": (LlamaConfig, {"final_logit_softcapping": 1.5}),
+    }
+)
+
+
+class LlamaCapped(LlamaForCausalLM):
+    """Logits as Gemma 2 makes them."""
+
+    forward = Gemma2ForCausalLM.forward
+
 
 # The same of mixtures of experts, with the auxiliary loss on.
 SPARSE: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
@@ -91,7 +130,7 @@ SPARSE: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 
 def config(family: str, **overrides: Any):
     """The family's configuration. `overrides` are configuration fields."""
-    cls, fields = {**FAMILIES, **SPARSE}[family]
+    cls, fields = {**FAMILIES, **RELATIVES, **SPARSE}[family]
     return cls(**{**_BASE, **fields, **overrides})
 
 
@@ -111,9 +150,15 @@ def build(
     with torch.random.fork_rng(devices=[]):
         # from_config, not .to(dtype): `.to(bfloat16)` would round RoPE's inv_freq, which HF keeps
         # in float32.
-        model = AutoModelForCausalLM.from_config(
+        make = LlamaCapped._from_config if family == "llama_capped" else None
+        model = (make or AutoModelForCausalLM.from_config)(
             config(family, **overrides), dtype=dtype, attn_implementation=attn
         )
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        plain = nn.Embedding(*embedding.weight.shape, padding_idx=embedding.padding_idx)
+        plain.weight = embedding.weight
+        model.set_input_embeddings(plain)
     if family in SPARSE:
         # HF's grouped forward takes no float64; this is the definition.
         model.set_experts_implementation("eager")

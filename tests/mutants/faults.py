@@ -8,6 +8,7 @@ collectives, so that nothing fails but the numbers: these are the faults that tr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from harness.parity import Case
 
 from hf_sp import collectives as comm
-from hf_sp.layers import embedding, gated, head, linear, loss
+from hf_sp.kernels import cross_entropy_steps as steps
+from hf_sp.layers import embedding, gated, head, lazy, linear, loss
 from hf_sp.surgery import boundary, fused, parameters, swap
 
 Patch = tuple[Any, str, Any]
@@ -108,6 +110,7 @@ def stack_entry_takes_the_wrong_shard() -> list[Patch]:
     return [(comm, "own_shard", wrong)]
 
 
+# With kept logits the final hidden states are gathered whole, and the loss computes on them.
 @fault(Case("llama", parallelize=(("keep_logits", True),)))
 def final_gather_in_wrong_rank_order() -> list[Patch]:
     def forward(ctx, x, length, axis):
@@ -336,23 +339,23 @@ def gated_row_bias_added_on_every_rank() -> list[Patch]:
 
 @fault()
 def row_bias_added_on_every_rank() -> list[Patch]:
-    right = linear._RowLinear.forward
+    right = linear.RowLinear.forward
 
     def forward(ctx, x, weight, bias, add_bias, sharded):
         return right(ctx, x, weight, bias, True, sharded)
 
-    return [(linear._RowLinear, "forward", staticmethod(forward))]
+    return [(linear.RowLinear, "forward", staticmethod(forward))]
 
 
 @fault()
 def row_bias_gradient_summed_again() -> list[Patch]:
-    right = linear._RowLinear.backward
+    right = linear.RowLinear.backward
 
     def backward(ctx, grad):
         dx, dw, db, *rest = right(ctx, grad)
         return dx, dw, db * 2, *rest
 
-    return [_backward(linear._RowLinear, backward)]
+    return [_backward(linear.RowLinear, backward)]
 
 
 @fault(Case("llama_odd_vocab"))
@@ -397,43 +400,105 @@ def embedding_looks_up_ids_of_other_ranks() -> list[Patch]:
 
 @fault()
 def loss_uses_local_statistics() -> list[Patch]:
-    def gather(x, axis):
-        if x.dim() == 3 and x.shape[0] == 1 and x.shape[1] == 3:
-            return _own_copies(x, axis)
-        return comm.wait(comm.launch_all_gather(x, axis))
+    return [(loss, "share", lambda stats, axis: torch.stack([stats] * axis.size))]
 
-    return [(comm, "all_gather", gather)]
+
+@fault()
+def loss_combines_sums_without_their_peaks() -> list[Patch]:
+    right = loss.combine
+
+    def wrong(stats, labels, terms):
+        highest = stats[:, 0].amax(0).expand_as(stats[:, 0])
+        return right(torch.cat([highest[:, None], stats[:, 1:]], 1), labels, terms)
+
+    return [(loss, "combine", wrong)]
+
+
+def _with_terms(**wrong: Any) -> list[Patch]:
+    """The gradient of another loss than the one whose value is returned."""
+    right = loss.write_gradient
+
+    def write(logits, labels, whole, terms):
+        return right(logits, labels, whole, dataclasses.replace(terms, **wrong))
+
+    return [(loss, "write_gradient", write)]
+
+
+@fault()
+def loss_gradient_smooths_the_labels() -> list[Patch]:
+    return _with_terms(label_smoothing=0.1)
+
+
+@fault(Case("granite"))
+def loss_gradient_is_not_scaled() -> list[Patch]:
+    return _with_terms(scale=1.0)
+
+
+@fault(Case("granite"))
+def scale_of_the_logits_is_dropped() -> list[Patch]:
+    return [(lazy.LazyLogits, "scale_and_softcap", lambda self: (1.0, None))]
+
+
+@fault(Case("llama_capped"))
+def derivative_of_the_softcap_is_dropped() -> list[Patch]:
+    right = steps._slab_gradient
+
+    def wrong(x, labels, peak, total, dloss, terms):
+        capped = steps._mapped(x, terms)
+        plain = dataclasses.replace(terms, softcap=None, scale=1.0)
+        return right(capped, labels, peak, total, dloss, plain) * terms.scale
+
+    return [(steps, "_slab_gradient", wrong)]
+
+
+@fault(Case("llama_capped"))
+def soft_cap_is_dropped() -> list[Patch]:
+    return [(lazy.LazyLogits, "scale_and_softcap", lambda self: (1.0, None))]
 
 
 @fault()
 def loss_counts_the_target_on_every_rank() -> list[Patch]:
-    right = loss._statistics
-
-    def wrong(logits, labels, spec, needs_grad):
-        values, grad = right(logits, labels, spec, needs_grad)
-        return values, None if grad is None else grad.clamp_min(0)
-
-    return [(loss, "_statistics", wrong)]
+    right = loss.write_gradient
+    return [(loss, "write_gradient", lambda *args: right(*args).clamp_min_(0))]
 
 
 @fault()
 def loss_gradient_is_not_reduced() -> list[Patch]:
-    def store(dsource, dx, where, spec):
-        a, b = where
-        own = _own_part(dx, spec.axis).view(b - a, dsource.shape[0], dsource.shape[2])
-        dsource[:, a:b] = own.transpose(0, 1)
-
-    return [(loss, "_store", store)]
+    return [(loss, "_launch", lambda dx, spec: _own_part(dx, spec.axis))]
 
 
 @fault(Case("llama", sp=False))
 def loss_gradient_is_averaged() -> list[Patch]:
+    right = loss._launch
+    return [(loss, "_launch", lambda dx, spec: right(dx / spec.axis.size, spec))]
+
+
+@fault(Case("llama", parallelize=(("loss_chunk", 8),)))
+def loss_gradient_goes_to_another_chunk() -> list[Patch]:
     right = loss._store
 
-    def store(dsource, dx, where, spec):
-        right(dsource, dx / spec.axis.size, where, spec)
+    def store(dsource, dx, rows, spec):
+        a, b = rows
+        room = dsource.shape[1] - (b - a)
+        right(dsource, dx, (room - a, room - a + b - a) if room >= a else rows, spec)
 
     return [(loss, "_store", store)]
+
+
+@fault()
+def loss_gathers_a_chunk_in_wrong_rank_order() -> list[Patch]:
+    right = loss._chunks
+
+    def wrong(source, full, labels, pieces, spec):
+        for x, y, rows in right(source, full, labels, pieces, spec):
+            yield x.roll(x.shape[0] // spec.axis.size, 0), y, rows
+
+    return [(loss, "_chunks", wrong)]
+
+
+@fault(Case("llama", parallelize=(("loss_chunk", 8),)))
+def loss_keeps_only_the_last_chunks_weight_gradient() -> list[Patch]:
+    return [(loss, "_plus", lambda total, part, wide, parts: part.to(wide))]
 
 
 @fault()
@@ -446,9 +511,9 @@ def labels_are_not_shifted() -> list[Patch]:
 def labels_of_the_wrong_shard_order() -> list[Patch]:
     right = loss._chunks
 
-    def wrong(full, labels, spec):
-        for x, y, where in right(full, labels, spec):
-            yield x, y.roll(y.shape[0] // spec.axis.size), where
+    def wrong(source, full, labels, pieces, spec):
+        for x, y, rows in right(source, full, labels, pieces, spec):
+            yield x, y.roll(y.shape[0] // spec.axis.size), rows
 
     return [(loss, "_chunks", wrong)]
 

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from harness import batches
 from harness.compare import compare_gradients, gradients
 from harness.parity import Case, each, pair

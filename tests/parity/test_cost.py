@@ -180,11 +180,11 @@ def test_collectives_of_a_plain_tp_layer():
 
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_collectives_around_the_layers(chunks):
-    """Embedding, final gather and loss, whatever the number of layers."""
+    """Embedding and loss, whatever the number of layers: the final gather is the loss's."""
     step = _step(LlamaConfig, GROUPED, 4, True, 2, chunk=256 // chunks)
     assert _calls(step.forward) == {
         "all_reduce": 1,  # embedding
-        "all_gather": 2 * 2 + 1 + chunks,  # layers, final hidden states, loss statistics
+        "all_gather": 2 * 2 + 2 * chunks,  # layers, a chunk's hidden states and statistics
         "reduce_scatter": 2 * 2 + chunks,  # layers, loss gradient
     }
     assert _calls(step.backward) == {

@@ -109,6 +109,21 @@ def test_gradient_hooks():
     assert private.has_gradient_hooks(y)
 
 
+def test_global_hooks():
+    module = torch.nn.modules.module
+    assert not private.has_global_hooks()
+    for register in (
+        module.register_module_forward_hook,
+        module.register_module_forward_pre_hook,
+        module.register_module_full_backward_hook,
+        module.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *args: None)
+        assert private.has_global_hooks()
+        handle.remove()
+    assert not private.has_global_hooks()
+
+
 def test_they_stand_in_one_place():
     pattern = re.compile(r"torch\._(?!distributed)|torch\.ops\._|\._cdata|from torch\._")
     found = {
