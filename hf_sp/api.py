@@ -29,6 +29,7 @@ from hf_sp.mesh import build_mesh, resolve_tp
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 from hf_sp.surgery.install import install_hooks
+from hf_sp.surgery.sparse_forms import check_sparse_blocks
 from hf_sp.surgery.swap import agree_on_weights, placements, swap_leaves
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,10 @@ def parallelize(
             ``False`` is plain Megatron tensor parallelism.
         cp: context parallel degree; 1 in this release.
         cp_mode: how context parallelism would exchange keys and values.
-        ep: expert parallel degree; 1 in this release.
+        ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
+            features of every expert and the blocks gather and scatter as dense ones do. ``ep=tp``:
+            each rank has ``E / ep`` whole experts, and every token of its sequence shard travels
+            to its k experts and back. Other values are not built yet.
         dp_shard: FSDP degree; None or 1 in this release.
         dp_replicate: data parallel replicas; 1 in this release.
         mesh: a DeviceMesh with an axis named ``tp`` to use instead of building one.
@@ -104,16 +108,17 @@ def parallelize(
         ConfigError: an argument, the environment or the model's state does not allow it.
         PlanError: the model cannot be split, or not by this tp; legal values are listed.
     """
-    degrees = {"cp": cp, "ep": ep, "dp_shard": dp_shard or 1, "dp_replicate": dp_replicate}
+    degrees = {"cp": cp, "dp_shard": dp_shard or 1, "dp_replicate": dp_replicate}
     resolved: Plan | None = None
     problem: HfSpError | None = None
     try:
-        check_arguments(tp, cp_mode, degrees, loss_chunk)
+        check_arguments(tp, cp_mode, degrees, loss_chunk, ep)
         check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
         check_environment()
         check_model(model)
-        resolved = derive_plan(model, resolve_tp(tp, mesh), sp, plan)
+        resolved = derive_plan(model, resolve_tp(tp, mesh), sp, plan, ep)
         placements(model, resolved)
+        check_sparse_blocks(model, resolved)
         check_optimizers(model)
     except HfSpError as error:
         problem = error

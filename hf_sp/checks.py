@@ -36,9 +36,11 @@ def check_switches(switches: dict[str, bool], recompute: str | None) -> None:
         )
 
 
-def check_arguments(tp: int | None, cp_mode: str, degrees: dict[str, int], loss_chunk: int) -> None:
+def check_arguments(
+    tp: int | None, cp_mode: str, degrees: dict[str, int], loss_chunk: int, ep: int = 1
+) -> None:
     """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
-    sizes = {"loss_chunk": loss_chunk, **degrees, **({} if tp is None else {"tp": tp})}
+    sizes = {"loss_chunk": loss_chunk, "ep": ep, **degrees, **({} if tp is None else {"tp": tp})}
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(

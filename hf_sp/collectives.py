@@ -67,6 +67,18 @@ def launch_all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return _launched(collective_ops.all_reduce(x.contiguous(), "sum", axis.group))
 
 
+def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis) -> Tensor:
+    """Start an exchange of rows: ``send[r]`` of ``[n, ...]`` go to rank r, in rank order.
+
+    Args:
+        x: rows sorted by their destination.
+        receive: number of rows that come from each rank.
+        send: number of rows that go to each rank.
+        axis: the ranks.
+    """
+    return _launched(collective_ops.all_to_all_single(x.contiguous(), receive, send, axis.group))
+
+
 def _launched(x: Tensor) -> Tensor:
     # Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
     # hf_sp: docs/numerics.md). On CPU each is waited for; nothing could run beside it anyway.
@@ -91,6 +103,11 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis; ``x`` is left as it was."""
     return wait(launch_all_reduce(x, axis))
+
+
+def all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis) -> Tensor:
+    """Exchange rows, see ``launch_all_to_all``."""
+    return wait(launch_all_to_all(x, receive, send, axis))
 
 
 # --- sequence layout ----------------------------------------------------------------------------
@@ -185,6 +202,19 @@ class _IdentityAllReduce(torch.autograd.Function):
         return all_reduce(grads[0], ctx.axis), None
 
 
+class _IdentityOneRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # Zeros, and not nothing: every rank has to run the same backward.
+        return grads[0] if ctx.axis.rank == 0 else torch.zeros_like(grads[0]), None
+
+
 class _AllReduceIdentity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -275,6 +305,20 @@ def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
     Saves:    nothing
     """
     return _IdentityAllReduce.apply(x, axis)
+
+
+def identity_onerank(x: Tensor, axis: Axis) -> Tensor:
+    """Hand out what all ranks have computed alike; the backward counts one rank's gradient.
+
+    For what leaves a block whose gradients are partial, and so summed over the ranks, to code that
+    is replicated: there each rank holds the whole gradient.
+
+    Shapes:   any -> the same (a view)
+    Forward:  no collective
+    Backward: no collective; the first rank passes the gradient on, the others zeros
+    Saves:    nothing
+    """
+    return _IdentityOneRank.apply(x, axis)
 
 
 def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:

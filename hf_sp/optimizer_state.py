@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.checkpoint import listing, shard_like
 from hf_sp.errors import CheckpointError
+from hf_sp.packed import HALVES, halves, joined, packed_dims
 from hf_sp.state import parallel_state
 
 OPTIMIZER_DIRECTORY = "optimizer_dcp"
@@ -88,6 +89,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     optimizer = _unwrapped(optimizer)
     groups = _group_names(model, optimizer)
     parameters = dict(model.named_parameters())
+    packed = packed_dims(model)
     tensors: dict[str, Any] = {}
     scalars: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
@@ -100,7 +102,13 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
             if isinstance(value, Tensor):
                 if sharded and value.numel() > 1 and not isinstance(value, DTensor):
                     problems.append(f"{name}.{key}: a plain tensor {tuple(value.shape)}")
-                tensors[f"state.{name}.{key}"] = value.detach()
+                if name in packed and value.shape == parameter.shape:
+                    for half, part in zip(
+                        HALVES, halves(value.detach(), packed[name]), strict=True
+                    ):
+                        tensors[f"state.{name}.{key}/{half}"] = part
+                else:
+                    tensors[f"state.{name}.{key}"] = value.detach()
                 continue
             try:
                 scalars.setdefault(name, {})[key] = _encode(value)
@@ -163,6 +171,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     document = json.loads(found["document"])
     _same_groups([g["names"] for g in document["groups"]], groups, directory)
 
+    packed = packed_dims(model)
     templates: dict[str, Any] = {}
     wrong: list[str] = []
     for name in parameters:
@@ -171,8 +180,10 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
             if not key.startswith(head) or "." in key[len(head) :]:
                 continue
             assert isinstance(item, TensorStorageMetadata)
-            parameter = parameters[name]
+            parameter: Tensor = parameters[name]
             dtype = item.properties.dtype
+            if key.endswith(tuple(f"/{half}" for half in HALVES)) and name in packed:
+                parameter = halves(parameter.detach(), packed[name])[0]
             if item.size == parameter.shape and isinstance(parameter, DTensor):
                 local = torch.zeros_like(parameter.to_local(), dtype=dtype)
                 templates[key] = DTensor.from_local(
@@ -192,6 +203,13 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     if wrong:
         raise _misfit(wrong, directory)
     dcp_load(templates, checkpoint_id=str(directory), no_dist=no_dist)
+
+    for name, dim in packed.items():
+        for key in [k for k in templates if k.startswith(f"state.{name}.")]:
+            whole, _, half = key.rpartition("/")
+            if half == HALVES[0]:
+                gate, up = (templates.pop(f"{whole}/{h}") for h in HALVES)
+                templates[whole] = joined(gate, up, dim, parameters[name])
 
     order = [n for g in groups for n in g]
     state: dict[int, dict[str, Any]] = {}

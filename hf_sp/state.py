@@ -1,7 +1,7 @@
 """What one parallelized model knows about itself, and the small state of its current forward.
 
 Owns ``ParallelState``. It hangs on the model (``parallel_state(model)``) and on the modules that
-need it, is copied with them, and holds no tensor between two forwards.
+need it, is copied with them, and holds no tensor between two forwards but a few counts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import has_gradient_hooks, same_storage, version
@@ -50,6 +51,10 @@ class ParallelState:
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
         lazy_hidden: this forward wants the loss alone, which gathers hidden states by chunks.
+        attended: whole length of the latest attention block; a block that is computed again in
+            backward follows an attention block of its own.
+        load: tokens of each expert in the latest forward, by the path of the experts; counted on
+            this rank's own tokens where experts are split whole.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
         checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
     """
@@ -66,6 +71,8 @@ class ParallelState:
     in_model: bool = False
     lazy_hidden: bool = False
     length: int | None = None
+    attended: int | None = None
+    load: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logits_wanted: bool = True
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
     _hidden: Any = field(default=None, repr=False)
@@ -94,6 +101,18 @@ class ParallelState:
     def sharded(self) -> bool:
         """Whether hidden states of the current forward are sequence shards."""
         return self.sp and not self.single_token
+
+    def expert_load(self) -> dict[str, Tensor]:
+        """Tokens that each expert was given in the latest forward, ``[E]`` by the experts' path.
+
+        To be called on every rank. Padding up to a multiple of tp is not counted; what the
+        attention mask hides is, as it is routed too.
+
+        Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer.
+        """
+        if self.plan.ep == 1:
+            return {path: counts.clone() for path, counts in self.load.items()}
+        return {path: comm.all_reduce(counts, self.axis) for path, counts in self.load.items()}
 
     @contextlib.contextmanager
     def no_logits(self) -> Iterator[None]:
@@ -142,6 +161,8 @@ class ParallelState:
             in_model=False,
             lazy_hidden=False,
             length=None,
+            attended=None,
+            load={},
             logits_wanted=True,
             checks_left=dict(self.checks_left),
             _hidden=None,

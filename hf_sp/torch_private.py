@@ -9,13 +9,14 @@ Not listed: ``nn.Module._parameters`` and its kin, which every package that edit
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
@@ -37,6 +38,19 @@ def process_group(name: str) -> ProcessGroup:
 def device_assert(holds: Tensor, message: str) -> None:
     """Fail on the device if false, as torch's own kernels do, without a synchronisation."""
     torch._assert_async(holds, message)
+
+
+def packed_halves(dim: int) -> Placement:
+    """Each of two halves packed along ``dim`` split over the axis: part r of both on rank r.
+
+    What DTensor calls strided sharding, for FSDP over TP; ``full_tensor()`` unpacks it rightly.
+    """
+    return _StridedShard(dim, split_factor=2)
+
+
+def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
+    """Whether a placement is one of ``packed_halves``."""
+    return isinstance(placement, _StridedShard)
 
 
 def is_fake(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The row linear of a gated MLP, over gate and up instead of their product.
+"""Row linears: of any input, and of a gated MLP over gate and up instead of their product.
 
 Shape letters: B batch, S sequence, H hidden, f local intermediate features.
 """
@@ -79,7 +79,7 @@ class GatedRowLinear(torch.autograd.Function):
         dw = db = None
         dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
         dy_TH = dy.reshape(-1, dy.shape[-1])
-        dproduct = (dy_TH @ weight).view(*dy.shape[:2], -1)
+        dproduct = (dy_TH @ weight).view(*dy.shape[:-1], -1)
         dproduct = dproduct.transpose(0, 1) if ctx.sharded else dproduct
         dgate, dup, product = swiglu_backward(
             dproduct, gate, up, product=needs_weight, triton=ctx.triton
@@ -100,3 +100,43 @@ class GatedRowLinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+class RowLinear(torch.autograd.Function):
+    """``x W^T``, laid out for the reduce-scatter that follows.
+
+    Shapes:   x [..., f], weight [H, f] -> [..., H] partial
+    Forward:  no collective
+    Backward: no collective
+    Saves:    x if the weight needs a gradient, the weight
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, sharded: bool
+    ) -> Tensor:
+        """Apply the weight."""
+        ctx.sharded = sharded
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
+        y = F.linear(x.transpose(0, 1) if sharded else x, weight, bias if add_bias else None)
+        return y.transpose(0, 1) if sharded else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        # Same token order on both sides of the products; sequence-major costs no full-size copy.
+        dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
+        dy_TH = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[0]:
+            dx = (dy_TH @ weight).view(*dy.shape[:-1], -1)
+            dx = dx.transpose(0, 1) if ctx.sharded else dx
+        if ctx.needs_input_grad[1]:
+            x = x.transpose(0, 1) if ctx.sharded else x
+            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            db = dy_TH.sum(0)
+        return dx, dw, db, None, None

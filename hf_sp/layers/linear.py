@@ -20,7 +20,7 @@ o = local out features, f = local in features of a row linear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,13 +30,12 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
-from hf_sp.layers.gated import GatedProduct, GatedRowLinear
+from hf_sp.layers.entered import Member, entered, mark_entered
+from hf_sp.layers.gated import GatedProduct, GatedRowLinear, RowLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.recipe import Recipe, recipe_of
 from hf_sp.once import once_differentiable
 from hf_sp.torch_private import graph_task, has_gradient_hooks
-
-_ENTRY = "_hf_sp_entry"
 
 
 class ParallelLinear(nn.Linear):
@@ -99,17 +98,21 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        entry: Entry | None = getattr(x, _ENTRY, None)
-        slot = entry.slots.get(id(self)) if entry is not None else None
-        if entry is None or slot is None:
+        found = entered(x, self)
+        if found is None:
             weight, bias = self.local_parameters(x)
             return F.linear(cast_for_autocast(x, x), weight, bias)
-        weight, bias = entry.parameters[slot]
-        if not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        return _ColumnLinear.apply(
-            entry, slot, x, weight.detach(), None if bias is None else bias.detach()
-        )
+        return entered_linear(x, *found)
+
+
+def entered_linear(x: Tensor, entry: Entry, slot: int) -> Tensor:
+    """``x W^T`` of a member of the entry that has gathered ``x``; see ``ColumnParallelLinear``."""
+    weight, bias = entry.parameters[slot]
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return _ColumnLinear.apply(
+        entry, slot, x, weight.detach(), None if bias is None else bias.detach()
+    )
 
 
 class RowParallelLinear(ParallelLinear):
@@ -146,7 +149,7 @@ class RowParallelLinear(ParallelLinear):
             return GatedRowLinear.apply(
                 *recipe.ingredients, x.detach(), weight, bias, add_bias, self.sp, recipe.triton
             )
-        return _RowLinear.apply(x, weight, bias, add_bias, self.sp)
+        return RowLinear.apply(x, weight, bias, add_bias, self.sp)
 
 
 @dataclass(eq=False)
@@ -155,6 +158,8 @@ class Entry:
 
     Holds no tensor across the forward but the local weights, dropped at the block's exit; during
     backward, the block's input gradient and the output gradients that wait for the entry.
+
+    The entry of a block that works on flattened tokens is in ``layers/flat.py``.
     """
 
     axis: Axis
@@ -167,10 +172,35 @@ class Entry:
     task: int = -1
     dx: Tensor | None = None
     dy: dict[int, list[Tensor]] = field(default_factory=dict)
+    later: list[tuple[int, Callable[[Tensor], Tensor]]] = field(default_factory=list)
 
     def close(self) -> None:
         """The block has run: its weights are in autograd's hands now."""
         self.parameters = []
+
+    def begin(self) -> None:
+        """Forget what an earlier backward has left, one that ended before the entry."""
+        task = graph_task()
+        if task != self.task:
+            self.task, self.dx, self.dy, self.later = task, None, {}, []
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The block's input, from what it is given."""
+        return comm.gather_sequence(x, self.length, self.axis) if self.sharded else x.view_as(x)
+
+    def launch(self, partial: Tensor) -> Tensor:
+        """Start the reduction of the block's input gradient."""
+        launch = comm.launch_reduce_scatter if self.sharded else comm.launch_all_reduce
+        return launch(partial, self.axis)
+
+    def landed(self, launched: Tensor) -> Tensor:
+        """The reduced input gradient, in the layout of x."""
+        return self.buffer_order(comm.wait(launched))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """``[tokens, H]`` in the order of the gradients that wait: x, gathered again."""
+        full = comm.gather_sequence(x, self.length, self.axis) if self.sharded else x
+        return self.buffer_order(full).reshape(-1, full.shape[-1])
 
     def buffer_order(self, x: Tensor) -> Tensor:
         """``[B, S, F]`` in the order of the collective's buffer: sequence first if sharded."""
@@ -185,10 +215,7 @@ class Entry:
             weight: ``[o, H]``.
             keep: whether the entry needs dy for a weight or bias gradient.
         """
-        # What an earlier backward has left, one that ended before the entry, is not this one's.
-        task = graph_task()
-        if task != self.task:
-            self.task, self.dx, self.dy = task, None, {}
+        self.begin()
         dy = self.buffer_order(dy)
         rows, others, features = dy.shape
         dy_To = dy.reshape(rows * others, features)
@@ -250,17 +277,28 @@ def enter_block(
         The gathered tensor, known to the column linears, and the entry, to be closed on exit.
     """
     entry = Entry(axis, sharded, length, batch_major)
+    return open_entry(entry, x, [(linear, linear) for linear in linears]), entry
+
+
+def open_entry(entry: Entry, x: Tensor, members: Sequence[tuple[object, Member]]) -> Tensor:
+    """Gather ``x`` and hand the weights of its members to the entry.
+
+    Args:
+        entry: a new entry.
+        x: the block's input.
+        members: the module that asks for its weights, and who has them.
+    """
     recipe = recipe_of(x)
     x = cast_for_autocast(x, x)
     flat: list[Tensor | None] = []
-    for slot, linear in enumerate(linears):
-        entry.slots[id(linear)] = slot
-        entry.parameters.append(linear.local_parameters(x))
+    for slot, (module, member) in enumerate(members):
+        entry.slots[id(module)] = slot
+        entry.parameters.append(member.local_parameters(x))
         flat += entry.parameters[-1]
         entry.trains.append(any(t is not None and t.requires_grad for t in entry.parameters[-1]))
     full = _Enter.apply(entry, recipe, x, *flat)
-    setattr(full, _ENTRY, entry)
-    return full, entry
+    mark_entered(full, entry)
+    return full
 
 
 class _Enter(torch.autograd.Function):
@@ -273,9 +311,7 @@ class _Enter(torch.autograd.Function):
         if any(ctx.needs_input_grad[3::2]):
             ctx.make, ctx.dtype = None if recipe is None else recipe.make, x.dtype
             ctx.save_for_backward(*((x,) if recipe is None else recipe.ingredients))
-        if entry.sharded:
-            return comm.gather_sequence(x, entry.length, entry.axis)
-        return x.view_as(x)
+        return entry.gather(x)
 
     @staticmethod
     @once_differentiable
@@ -285,29 +321,31 @@ class _Enter(torch.autograd.Function):
         partial = entry.take_input_gradient(grads[0])
         launched = None
         if partial is not None and ctx.needs_input_grad[2]:
-            launch = comm.launch_reduce_scatter if entry.sharded else comm.launch_all_reduce
-            launched = launch(partial, entry.axis)
+            launched = entry.launch(partial)
         # The weight gradients run while the reduction is in flight.
         flat = _weight_gradients(ctx, entry, dys)
-        dx = None if launched is None else entry.buffer_order(comm.wait(launched))
+        dx = None if launched is None else entry.landed(launched)
         return None, None, dx, *flat
 
 
 def _weight_gradients(ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]) -> list[Tensor | None]:
     """Gradients of the entry's flat (weight, bias, weight, bias, ...) inputs."""
+    later, entry.later = entry.later, []
     needs = ctx.needs_input_grad[3:]
     flat: list[Tensor | None] = [None] * len(needs)
     x_TH = None
+    if later or any(needs[2 * slot] for slot in dys):
+        x_TH = entry.tokens(_saved_input(ctx))
     for slot, several in dys.items():
         for dy_To in several:
             if needs[2 * slot]:
-                if x_TH is None:
-                    x = _saved_input(ctx)
-                    full = comm.gather_sequence(x, entry.length, entry.axis) if entry.sharded else x
-                    x_TH = entry.buffer_order(full).reshape(-1, full.shape[-1])
+                assert x_TH is not None
                 flat[2 * slot] = _plus(flat[2 * slot], dy_To.t() @ x_TH)
             if needs[2 * slot + 1]:
                 flat[2 * slot + 1] = _plus(flat[2 * slot + 1], dy_To.sum(0))
+    for slot, make in later:
+        assert x_TH is not None
+        flat[2 * slot] = _plus(flat[2 * slot], make(x_TH))
     return flat
 
 
@@ -341,33 +379,3 @@ class _ColumnLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         ctx.entry.receive(ctx.slot, grads[0], weight, ctx.keep)
         return None, None, None, None, None
-
-
-class _RowLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, sharded: bool
-    ) -> Tensor:
-        ctx.sharded = sharded
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
-        y = F.linear(x.transpose(0, 1) if sharded else x, weight, bias if add_bias else None)
-        return y.transpose(0, 1) if sharded else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        # Same token order on both sides of the products; sequence-major costs no full-size copy.
-        dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
-        dy_TH = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dx = (dy_TH @ weight).view(*dy.shape[:2], -1)
-            dx = dx.transpose(0, 1) if ctx.sharded else dx
-        if ctx.needs_input_grad[1]:
-            x = x.transpose(0, 1) if ctx.sharded else x
-            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            db = dy_TH.sum(0)
-        return dx, dw, db, None, None

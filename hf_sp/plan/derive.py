@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.check import Divisor, check_divisible
+from hf_sp.plan.experts import check_ep, experts_block, is_experts, without_experts
 from hf_sp.plan.outer import find_embedding, find_final_norm, find_head, find_outside
 from hf_sp.plan.schema import Block, Leaf, Plan, Style
 
@@ -33,7 +34,11 @@ _LAYERED = re.compile(r"^(?P<container>[^*]+)\.\*\.(?P<rest>.+)$")
 
 
 def derive_plan(
-    model: nn.Module, tp: int, sp: bool, styles: Mapping[str, str] | None = None
+    model: nn.Module,
+    tp: int,
+    sp: bool,
+    styles: Mapping[str, str] | None = None,
+    ep: int = 1,
 ) -> Plan:
     """Read a model's plan and check that hf_sp can carry it out whole at this ``tp``.
 
@@ -42,10 +47,12 @@ def derive_plan(
         tp: tensor parallel degree.
         sp: whether hidden states are sharded along the sequence.
         styles: plan strings to use instead of ``model.tp_plan``.
+        ep: expert parallel degree.
 
     Raises:
         PlanError: no plan, an unknown style, a key that matches nothing, a weight that no key
-            claims, a layer of another shape than the plan needs, or sizes that tp cannot divide.
+            claims, a layer of another shape than the plan needs, sizes that tp cannot divide, or
+            an ep that the model or this release does not have.
     """
     if styles is None:
         styles = getattr(model, "tp_plan", None)
@@ -60,7 +67,7 @@ def derive_plan(
             "parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
     modules = dict(model.named_modules())
-    container, rests = _layered_keys(name, styles, modules)
+    container, rests = _layered_keys(name, without_experts(name, styles, modules), modules)
     decoder = container.rpartition(".")[0]
     stack = cast(nn.ModuleList, modules[container])
     layers = tuple(f"{container}.{i}" for i in range(len(stack)))
@@ -77,7 +84,16 @@ def derive_plan(
     for layer in layers:
         found = {rest: style for rest, style in rests.items() if f"{layer}.{rest}" in modules}
         matched |= found.keys()
-        blocks += _blocks_of_layer(model, modules, layer, found, tp, divisors)
+        sparse = _sparse_blocks(modules, layer)
+        usual = {r: style for r, style in found.items() if r.partition(".")[0] not in sparse}
+        blocks += _blocks_of_layer(model, modules, layer, usual, tp, divisors)
+        for child, experts in sparse.items():
+            # In a model without a dense layer, its keys are read for shared experts only.
+            keys = [rest for rest in rests if rest.startswith(child + ".")]
+            matched |= set(keys)
+            dense = {rest.removeprefix(child + "."): rests[rest] for rest in keys}
+            path = f"{layer}.{child}"
+            blocks.append(experts_block(modules, path, experts, dense, ep, divisors))
         norms += _norms_of_layer(modules, layer, blocks)
     missing = sorted(rests.keys() - matched)
     if missing:
@@ -91,6 +107,7 @@ def derive_plan(
     head = find_head(model, modules)
     norm = find_final_norm(model, modules, decoder, container, embedding)
     replicated = find_outside(modules, decoder, {embedding, norm, head})
+    check_ep(name, tp, sp, ep, blocks)
     check_divisible(name, tp, divisors)
     tied = head is not None and modules[head].weight is modules[embedding].weight
     return Plan(
@@ -106,7 +123,25 @@ def derive_plan(
         shard_norms=(*norms, norm),
         replicated=replicated,
         tied=tied,
+        ep=ep,
     )
+
+
+def _sparse_blocks(modules: dict[str, nn.Module], layer: str) -> dict[str, str]:
+    """A layer's children that own experts -> the path of these."""
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        if not path.startswith(layer + ".") or not is_experts(module):
+            continue
+        child, _, rest = path.removeprefix(layer + ".").partition(".")
+        if not rest or "." in rest or child in found:
+            raise PlanError(
+                "experts do not stand where a block of a layer has its experts",
+                where=path,
+                rule="one set of experts, a child of a decoder layer's child (mlp.experts)",
+            )
+        found[child] = path
+    return found
 
 
 def _layered_keys(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_sp.plan.describe import describe_block
+
 Style = Literal["column", "row", "column_replicated"]
 """How a linear inside a TP block is split.
 
@@ -36,20 +38,50 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a mixture-of-experts block.
+
+    Args:
+        path: module that owns ``gate_up_proj [E, 2f, H]`` and ``down_proj [E, H, f]``.
+        router: module with one replicated weight ``[E, H]``; its gradient is partial.
+        shared: module of the shared expert, "" for a block without one; its linears are leaves of
+            the block.
+        split: ``features``: every rank has f / tp features of every expert, on all tokens.
+            ``experts``: every rank has E / ep whole experts, and tokens travel to them.
+        count: E.
+        intermediate: f.
+        hidden: H.
+    """
+
+    path: str
+    router: str
+    shared: str
+    split: Literal["features", "experts"]
+    count: int
+    intermediate: int
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A TP block: the decoder layer's child between one all-gather and one reduce-scatter.
+
+    With experts that are split whole (``experts.split``), the block stays on the sequence shard,
+    and its shared expert is the TP block.
 
     Args:
         path: module path.
         leaves: its column and row linears, in the model's order.
         partial: modules inside it with replicated weights that each rank uses on its own heads.
         attention: whether the block attends over the sequence and so needs its true length.
+        experts: the experts of a sparse block.
     """
 
     path: str
     leaves: tuple[Leaf, ...]
     partial: tuple[str, ...] = ()
     attention: bool = False
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +102,7 @@ class Plan:
             ``sp`` each rank sees its sequence shard only, so that their gradients are partial.
         replicated: modules outside the decoder, computed alike on all ranks.
         tied: whether head and embedding share one weight.
+        ep: expert parallel degree; 1 or tp.
     """
 
     family: str
@@ -84,37 +117,29 @@ class Plan:
     shard_norms: tuple[str, ...]
     replicated: tuple[str, ...] = ()
     tied: bool = False
+    ep: int = 1
 
     def __str__(self) -> str:
         """The plan of one layer and of what surrounds them, one line a module."""
-        lines = [f"{self.family}  tp={self.tp}  sp={self.sp}  layers={len(self.layers)}"]
+        degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
+        lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
 
         def row(path: str, what: str) -> None:
-            lines.append(f"  {path:<40}{what}")
+            lines.append(f"  {path:<39} {what}")
 
         row(self.embedding, "vocab-parallel embedding: all-reduce")
         if self.sp:
             row(self.layers[0], "entry of the stack: take the sequence shard")
-        first = self.layers[0]
-        norms = [n for n in self.shard_norms if n.startswith(first + ".")]
         partial = "gradient summed over tp" if self.sp else "gradient whole on every rank"
-        for block in (b for b in self.blocks if b.path.startswith(first + ".")):
-            entry, leave = ("all-gather", "reduce-scatter") if self.sp else ("-", "all-reduce")
-            row(block.path, f"TP block: {entry} on entry, {leave} on exit")
-            for leaf in block.leaves:
-                heads = f"  {leaf.heads} heads" if leaf.heads else ""
-                out, into = leaf.shape
-                local = {
-                    "column": (out // self.tp, into),
-                    "row": (out, into // self.tp),
-                    "column_replicated": (out // max(leaf.heads, 1), into),
-                }[leaf.style]
-                sizes = f"[{out}, {into}] -> [{local[0]}, {local[1]}]"
-                row("  " + leaf.path, f"{leaf.style:<8} {sizes}{heads}")
-            for path in block.partial:
-                row("  " + path, "replicated, gradient summed over tp")
-        for path in norms:
-            row(path, f"replicated, {partial}")
+        kinds = self._layers_of_each_kind()
+        for same in kinds:
+            if len(kinds) > 1:
+                lines.append(f"  layers {', '.join(layer.rpartition('.')[2] for layer in same)}:")
+            for block in (b for b in self.blocks if b.path.startswith(same[0] + ".")):
+                for path, what in describe_block(block, self.tp, self.sp):
+                    row(path, what)
+            for path in (n for n in self.shard_norms if n.startswith(same[0] + ".")):
+                row(path, f"replicated, {partial}")
         row(self.norm, f"replicated, {partial}")
         if self.sp:
             row(self.norm, "exit of the stack: all-gather")
@@ -124,3 +149,13 @@ class Plan:
         for path in self.replicated:
             row(path, "replicated, computed alike on all ranks")
         return "\n".join(lines)
+
+    def _layers_of_each_kind(self) -> list[list[str]]:
+        """Layers whose plans differ in their paths only, together; one of each kind is printed."""
+        kinds: dict[object, list[str]] = {}
+        for layer in self.layers:
+            blocks = [b for b in self.blocks if b.path.startswith(layer + ".")]
+            lines = [row for block in blocks for row in describe_block(block, self.tp, self.sp)]
+            key = tuple((path.replace(layer + ".", ""), what) for path, what in lines)
+            kinds.setdefault(key, []).append(layer)
+        return list(kinds.values())

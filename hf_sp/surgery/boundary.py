@@ -24,11 +24,13 @@ from hf_sp.layers.linear import ColumnParallelLinear, Entry, enter_block
 from hf_sp.state import ParallelState
 
 
-def _take_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def take_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a module's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _put_hidden(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
+def put_hidden(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with other hidden states."""
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": x}
@@ -57,8 +59,8 @@ class StackEntry:
         """Scatter; the backward all-gathers."""
         if not self.state.sharded:
             return None
-        x = comm.scatter_allgather(_take_hidden(args, kwargs), self.state.axis)
-        return _put_hidden(args, kwargs, x)
+        x = comm.scatter_allgather(take_hidden(args, kwargs), self.state.axis)
+        return put_hidden(args, kwargs, x)
 
 
 class StackExit:
@@ -112,7 +114,7 @@ class BlockBoundary:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input for the column linears."""
-        x = _take_hidden(args, kwargs)
+        x = take_hidden(args, kwargs)
         length = true_length(kwargs) if self.attention else None
         if self.attention and length is None and self.state.sharded:
             raise ShapeError(
@@ -120,6 +122,8 @@ class BlockBoundary:
                 where=type(module).__name__,
                 rule="its input is a sequence shard; the whole length is read from these",
             )
+        if length is not None:
+            self.state.attended = length
         full, entry = enter_block(
             x,
             self.linears,
@@ -135,7 +139,7 @@ class BlockBoundary:
             and float(getattr(module, "attention_dropout", False))
         ):
             self.dropout.start(full)
-        return _put_hidden(args, kwargs, full)
+        return put_hidden(args, kwargs, full)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output."""

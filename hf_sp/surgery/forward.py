@@ -17,6 +17,7 @@ from hf_sp.layers.lazy import LazyHidden, LazyLogits, LazyTensor
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.surgery.guard import check_forward
+from hf_sp.surgery.sparse import leave_router_logits
 from hf_sp.torch_private import has_global_hooks
 
 
@@ -38,6 +39,7 @@ class DecoderBoundary:
     def __init__(self, state: ParallelState, model: nn.Module) -> None:
         self.state, self.model = state, model
         self._as_tuple = False
+        self._batch = 0
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks. The second also runs, to clean up, if the forward raises."""
@@ -52,6 +54,7 @@ class DecoderBoundary:
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
         state.length = None if tokens is None else tokens.shape[1]
+        self._batch = 0 if tokens is None else tokens.shape[0]
         # One token of a generation: all but one rank would get padding. Never in training, where a
         # checkpointed layer may run again after this forward is over.
         state.single_token = state.length == 1 and not torch.is_grad_enabled()
@@ -63,6 +66,9 @@ class DecoderBoundary:
         """Gather the recorded hidden states (sequence) and attention weights (heads)."""
         state, length = self.state, self.state.length
         sharded = state.sharded
+        routed = output.get("router_logits") if hasattr(output, "get") else None
+        if routed is not None and length is not None:
+            output["router_logits"] = leave_router_logits(routed, state, self._batch)
         state.length, state.single_token = None, False
         as_tuple, self._as_tuple = self._as_tuple, False
         if not hasattr(output, "get") or length is None:

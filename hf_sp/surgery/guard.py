@@ -61,7 +61,9 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.Dropout) and module.p > 0 and module.training
+    # Noise on what all ranks hold alike has to be the same, as dropout.
+    jitters = float(getattr(module, "jitter_noise", 0) or 0) > 0
+    return module.training and (jitters or (isinstance(module, nn.Dropout) and module.p > 0))
 
 
 def _random(model: nn.Module, state: ParallelState) -> int:

@@ -16,6 +16,7 @@ from hf_sp.surgery.forward import DecoderBoundary, ModelBoundary
 from hf_sp.surgery.fused import GatedForward, NormForward
 from hf_sp.surgery.parameters import LocalParameters
 from hf_sp.surgery.recognise import gated_form, norm_form
+from hf_sp.surgery.sparse import SharedBoundary, SparseBoundary
 
 
 def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
@@ -25,8 +26,11 @@ def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         module = model.get_submodule(block.path)
         leaves = [model.get_submodule(leaf.path) for leaf in block.leaves]
         columns = [leaf for leaf in leaves if isinstance(leaf, ColumnParallelLinear)]
-        BlockBoundary(state, columns, block.attention).install(module)
-        fused.gated(module, block)
+        if block.experts is None:
+            BlockBoundary(state, columns, block.attention).install(module)
+            fused.gated(module, block)
+        else:
+            _install_sparse(model, block, state, fused)
         for path in block.partial:
             fused.norm(model.get_submodule(path), LocalParameters(state, "always"))
     for path in plan.shard_norms:
@@ -43,6 +47,22 @@ def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         ModelBoundary(state).install(model)
     if plan.head is not None:
         _install_loss(model)
+
+
+def _install_sparse(model: nn.Module, block: Block, state: ParallelState, fused: _Fused) -> None:
+    boundary = SparseBoundary(state, model, block)
+    boundary.install(model.get_submodule(block.path))
+    assert block.experts is not None
+    if not block.experts.shared:
+        return
+    path = block.experts.shared
+    leaves = tuple(leaf for leaf in block.leaves if leaf.path.startswith(path + "."))
+    shared = model.get_submodule(path)
+    if boundary.own:
+        modules = [model.get_submodule(leaf.path) for leaf in leaves]
+        columns = [module for module in modules if isinstance(module, ColumnParallelLinear)]
+        SharedBoundary(state, columns, boundary).install(shared)
+    fused.gated(shared, Block(path, leaves))
 
 
 class _Fused:

@@ -78,8 +78,8 @@ def norm_form(module: nn.Module) -> NormForm | None:
         for casting, offset in _CANDIDATES:
             form = NormForm(casting, offset, eps)
             compare = functools.partial(_compare_norm, module, weight.shape[0], form)
-            if _agrees(functools.partial(compare, _DTYPES)):
-                exact = _agrees(functools.partial(compare, _DOUBLE))
+            if agrees(functools.partial(compare, _DTYPES)):
+                exact = agrees(functools.partial(compare, _DOUBLE))
                 return dataclasses.replace(form, float64=exact)
     return None
 
@@ -96,7 +96,7 @@ def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | N
         return None
     for gate, up in (columns, columns[::-1]):
         form = GatedForm(gate, up, row)
-        if _agrees(functools.partial(_compare_gated, module, form)):
+        if agrees(functools.partial(_compare_gated, module, form)):
             return form
     return None
 
@@ -113,7 +113,8 @@ def _small_numbers(module: nn.Module) -> list[float]:
     return list(dict.fromkeys(floats))
 
 
-def _agrees(compare: Callable[[], bool]) -> bool:
+def agrees(compare: Callable[[], bool]) -> bool:
+    """Whether a comparison on a probe holds."""
     # Whatever a foreign forward raises on a probe means that it is not one we know.
     try:
         with real_tensors(), torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -122,7 +123,9 @@ def _agrees(compare: Callable[[], bool]) -> bool:
         return False
 
 
-def _probe(module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, Any]) -> nn.Module:
+def probe_of(
+    module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, Any]
+) -> nn.Module:
     """A training copy of the module alone, with other parameters and children, and no hooks."""
     probe = copy.copy(module)
     probe.__dict__.update(_parameters=dict(parameters), _modules=dict(modules), training=True)
@@ -156,7 +159,7 @@ def _compare_norm(
                     rows, w, form.eps, offset=form.offset, casting=form.casting, triton=False
                 )
             else:
-                probe = _probe(module, {"weight": w}, {})
+                probe = probe_of(module, {"weight": w}, {})
                 before = dict(vars(probe))
                 y = type(module).forward(probe, rows)
                 if vars(probe) != before:
@@ -201,14 +204,14 @@ def _compare_gated(module: nn.Module, form: GatedForm) -> bool:
     if module._parameters or module._buffers or weighted:
         return False
     # In training mode: dropout that is off while the model is in eval is seen too.
-    others = {k: _probe(m, {}, {}) for k, m in others.items()}
+    others = {k: probe_of(m, {}, {}) for k, m in others.items()}
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(2, 3, 4, generator=generator).to(dtype)
         gate, up = (8 * torch.randn(2, 2, 3, 256, generator=generator)).to(dtype)
         gate.requires_grad_()
         up.requires_grad_()
         stubs = {form.gate: _Stub(gate), form.up: _Stub(up), form.down: _Stub()}
-        probe = _probe(module, {}, {**others, **stubs})
+        probe = probe_of(module, {}, {**others, **stubs})
         before = dict(vars(probe))
         y = type(module).forward(probe, x)
         wired = all(

@@ -24,7 +24,7 @@ from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.layers.vocab import vocab_range
 from hf_sp.plan.schema import Leaf, Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake
+from hf_sp.torch_private import is_fake, is_packed, packed_halves
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -40,6 +40,11 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
                 wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = Shard(0)
             elif leaf.style == "row":
                 wanted[f"{leaf.path}.weight"] = Shard(1)
+        experts = block.experts
+        if experts is not None:
+            features = experts.split == "features"
+            wanted[f"{experts.path}.gate_up_proj"] = packed_halves(1) if features else Shard(0)
+            wanted[f"{experts.path}.down_proj"] = Shard(2 if features else 0)
     for path in filter(None, (plan.embedding, plan.head)):
         wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)
     placed: dict[int, tuple[str, Placement]] = {}
@@ -106,7 +111,9 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
                 module._buffers[name] = buffer.to(device)
     for block in plan.blocks:
         for leaf in block.leaves:
-            _swap_linear(model.get_submodule(leaf.path), leaf, state)
+            # A sparse block works on flattened tokens, batch-major.
+            sp = state.sp and block.experts is None
+            _swap_linear(model.get_submodule(leaf.path), leaf, state, sp)
         if block.attention:
             _set_local_groups(model.get_submodule(block.path), block.leaves, state.axis)
     embedding = model.get_submodule(plan.embedding)
@@ -129,7 +136,10 @@ def _shard(
 ) -> nn.Parameter:
     """This rank's part of a full parameter, as a DTensor parameter."""
     data = p.detach()
-    if isinstance(placement, Shard):
+    if is_packed(placement):
+        halves = [half.chunk(state.tp, placement.dim) for half in data.chunk(2, placement.dim)]
+        piece = torch.cat([half[state.rank].to(device) for half in halves], placement.dim)
+    elif isinstance(placement, Shard):
         dim = placement.dim
         # As DTensor's Shard lays uneven sizes out: ceil-sized pieces, the last ones short or empty.
         start, stop = vocab_range(data.shape[dim], state.axis)
@@ -152,10 +162,10 @@ def _shard(
     return new
 
 
-def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState) -> None:
+def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState, sp: bool) -> None:
     assert isinstance(module, nn.Linear)
     if leaf.style == "row":
-        RowParallelLinear.take_over(module, state.axis, sp=state.sp)
+        RowParallelLinear.take_over(module, state.axis, sp=sp)
     else:
         shared = leaf.heads if leaf.style == "column_replicated" else 0
         ColumnParallelLinear.take_over(module, state.axis, shared)

@@ -7,7 +7,7 @@ Must not know: hf_sp, process groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 _BASE = {
@@ -39,6 +42,11 @@ _BASE = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+
+# The auxiliary loss is about 2 here and the loss about 5: at 0.5 its gradient is of the same size.
+_SPARSE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+# 12 features a rank at tp = 4: 96 bytes in float64, 24 in bfloat16, which no grouped GEMM takes.
+_SMALL_EXPERTS = {"num_experts": 8, "moe_intermediate_size": 48}
 
 # name -> (configuration class, what differs from _BASE). The comment is the trait.
 FAMILIES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
@@ -98,9 +106,31 @@ class LlamaCapped(LlamaForCausalLM):
     forward = Gemma2ForCausalLM.forward
 
 
+# The same of mixtures of experts, with the auxiliary loss on.
+SPARSE: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
+    {
+        # experts in every layer; the router's softmax is float32 whatever the dtype
+        "mixtral": (MixtralConfig, {**_SPARSE, "num_local_experts": 4}),
+        # a shared expert with a gate; routing weights that do not sum to one
+        "qwen2_moe": (
+            Qwen2MoeConfig,
+            {**_SPARSE, **_SMALL_EXPERTS, "shared_expert_intermediate_size": 40},
+        ),
+        # a dense layer and a sparse one
+        "qwen3_moe": (
+            Qwen3MoeConfig,
+            {**_SPARSE, **_SMALL_EXPERTS, "head_dim": 16, "mlp_only_layers": [0]},
+        ),
+        # HF's own router, float32 in a float64 model; float64_router says what stands in elsewhere
+        "mixtral_own_router": (MixtralConfig, {**_SPARSE, "num_local_experts": 4}),
+        "qwen3_moe_own_router": (Qwen3MoeConfig, {**_SPARSE, **_SMALL_EXPERTS, "head_dim": 16}),
+    }
+)
+
+
 def config(family: str, **overrides: Any):
     """The family's configuration. `overrides` are configuration fields."""
-    cls, fields = {**FAMILIES, **RELATIVES}[family]
+    cls, fields = {**FAMILIES, **RELATIVES, **SPARSE}[family]
     return cls(**{**_BASE, **fields, **overrides})
 
 
@@ -129,6 +159,13 @@ def build(
         plain = nn.Embedding(*embedding.weight.shape, padding_idx=embedding.padding_idx)
         plain.weight = embedding.weight
         model.set_input_embeddings(plain)
+    if family in SPARSE:
+        # HF's grouped forward takes no float64; this is the definition.
+        model.set_experts_implementation("eager")
+        if dtype == torch.float64 and not family.endswith("_own_router"):
+            for layer in model.model.layers:
+                if hasattr(layer.mlp, "gate"):
+                    layer.mlp.gate.forward = MethodType(float64_router, layer.mlp.gate)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -144,7 +181,25 @@ def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
         return 0.2 * noise
     if "embed_tokens" in name:
         return 0.5 * noise
-    return noise / noise.shape[1] ** 0.5
+    # Experts' weights have the number of experts before the output features.
+    return noise / noise.shape[-1 if noise.dim() == 3 else 1] ** 0.5
+
+
+def float64_router(
+    router: torch.nn.Module, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """HF's routers without their float32.
+
+    They compute the softmax and its backward in float32 whatever the dtype. The parallel model's
+    ranks hold parts of the gradient that comes in there: the sum of the rounded parts is not the
+    rounded sum, by 2^-24 of it, and no float64 model can show whether the rest is exact.
+    """
+    logits = functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+    values, indices = torch.topk(logits.softmax(-1), router.top_k, dim=-1)
+    # Mixtral's has no such switch: always.
+    if getattr(router, "norm_topk_prob", True):
+        values = values / values.sum(-1, keepdim=True)
+    return logits, values, indices
 
 
 def float64_loss(

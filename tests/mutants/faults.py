@@ -339,23 +339,23 @@ def gated_row_bias_added_on_every_rank() -> list[Patch]:
 
 @fault()
 def row_bias_added_on_every_rank() -> list[Patch]:
-    right = linear._RowLinear.forward
+    right = linear.RowLinear.forward
 
     def forward(ctx, x, weight, bias, add_bias, sharded):
         return right(ctx, x, weight, bias, True, sharded)
 
-    return [(linear._RowLinear, "forward", staticmethod(forward))]
+    return [(linear.RowLinear, "forward", staticmethod(forward))]
 
 
 @fault()
 def row_bias_gradient_summed_again() -> list[Patch]:
-    right = linear._RowLinear.backward
+    right = linear.RowLinear.backward
 
     def backward(ctx, grad):
         dx, dw, db, *rest = right(ctx, grad)
         return dx, dw, db * 2, *rest
 
-    return [_backward(linear._RowLinear, backward)]
+    return [_backward(linear.RowLinear, backward)]
 
 
 @fault(Case("llama_odd_vocab"))
@@ -368,8 +368,8 @@ def padding_row_gets_a_gradient() -> list[Patch]:
 def replicated_head_is_the_wrong_one() -> list[Patch]:
     right = swap._swap_linear
 
-    def wrong(module, leaf, state):
-        right(module, leaf, state)
+    def wrong(module, leaf, *rest):
+        right(module, leaf, *rest)
         if module.rows is not None:
             first, width = module.rows
             module.rows = (width - first, width)
@@ -524,7 +524,7 @@ def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
 
     def wrong(self, module, args, kwargs):
         args, kwargs = right(self, module, args, kwargs)
-        x = boundary._take_hidden(args, kwargs)
-        return boundary._put_hidden(args, kwargs, x.detach() + 0 * x)
+        x = boundary.take_hidden(args, kwargs)
+        return boundary.put_hidden(args, kwargs, x.detach() + 0 * x)
 
     return [(boundary.StackEntry, "__call__", wrong)]

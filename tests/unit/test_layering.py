@@ -19,7 +19,7 @@ LAYERS: list[list[set[str]]] = [
     [{"kernels"}, {"mesh", "state"}],
     [{"layers"}],
     [{"surgery", "context"}],
-    [{"api", "checkpoint", "checks", "optimizer_state", "verify"}],
+    [{"api", "checkpoint", "checks", "optimizer_state", "packed", "verify"}],
     [{"integrations", "cli", "__main__"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is

@@ -1,0 +1,162 @@
+"""Whole experts on each rank: tokens travel to their experts and the results travel back.
+
+Each rank routes the tokens of its own sequence shard and sends a token to each of its k experts
+once. No capacity: nothing is dropped, and ranks exchange as many rows as there are.
+
+Shape letters: T tokens of this rank, k experts a token, E experts, e = E / ep local experts,
+R rows (token, choice) of this rank's tokens, Q rows that arrive here, H hidden, f features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_sp import collectives as comm
+from hf_sp.collectives import Axis
+from hf_sp.layers.experts import Order, Place, Weights, experts_backward, experts_forward
+from hf_sp.layers.grouped import Groups, grouped_input_gradient, grouped_weight_gradient
+
+
+@dataclass(slots=True)
+class Route:
+    """Who sends how many rows to whom, for one block and forward.
+
+    Args:
+        order: this rank's rows, sorted by expert and so by destination.
+        arrived: ``[Q]`` order by local expert of the rows that arrive, which come rank by rank.
+        groups: where each local expert's rows end.
+        send: rows that go to each rank.
+        receive: rows that come from each rank.
+    """
+
+    order: Order
+    arrived: Tensor
+    groups: Groups
+    send: list[int]
+    receive: list[int]
+
+    @classmethod
+    def of(cls, index_Tk: Tensor, local: int, axis: Axis) -> Route:
+        """Agree on the numbers: 1 all-to-all of E integers, 1 synchronisation.
+
+        Args:
+            index_Tk: the experts of this rank's tokens; E for a token that stays at home.
+            local: e, number of experts on each rank.
+            axis: the ranks.
+        """
+        order = Order.of(index_Tk, 0, local * axis.size)
+        mine = order.counts()
+        ones = [local] * axis.size
+        theirs = comm.all_to_all(mine, ones, ones, axis)
+        sent, got = torch.stack([mine, theirs]).tolist()
+        starts = range(0, len(sent), local)
+        send, receive = ([sum(n[i : i + local]) for i in starts] for n in (sent, got))
+        order.keep(sum(send))
+        experts = torch.arange(local, device=theirs.device).repeat(axis.size)
+        experts = experts.repeat_interleave(theirs, output_size=sum(receive))
+        ends = theirs.view(axis.size, local).sum(0).cumsum(0).to(torch.int32)
+        host = torch.tensor(got).view(axis.size, local).sum(0).cumsum(0).tolist()
+        return cls(order, torch.argsort(experts, stable=True), Groups(ends, host), send, receive)
+
+    def there(self, rows: Tensor, axis: Axis) -> Tensor:
+        """This rank's sorted rows -> the rows of this rank's experts, sorted by them."""
+        return comm.all_to_all(rows, self.receive, self.send, axis).index_select(0, self.arrived)
+
+    def back(self, rows: Tensor, axis: Axis) -> Tensor:
+        """The way back of ``there``."""
+        home = torch.empty_like(rows).index_copy_(0, self.arrived, rows)
+        return comm.all_to_all(home, self.send, self.receive, axis)
+
+
+def travelling_experts(
+    x_TH: Tensor,
+    index_Tk: Tensor,
+    scale_Tk: Tensor,
+    weights: Weights,
+    place: Place,
+    axis: Axis,
+) -> Tensor:
+    """The experts' output for this rank's tokens, from whichever ranks their experts are on.
+
+    Shapes:   x [T, H], index and scale [T, k], weights of e experts -> [T, H]
+    Forward:  4 all-to-alls: E counts, rows [R, H], their scales [R], outputs [Q, H]
+    Backward: 3 all-to-alls: dy rows, dx rows, dscale; and the tokens' rows once more when the
+              block's entry makes gate_up's gradient, if that is trained
+    Saves:    gate and up [Q, 2f], and for each row scale and its places (4 and 4 bytes), the
+              weights; neither the rows that have arrived nor the experts' outputs. If x did not
+              come from the block's entry, x too
+
+    So a step moves ``5 R H`` numbers from each rank, R = T k (less what stays on the rank, 1 / ep
+    of it for an even router): k / ep of what gathering all tokens does.
+
+    Args:
+        x_TH: this rank's tokens.
+        index_Tk: their experts; E and above: none.
+        scale_Tk: their routing weights.
+        weights: of this rank's experts.
+        place: where x comes from.
+        axis: the ranks that the experts are split over, in rank order.
+    """
+    gate_up = weights.gate_up if place.entry is None else weights.gate_up.detach()
+    return _TravellingExperts.apply(
+        x_TH, index_Tk, scale_Tk, gate_up, weights.down, place, weights.triton, axis
+    )
+
+
+class _TravellingExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        index_Tk: Tensor,
+        scale_Tk: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        place: Place,
+        triton: bool,
+        axis: Axis,
+    ) -> Tensor:
+        route = Route.of(index_Tk, gate_up.shape[0], axis)
+        order, weights = route.order, Weights(gate_up, down, triton)
+        rows = route.there(order.pick(x_TH), axis)
+        scale = route.there(scale_Tk.reshape(-1)[order.rows], axis)
+        y, kept = experts_forward(rows, scale, weights, route.groups)
+        ctx.place, ctx.triton, ctx.axis = place, triton, axis
+        ctx.order, ctx.host = order.without_tensors(), route.groups.host
+        ctx.send, ctx.receive = route.send, route.receive
+        own = None if place.entry is not None else x_TH
+        places = (route.arrived.int(), route.groups.ends, *order.saved())
+        ctx.save_for_backward(kept, scale, gate_up, down, own, *places)
+        return order.sum_choices(route.back(y, axis))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        kept, scale, gate_up, down, x_TH, arrived, ends, *rest = ctx.saved_tensors
+        order, axis = ctx.order.restore(*rest), ctx.axis
+        route = Route(order, arrived.long(), Groups(ends, ctx.host), ctx.send, ctx.receive)
+        weights = Weights(gate_up, down, ctx.triton)
+        dy = route.there(order.pick(grads[0]), axis)
+        dgate_up, dscale, ddown = experts_backward(
+            dy, kept, scale, weights, route.groups, ctx.needs_input_grad[4]
+        )
+        drows = grouped_input_gradient(dgate_up, gate_up, route.groups)
+        dx = order.sum_choices(route.back(drows, axis))
+        dscale = order.spread(route.back(dscale, axis))
+
+        def make(x_TH: Tensor) -> Tensor:
+            rows = route.there(order.pick(x_TH), axis)
+            return grouped_weight_gradient(dgate_up, rows, route.groups)
+
+        dw = None
+        if ctx.place.entry is not None:
+            ctx.place.leave(dx, make)
+            dx = None
+        elif ctx.needs_input_grad[3]:
+            dw = make(x_TH)
+        return dx, None, dscale, dw, ddown, None, None, None

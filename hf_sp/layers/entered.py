@@ -1,0 +1,35 @@
+"""How the modules of a block know the tensor that the block's entry has gathered.
+
+The tensor carries its entry as an attribute, which no operation copies: what a hook or an adapter
+has changed on the way is an ordinary tensor again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_sp.layers.linear import Entry
+
+_ENTRY = "_hf_sp_entry"
+
+
+class Member(Protocol):
+    """Has a weight whose gradient the block's entry makes."""
+
+    def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Local weight and bias as this forward uses them, differentiable."""
+
+
+def mark_entered(x: Tensor, entry: Entry) -> None:
+    """Let the block's modules know that ``x`` is what the entry has gathered."""
+    setattr(x, _ENTRY, entry)
+
+
+def entered(x: Tensor, module: object) -> tuple[Entry, int] | None:
+    """The entry that has gathered ``x``, and the module's slot there."""
+    entry: Entry | None = getattr(x, _ENTRY, None)
+    slot = None if entry is None else entry.slots.get(id(module))
+    return None if entry is None or slot is None else (entry, slot)

@@ -1,0 +1,95 @@
+"""Matrix products over experts: rows sorted by expert, one weight for each stretch of rows.
+
+Shape letters: R rows, E experts, i and o features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Groups:
+    """Where each expert's rows end.
+
+    Args:
+        ends: ``[E]`` int32 on the device.
+        host: the same as a list, read when someone needs it: a synchronisation.
+    """
+
+    ends: Tensor
+    host: list[int] | None = None
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """(first row, one past the last) for each expert."""
+        if self.host is None:
+            self.host = self.ends.tolist()
+        return list(zip([0, *self.host[:-1]], self.host, strict=True))
+
+
+def _fused(*operands: Tensor) -> Any:
+    """The grouped GEMM of torch, where it takes these: bfloat16 on CUDA, strides of 16 bytes."""
+    kernel = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    for x in operands:
+        bytes_apart = [n * x.element_size() for n in x.stride() if n != 1]
+        aligned = all(n % 16 == 0 for n in bytes_apart) and x.data_ptr() % 16 == 0
+        # Nothing to multiply: kernels differ in what they make of no rows.
+        if not x.is_cuda or x.dtype != torch.bfloat16 or not aligned or not x.numel():
+            return None
+    return kernel
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """Zeros up to a multiple of 8 along ``dim``, so that rows are 16 bytes apart in bfloat16."""
+    missing = -x.shape[dim] % 8
+    if not missing or not x.is_cuda or x.dtype != torch.bfloat16:
+        return x
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim % x.dim()) + (0, missing))
+
+
+def grouped_linear(x_Ri: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:
+    """``x W_e^T`` for the rows of each expert -> ``[R, o]``."""
+    x, weight = _padded(x_Ri, 1), _padded(weight_Eoi, 2)
+    kernel = _fused(x, weight)
+    if kernel is not None:
+        return kernel(x, weight.transpose(1, 2), offs=groups.ends)
+    y = x_Ri.new_empty(x_Ri.shape[0], weight_Eoi.shape[1])
+    for (a, b), w_oi in zip(groups.stretches(), weight_Eoi, strict=True):
+        if b > a:
+            torch.mm(x_Ri[a:b], w_oi.t(), out=y[a:b])
+    return y
+
+
+def grouped_input_gradient(dy_Ro: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:
+    """``dy W_e`` for the rows of each expert -> ``[R, i]``."""
+    inside = weight_Eoi.shape[2]
+    dy, weight = dy_Ro, _padded(_padded(weight_Eoi, 2), 1)
+    dy = _padded(dy, 1)
+    kernel = _fused(dy, weight)
+    if kernel is not None:
+        return kernel(dy, weight, offs=groups.ends)[:, :inside]
+    dx = dy_Ro.new_empty(dy_Ro.shape[0], inside)
+    for (a, b), w_oi in zip(groups.stretches(), weight_Eoi, strict=True):
+        if b > a:
+            torch.mm(dy_Ro[a:b], w_oi, out=dx[a:b])
+    return dx
+
+
+def grouped_weight_gradient(dy_Ro: Tensor, x_Ri: Tensor, groups: Groups) -> Tensor:
+    """``dy_e^T x_e`` -> ``[E, o, i]``; zeros for an expert without rows."""
+    outside, inside = dy_Ro.shape[1], x_Ri.shape[1]
+    dy, x = _padded(dy_Ro, 1), _padded(x_Ri, 1)
+    kernel = _fused(dy, x)
+    if kernel is not None:
+        dw = kernel(dy.t(), x, offs=groups.ends)
+        return dw[:, :outside, :inside].contiguous()
+    dw = dy_Ro.new_zeros(groups.ends.shape[0], outside, inside)
+    for (a, b), dw_oi in zip(groups.stretches(), dw, strict=True):
+        if b > a:
+            torch.mm(dy_Ro[a:b].t(), x_Ri[a:b], out=dw_oi)
+    return dw

@@ -1,0 +1,196 @@
+"""Uses of mixture-of-experts models, and what they cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import tiny
+from harness.parity import Case
+from harness.pool import pool
+from harness.report import assert_parity
+
+SPLITS = pytest.mark.parametrize("ep", [1, 2])
+
+
+@SPLITS
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_inputs(family, ep):
+    assert_parity(pool(2).run("sparse.jobs:inputs", family=family, ep=ep))
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_inputs_on_four_ranks(ep):
+    assert_parity(pool(4).run("sparse.jobs:inputs", family="qwen2_moe", ep=ep))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
+def test_router_logits_of_the_user(tp, ep):
+    """The auxiliary loss's coefficient means the same at every split and world size."""
+    assert_parity(pool(tp).run("sparse.jobs:router_logits_alone", family="qwen3_moe", ep=ep))
+
+
+@pytest.mark.parametrize(("ep", "expert"), [(1, 0), (2, 0), (2, 3), (2, 7)])
+def test_skewed_router(ep, expert):
+    """One expert gets every token (and the next one too); one rank may get none."""
+    assert_parity(pool(2).run("sparse.jobs:skewed", ep=ep, expert=expert))
+
+
+def test_skewed_router_on_four_ranks():
+    assert_parity(pool(4).run("sparse.jobs:skewed", ep=4, expert=5))
+
+
+@SPLITS
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_load(family, ep):
+    for rank in pool(2).run("sparse.jobs:load", family=family, ep=ep):
+        assert rank
+        for found, wanted in rank:
+            assert found == wanted
+            assert sum(found) == 2 * 17 * 2
+
+
+@pytest.mark.parametrize(("ep", "sp"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_generation(family, ep, sp):
+    assert_parity(pool(2).run("sparse.jobs:generates", family=family, ep=ep, sp=sp))
+
+
+@SPLITS
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_jitter(ep, checkpoint):
+    assert_parity(pool(2).run("sparse.jobs:jitter", ep=ep, checkpoint=checkpoint))
+
+
+@SPLITS
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_saving(family, ep, tmp_path):
+    reports = pool(2).run("sparse.jobs:saves", family=family, ep=ep, folder=str(tmp_path))
+    assert_parity(reports)
+
+
+def test_optimizer_state_of_any_split(tmp_path):
+    assert_parity(pool(2).run("sparse.jobs:optimizer_states", folder=str(tmp_path)), tol=0)
+
+
+def test_copies():
+    assert_parity(pool(2).run("sparse.jobs:copied"))
+
+
+def test_experts_implementation_of_the_user():
+    assert_parity(pool(2).run("sparse.jobs:grouped_implementation", dtype="float32"))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_bfloat16_gradients(family, tp, ep):
+    """As test_low_precision; but a router on the edge between two experts chooses another one.
+
+    Both models then differ from float64 by that expert, by chance: wider bounds.
+    """
+    case = Case(family, dtype="bfloat16", parallelize=(("ep", ep),))
+    for found in pool(tp).run("harness.noise:noise", case=case):
+        assert found["parallel"] <= 2 * found["unsharded"], found
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_token_travels_once_to_each_of_its_experts(tp, frozen):
+    """A step sends 5 R rows of H numbers and 2 R scales, R = k tokens of this rank, and E counts.
+
+    Without trained experts the rows need not travel again for their gradient: 4 R.
+    """
+    hidden, choices, tokens, experts = 64, 2, 37, 4
+    ranks = pool(tp).run("sparse.jobs:traffic", frozen=frozen)
+    rows = [rank["rows"] for rank in ranks]
+    # Each token of the batch of 2 is routed by one rank; padding is not.
+    assert sum(rows) == 2 * tokens * choices
+    for rank in ranks:
+        mine = rank["rows"]
+        forward = [(shape, dtype, n) for shape, dtype, n, _ in rank["forward"]]
+        assert forward[0] == ((experts,), torch.int64, experts)
+        assert forward[1] == ((mine, hidden), torch.bfloat16, mine)
+        assert forward[2][0] == (mine,)
+        assert forward[3][0][1:] == (hidden,)
+        assert len(forward) == 4
+        assert len(rank["backward"]) == (3 if frozen else 4)
+    sent = {
+        phase: sum(n for rank in ranks for s, _, n, _ in rank[phase] if len(s) == 2)
+        for phase in ("forward", "backward")
+    }
+    assert sent["forward"] == 2 * sum(rows)
+    assert sent["backward"] == (2 if frozen else 3) * sum(rows)
+    scales = sum(n for rank in ranks for s, _, n, _ in rank["forward"][1:] if len(s) == 1)
+    assert scales == sum(rows)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
+def test_bytes_alive(tp, ep):
+    """What a sparse layer keeps, to the byte: gate and up of the rows, and their order.
+
+    Attention and norms as a dense layer (estimate.formulas); beside them the router's float32
+    probabilities, chosen values, their sum and indices, HF's own.
+    """
+    length, hidden, f, choices, experts = 64, 64, 48, 2, 8
+    ranks = pool(tp).run("sparse.jobs:alive", ep=ep, length=length)
+    for rank, found in enumerate(ranks):
+        if ep == 1:
+            rows, arrived, here, width = length * choices, length * choices, length, f // tp
+            places = 4 * rows + 4 * experts
+        else:
+            rows, here, width = length // tp * choices, length // tp, f
+            local = experts // tp
+            load = [sum(r["load"][e] for r in ranks) for e in range(experts)]
+            arrived = sum(load[rank * local : (rank + 1) * local])
+            places = 4 * (rows + arrived) + 4 * (experts + local)
+        kept = 2 * arrived * 2 * width + 2 * arrived + places
+        # softmax [T, E]; values before and after the division, their sum, indices [T, k] int64
+        router = here * (4 * experts + 4 * choices + 4 + 8 * choices)
+        # 8 and 4 heads of 16: q, k, v after and before their norms, the output, one float32 a row
+        heads = 2 * 16 * (8 + 4)
+        attention = length * (heads + 2 * 16 * (4 + 8) + 4 * 8 + heads + 4 * (8 + 4)) // tp
+        norms = length * (4 * hidden + 8) // tp
+        print(
+            rank, found["bytes"], kept, router, attention, norms, kept + router + attention + norms
+        )
+        assert found["bytes"] == kept + router + attention + norms
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "parts"),
+    [
+        ("llama", {"ep": 2}, ["no layer has experts", "ep = 1"]),
+        ("mixtral", {"ep": 4}, ["ep=4, tp=2", "ep = 1, 2"]),
+        ("mixtral", {"ep": 2, "sp": False}, ["sp=False", "would send each tp times"]),
+        ("mixtral", {"ep": 0}, ["ep must be a positive integer"]),
+        ("mixtral", {"per_rank": {1: {"ep": 2}}}, ["asked for different things"]),
+        (
+            "mixtral",
+            {"plan": {"model.layers.*.mlp.experts.gate_up_proj": "rowwise"}},
+            ["mlp.experts.gate_up_proj: rowwise", "packed_colwise"],
+        ),
+    ],
+    ids=str,
+)
+def test_refusals(family, kwargs, parts):
+    for message, untouched in pool(2).run("refusals.jobs:refuse", family=family, **kwargs):
+        assert untouched
+        assert message is not None
+        assert all(part in message for part in parts), message
+
+
+def test_print_of_sizes_that_do_not_divide():
+    from hf_sp.errors import PlanError
+    from hf_sp.plan import derive_plan
+
+    model = tiny.build("qwen2_moe", moe_intermediate_size=36, shared_expert_intermediate_size=36)
+    with pytest.raises(PlanError, match=r"expert features=36, 36 % 8 = 4"):
+        derive_plan(model, 8, True)
+    model = tiny.build("mixtral", num_local_experts=6)
+    with pytest.raises(PlanError, match=r"experts=6, 6 % 4 = 2"):
+        derive_plan(model, 4, True, ep=4)
