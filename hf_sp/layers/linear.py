@@ -30,10 +30,13 @@ from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
+from hf_sp.layers import factors
+from hf_sp.layers.factors import EntryReader, FactorGradient
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.torch_private import graph_task
 
-_ENTRY = "_hf_sp_entry"
+ENTRY = "_hf_sp_entry"
+"""Attribute of a gathered tensor: the entry that made it."""
 
 
 class ParallelLinear(nn.Linear):
@@ -96,7 +99,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        entry: Entry | None = getattr(x, _ENTRY, None)
+        entry: Entry | None = getattr(x, ENTRY, None)
         slot = entry.slots.get(id(self)) if entry is not None else None
         if entry is None or slot is None:
             weight, bias = self.local_parameters(x)
@@ -156,6 +159,7 @@ class Entry:
     task: int = -1
     dx: Tensor | None = None
     dy: dict[int, list[Tensor]] = field(default_factory=dict)
+    du: list[FactorGradient] = field(default_factory=list)
 
     def close(self) -> None:
         """The block has run: its weights are in autograd's hands now."""
@@ -174,10 +178,7 @@ class Entry:
             weight: ``[o, H]``.
             keep: whether the entry needs dy for a weight or bias gradient.
         """
-        # What an earlier backward has left, one that ended before the entry, is not this one's.
-        task = graph_task()
-        if task != self.task:
-            self.task, self.dx, self.dy = task, None, {}
+        self._begin()
         dy = self.buffer_order(dy)
         rows, others, features = dy.shape
         dy_To = dy.reshape(rows * others, features)
@@ -190,6 +191,17 @@ class Entry:
             torch.mm(dy_To, weight, out=self.dx[:rows].view(rows * others, -1))
         else:
             self.dx[:rows].view(rows * others, -1).addmm_(dy_To, weight)
+
+    def _begin(self) -> None:
+        # What an earlier backward has left, one that ended before the entry, is not this one's.
+        task = graph_task()
+        if task != self.task:
+            self.task, self.dx, self.dy, self.du = task, None, {}, []
+
+    def receive_factor(self, slot: int, du: Tensor, A: Tensor, dropout: Any) -> None:
+        """A factor's output gradient ``[B, S, r]``, partial: it shares the entry's reduction."""
+        self._begin()
+        self.du.append(FactorGradient(slot, self.buffer_order(du), A, dropout))
 
     def take_input_gradient(self, extra_BSH: Tensor | None) -> Tensor | None:
         """The block's summed partial input gradient in buffer order, padded; forgets it.
@@ -215,14 +227,16 @@ def enter_block(
     sharded: bool,
     length: int | None,
     batch_major: bool,
+    readers: Sequence[EntryReader] = (),
 ) -> tuple[Tensor, Entry]:
-    """Gather a block's input for its column linears.
+    """Gather a block's input for its column linears, and for the factors of adapters.
 
     Shapes:   x [B, s, H] -> [B, S, H] (``sharded``), or [B, S, H] -> the same
     Forward:  1 all-gather if ``sharded``, else none
     Backward: ``sharded``: 1 all-gather (of x again, for the weight gradients; none if all column
-              weights are frozen) and 1 reduce-scatter; else 1 all-reduce
-    Saves:    x (the shard), if some column weight needs a gradient
+              weights are frozen) and 1 reduce-scatter; else 1 all-reduce. Factors add their rank
+              to the columns of that, and ``sharded`` 1 all-reduce of their gradients.
+    Saves:    x (the shard), if some column weight or factor needs a gradient
     Source:   Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2
 
     Args:
@@ -233,6 +247,7 @@ def enter_block(
         length: true sequence length, None to keep the padding rows.
         batch_major: lay the column linears' outputs out as ``[B, S, o]`` (for attention) and not
             sequence-major.
+        readers: the block's modules with factors that read the gathered tensor.
 
     Returns:
         The gathered tensor, known to the column linears, and the entry, to be closed on exit.
@@ -245,8 +260,13 @@ def enter_block(
         entry.parameters.append(linear.local_parameters(x))
         flat += entry.parameters[-1]
         entry.trains.append(any(t is not None and t.requires_grad for t in entry.parameters[-1]))
+    for reader in readers:
+        for key, factor in reader.entry_factors(x):
+            entry.slots[key] = len(entry.parameters)
+            entry.parameters.append((factor, None))
+            flat += entry.parameters[-1]
     full = _Enter.apply(entry, x, *flat)
-    setattr(full, _ENTRY, entry)
+    setattr(full, ENTRY, entry)
     return full, entry
 
 
@@ -266,15 +286,43 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         entry: Entry = ctx.entry
         dys, entry.dy = entry.dy, {}
+        dus, entry.du = entry.du, []
         partial = entry.take_input_gradient(grads[0])
+        if not ctx.needs_input_grad[1]:
+            partial = None
+        if dus:
+            rows = dus[0].du.shape[0]
+            height = comm.padded(rows, entry.axis.size) if entry.sharded else rows
+            partial = factors.join_gradients(partial, dus, height)
         launched = None
-        if partial is not None and ctx.needs_input_grad[1]:
+        if partial is not None:
             launch = comm.launch_reduce_scatter if entry.sharded else comm.launch_all_reduce
             launched = launch(partial, entry.axis)
+        # Once: under checkpointing saved tensors can be unpacked a single time.
+        saved = ctx.saved_tensors
+        ctx.input = saved[0] if saved else None
         # The weight gradients run while the reduction is in flight.
         flat = _weight_gradients(ctx, entry, dys)
-        dx = None if launched is None else entry.buffer_order(comm.wait(launched))
-        return None, dx, *flat
+        dx = None if launched is None else comm.wait(launched)
+        if dus:
+            assert dx is not None
+            dx = _factor_gradients(ctx, entry, dus, dx, flat)
+        ctx.input = None
+        return None, None if dx is None else entry.buffer_order(dx), *flat
+
+
+def _factor_gradients(
+    ctx: Any, entry: Entry, dus: list[FactorGradient], reduced: Tensor, flat: list[Tensor | None]
+) -> Tensor | None:
+    """Gradients of the factors, put into ``flat``, and the block's input gradient."""
+    needs = [bool(ctx.needs_input_grad[2 + 2 * one.slot]) for one in dus]
+    x = entry.buffer_order(ctx.input) if any(needs) else None
+    wants_dx = bool(ctx.needs_input_grad[1])
+    dx, grads = factors.split_gradients(reduced, dus, x, needs, wants_dx, entry.axis, entry.sharded)
+    for one, grad in zip(dus, grads, strict=True):
+        if grad is not None:
+            flat[2 * one.slot] = _plus(flat[2 * one.slot], grad)
+    return dx
 
 
 def _weight_gradients(ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]) -> list[Tensor | None]:
@@ -286,7 +334,7 @@ def _weight_gradients(ctx: Any, entry: Entry, dys: dict[int, list[Tensor]]) -> l
         for dy_To in several:
             if needs[2 * slot]:
                 if x_TH is None:
-                    (x,) = ctx.saved_tensors
+                    x = ctx.input
                     full = comm.gather_sequence(x, entry.length, entry.axis) if entry.sharded else x
                     x_TH = entry.buffer_order(full).reshape(-1, full.shape[-1])
                 flat[2 * slot] = _plus(flat[2 * slot], dy_To.t() @ x_TH)

@@ -119,6 +119,7 @@ class BlockBoundary:
             sharded=self.state.sharded,
             length=length,
             batch_major=self.attention,
+            readers=[child for child in module.children() if hasattr(type(child), "entry_factors")],
         )
         self.entries.append(entry)
         if (
