@@ -171,7 +171,7 @@ def _shard_copy(wrapper: Any, name: str, state: ParallelState) -> None:
 
 # --- patches: PEFT on a parallelized model ------------------------------------------------------
 
-PATCHES = Patches(lambda thing: parallel_state(getattr(thing, "model", thing)) is not None)
+PATCHES = Patches(lambda model: parallel_state(model) is not None)
 """Patches that act on tuners and PeftModels over a parallelized model, and on such models."""
 
 LAYER_PATCHES = Patches(lambda _: True)
