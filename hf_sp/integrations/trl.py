@@ -39,7 +39,8 @@ def install(trainer: Any) -> None:
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
     if not names or parallel_state(trainer.model) is None:
         return
-    if not any(name in SUPPORTED for name in names):
+    # The nearest one: TRL derives others from these two, a user's own class may too.
+    if names[0] not in SUPPORTED:
         raise ConfigError(
             f"{names[0]} is not supported for a parallelized model",
             where=f"trl.{names[0]}",

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import peft
 import torch
@@ -20,10 +19,9 @@ from harness import tiny
 from harness.compare import attempt, check_contract, check_replicas
 from harness.parity import Case, _around, _compare_runs, _run
 from harness.report import Report
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sp import parallelize
-from hf_sp.layers import factors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

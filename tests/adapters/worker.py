@@ -6,12 +6,14 @@ random from the start; the ranks' seeds differ, and rank 0 draws what the plain 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -21,16 +23,22 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    Trainer,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 MODE = sys.argv[1]
 OUT = Path(sys.argv[2])
@@ -40,7 +48,6 @@ REPORT: dict = {}
 
 if MODE != "plain":
     from hf_sp import parallelize
-    from hf_sp.collectives import all_gather
     from hf_sp.errors import HfSpError
 
 WORDS = [f"w{i}" for i in range(58)]
@@ -74,7 +81,7 @@ def tiny(seed=0, tie=False, parallel=True):
     model = LlamaForCausalLM(config).to(torch.float64)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(4.0)
+            p.mul_(2.0)
     return shard(model) if parallel else model
 
 
@@ -97,16 +104,15 @@ def texts(n=24):
 
 def completions(n=24):
     g = torch.Generator().manual_seed(6)
-    rows = [
-        {"prompt": sentence(g, 2, 7), "completion": " " + sentence(g, 1, 8)} for _ in range(n)
-    ]
+    rows = [{"prompt": sentence(g, 2, 7), "completion": " " + sentence(g, 1, 8)} for _ in range(n)]
     return Dataset.from_list(rows)
 
 
 def pairs(n=16):
     g = torch.Generator().manual_seed(7)
     keys = {"prompt": (2, 6), "chosen": (1, 6), "rejected": (1, 6)}
-    return Dataset.from_list([{k: sentence(g, *v) for k, v in keys.items()} for _ in range(n)])
+    rows = [{k: sentence(g, *v) for k, v in keys.items()} for _ in range(n)]
+    return Dataset.from_list([{**r, "prompt": r["prompt"] + " "} for r in rows])
 
 
 def lora(**fields):
@@ -197,22 +203,98 @@ def run(name, trainer, **kwargs):
 
 
 def job_sft():
-    trainer = run("lora", sft("lora", peft_config=lora(), save_strategy="steps", save_steps=2,
-                              max_steps=4, evaluation=None))
-    trainer.save_model()
-    run("lora_resumed", sft("lora", tiny(), peft_config=lora(), max_steps=4),
-        resume_from_checkpoint=str(OUT / MODE / "lora" / "checkpoint-2"))
+    """Each kind of run; the files of the first are compared too."""
+    first = sft("lora", peft_config=lora(), save_strategy="steps", save_steps=2, max_steps=4)
+    with counted() as gathers:
+        run("lora", first)
+    REPORT["gathers"] = len(gathers)
+    first.save_model()
+    again = sft("lora", peft_config=lora(), max_steps=4)
+    run("lora_resumed", again, resume_from_checkpoint=str(OUT / MODE / "lora" / "checkpoint-2"))
     run("full", sft("full"))
     run("tied", sft("tied", tiny(tie=True), max_steps=2))
     run("packed", sft("packed", peft_config=lora(), packing=True, max_length=24))
-    run("padding_free", sft("free", peft_config=lora(use_rslora=True), padding_free=True,
-                            max_length=None, gradient_checkpointing=False))
-    run("completions", sft("completions", data=completions(), peft_config=lora(),
-                           evaluation=completions(7), eval_strategy="steps", eval_steps=2))
-    run("dft", sft("dft", peft_config=lora(target_modules=["q_proj", "down_proj"]),
-                   loss_type="dft"))
-    run("saved_modules", sft("saved", peft_config=lora(modules_to_save=["lm_head", "norm"],
-                                                       target_modules=["v_proj", "o_proj"])))
+    free = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
+    run("padding_free", sft("free", peft_config=lora(use_rslora=True), **free))
+    trainer = sft(
+        "completions",
+        data=completions(),
+        peft_config=lora(),
+        evaluation=completions(7),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run("completions", trainer)
+    keys = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    REPORT["completions"]["eval"] = [
+        {k: r[k] for k in keys} for r in trainer.state.log_history if "eval_loss" in r
+    ]
+    some = lora(target_modules=["q_proj", "down_proj"])
+    run("dft", sft("dft", peft_config=some, loss_type="dft"))
+    kept = lora(modules_to_save=["lm_head", "norm"], target_modules=["v_proj", "o_proj"])
+    run("saved_modules", sft("saved", peft_config=kept))
+    # PEFT first, parallelize second.
+    torch.manual_seed(1000 + RANK)
+    before = shard(get_peft_model(tiny(parallel=False), lora()))
+    run("before", sft("before", before))
+
+
+def job_dpo():
+    keys = (*KEYS, "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+            "logps/rejected", "logits/chosen", "logits/rejected", "rewards/accuracies")  # fmt: skip
+    for name, config, reference in (
+        ("dpo_lora", lora(), None),
+        ("dpo_full", None, tiny(seed=4)),
+    ):
+        trainer = DPOTrainer(
+            model=tiny(),
+            ref_model=reference,
+            args=arguments(DPOConfig, name, max_length=24, beta=0.2),
+            train_dataset=pairs(),
+            processing_class=tokenizer(),
+            peft_config=config,
+        )
+        trainer.remove_callback(PrinterCallback)
+        run(name, trainer)
+        REPORT[name]["history"] = history(trainer, keys)
+
+
+@contextlib.contextmanager
+def counted():
+    """Whole tensors that are gathered meanwhile."""
+    found = []
+    original = DTensor.full_tensor
+
+    def spy(self, **kwargs):
+        found.append(tuple(self.shape))
+        return original(self, **kwargs)
+
+    with mock.patch.object(DTensor, "full_tensor", spy):
+        yield found
+
+
+class Other(SFTTrainer):
+    """Stands for a trainer of TRL that derives from one that is supported."""
+
+    __module__ = "trl.experimental.other"
+
+    def __init__(self, **kwargs):
+        Trainer.__init__(self, **kwargs)
+
+
+def job_refusals():
+    def refused(function):
+        try:
+            function()
+        except HfSpError as error:
+            return {"type": type(error).__name__, "message": str(error)}
+        return None
+
+    cases = {
+        "activation_offloading": lambda: sft("r1", activation_offloading=True),
+        "other": lambda: Other(model=tiny(), args=arguments(SFTConfig, "r2")),
+    }
+    REPORT["refusals"] = {name: refused(function) for name, function in cases.items()}
 
 
 def main():
@@ -227,7 +309,7 @@ def main():
         dist.destroy_process_group()
 
 
-JOBS = {"plain": [job_sft], "tp": [job_sft]}
+JOBS = {"plain": [job_sft, job_dpo], "tp": [job_sft, job_dpo, job_refusals]}
 
 if __name__ == "__main__":
     main()
