@@ -207,10 +207,18 @@ def shard_new_adapters(
 ) -> None:
     """Refuse what would be wrong before the model is touched; shard what PEFT has made."""
     low = kwargs.get("low_cpu_mem_usage", args[1] if len(args) > 1 else False)
-    check_new_adapter(model, self.peft_config[adapter_name], adapter_name, bool(low))
+    low = bool(low) or _makes_empty_weights()
+    check_new_adapter(model, self.peft_config[adapter_name], adapter_name, low)
     original(self, model, adapter_name, *args, **kwargs)
     adopt(model)
     install_load_hook(model)
+
+
+def _makes_empty_weights() -> bool:
+    # ``get_peft_model(low_cpu_mem_usage=True)`` says so by a context of accelerate's alone.
+    probe = nn.Module()
+    probe.register_parameter("p", nn.Parameter(torch.empty(0, device="cpu")))
+    return probe.p.is_meta
 
 
 @PATCHES.on(PeftModel, "add_adapter")
