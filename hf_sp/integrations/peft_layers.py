@@ -1,7 +1,7 @@
 """PEFT's LoRA layers over parallel linears: what ``peft`` calls, what ``layers.lora`` computes.
 
 A stock ``lora.Linear`` becomes one of these by changing its class, as the linears do, so that its
-adapters, names and identity stay and PEFT's own code (switching, merging, deleting) goes on working.
+adapters, names and identity stay and PEFT's own code (switching, merging, deleting) goes on.
 Sizes of factors are the *whole* ones everywhere but in the tensors that a forward computes with.
 
 Shape letters: B batch, S sequence, H hidden, O / o whole and local out features, f local in
