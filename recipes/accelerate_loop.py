@@ -31,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--lora_r", type=int, default=0, help="0: train the whole model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 
 
@@ -51,7 +52,9 @@ def main() -> None:
         config = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
 
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
+    accelerator = Accelerator(
+        cpu=args.cpu, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
     loader = torch.utils.data.DataLoader(
@@ -67,6 +70,7 @@ def main() -> None:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    norm = norm.full_tensor()  # parameters and their norm are DTensors
                     step += 1
                     accelerator.print(f"step {step}  loss {loss:.4f}  grad norm {norm:.3f}")
                 optimizer.step()

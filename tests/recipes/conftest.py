@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory):
-    """Folder with ``model`` (and tokenizer), ``rows.jsonl`` and ``chats.jsonl``."""
+    """Folder with ``model`` (and tokenizer), ``rows.jsonl`` and ``pairs.jsonl``."""
     folder = tmp_path_factory.mktemp("local")
     text = (ROOT / "LICENSE").read_text()
     bpe = ByteLevelBPETokenizer()

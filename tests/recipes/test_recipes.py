@@ -96,7 +96,7 @@ def test_config_keys_are_trls(path):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_accelerate_loop(rank, local, tmp_path):
     own = ["--model_name_or_path", str(local / "model"), "--train_file", "LICENSE"]
-    own += ["--output_dir", str(tmp_path), "--seq_length", "33", "--max_steps", "2"]
+    own += ["--output_dir", str(tmp_path), "--seq_length", "33", "--max_steps", "2", "--cpu"]
     printed = _run([*LAUNCH, "recipes/accelerate_loop.py", *own, "--lora_r", str(rank)])
     assert printed.count("grad norm") == 2
     name = "adapter_model.safetensors" if rank else "model.safetensors"
