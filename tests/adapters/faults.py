@@ -1,4 +1,4 @@
-"""One deliberate fault for every sum, scale and mask of the adapters; as tests/mutants/faults.py."""
+"""One deliberate fault for every sum, scale and mask of the adapters."""
 
 from __future__ import annotations
 
