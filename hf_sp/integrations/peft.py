@@ -57,7 +57,7 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     If the model has been parallelized meanwhile, its adapters are sharded then.
     """
     base = base_model(model)
-    parked: list[tuple[nn.Module, str, nn.Module]] = []
+    parked: list[tuple[nn.Module, str, Any]] = []
     _park(base, parked)
     try:
         yield base
@@ -68,7 +68,7 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
             adopt(base)
 
 
-def _park(module: nn.Module, parked: list[tuple[nn.Module, str, nn.Module]]) -> None:
+def _park(module: Any, parked: list[tuple[nn.Module, str, Any]]) -> None:
     for name, child in list(module._modules.items()):
         if isinstance(child, BaseTunerLayer):
             parked.append((module, name, child))
@@ -196,7 +196,8 @@ def whole_magnitude(original: Patch, self: Any, *, base_layer: Any, **kwargs: An
     weight = getattr(base_layer, "weight", None)
     if isinstance(base_layer, ParallelLinear) and isinstance(weight, DTensor):
         whole = nn.Linear(1, 1, bias=False, device="meta")
-        whole.weight = nn.Parameter(weight.detach().full_tensor(), requires_grad=False)
+        full: Any = weight.detach()
+        whole.weight = nn.Parameter(full.full_tensor(), requires_grad=False)
         base_layer = whole
     original(self, base_layer=base_layer, **kwargs)
 
@@ -218,7 +219,7 @@ def _makes_empty_weights() -> bool:
     # ``get_peft_model(low_cpu_mem_usage=True)`` says so by a context of accelerate's alone.
     probe = nn.Module()
     probe.register_parameter("p", nn.Parameter(torch.empty(0, device="cpu")))
-    return probe.p.is_meta
+    return bool(probe.p.is_meta)
 
 
 @PATCHES.on(PeftModel, "add_adapter")

@@ -43,7 +43,7 @@ class _ParallelLora:
     placements: tuple[Placement, Placement, Placement]
 
     @classmethod
-    def take_over(cls, layer: LoraLayer) -> None:
+    def take_over(cls, layer: Any) -> None:
         """Make a stock LoRA layer one of these, in place."""
         layer.__class__ = cls
         layer.__dict__.setdefault(_DRAWN, {})
@@ -163,7 +163,7 @@ class _ParallelLoraLinear(_ParallelLora, LoraLinear):
     norm held constant in backward.
     """
 
-    def _add(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def _add(self: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         delta = self._delta(adapter, x)
         if adapter not in self.lora_magnitude_vector:
             return result + delta
@@ -174,32 +174,32 @@ class _ParallelLoraLinear(_ParallelLora, LoraLinear):
             return (result - bias) * scale + delta * scale + bias
         return (result + delta) * scale
 
-    def _adds_bias(self) -> bool:
+    def _adds_bias(self: Any) -> bool:
         return True
 
-    def _scale(self, adapter: str) -> Tensor:
+    def _scale(self: Any, adapter: str) -> Tensor:
         """``m / norm``, of the rows that this rank computes."""
         magnitude = local(self.lora_magnitude_vector[adapter].weight)
         return self._rows(self._summed(magnitude)) / self._rows(self._norm(adapter))
 
     @torch.no_grad()
-    def _norm(self, adapter: str) -> Tensor:
+    def _norm(self: Any, adapter: str) -> Tensor:
         """Norm of each local row of ``W + s B A``."""
         weight = local(self.base_layer.weight) + self._local_delta(adapter)
         return self._row_norm(weight).to(weight.dtype)
 
-    def _row_norm(self, weight: Tensor) -> Tensor:
+    def _row_norm(self: Any, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=1)
 
-    def _rows(self, tensor: Tensor) -> Tensor:
+    def _rows(self: Any, tensor: Tensor) -> Tensor:
         rows = self.base_layer.rows
         return tensor if rows is None else tensor.narrow(0, *rows)
 
-    def _summed(self, parameter: Tensor) -> Tensor:
+    def _summed(self: Any, parameter: Tensor) -> Tensor:
         """A parameter whose gradient each rank has a part of only."""
         return comm.identity_allreduce(parameter, self._axis())
 
-    def _merged(self, adapter: str, weight: Tensor) -> Tensor:
+    def _merged(self: Any, adapter: str, weight: Tensor) -> Tensor:
         if adapter not in self.lora_magnitude_vector:
             return super()._merged(adapter, weight)
         if len(self.merged_adapters) > 0:
@@ -214,7 +214,7 @@ class _ParallelLoraLinear(_ParallelLora, LoraLinear):
         merged = factor[:, None] * (weight + self._local_delta(adapter))
         return merged.to(weight.dtype)
 
-    def _unmerged(self, adapter: str, weight: Tensor) -> Tensor:
+    def _unmerged(self: Any, adapter: str, weight: Tensor) -> Tensor:
         factor = self.__dict__.get(_FACTOR, {}).pop(adapter, None)
         if factor is None:
             return super()._unmerged(adapter, weight)
@@ -233,7 +233,7 @@ class ColumnLoraLinear(_ParallelLoraLinear):
 
     placements = (Replicate(), Shard(0), Shard(0))
 
-    def entry_factors(self, x: Tensor) -> list[tuple[int, Tensor]]:
+    def entry_factors(self: Any, x: Tensor) -> list[tuple[int, Tensor]]:
         """A of each active adapter, as the coming forward uses it; draws their dropout."""
         found = []
         for adapter in self._used():
@@ -242,7 +242,7 @@ class ColumnLoraLinear(_ParallelLoraLinear):
             found.append((id(self.lora_A[adapter]), A))
         return found
 
-    def _delta(self, adapter: str, x: Tensor) -> Tensor:
+    def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (local(p) for p in self._factors(adapter))
         drawn = self.__dict__[_DRAWN]
         dropout = drawn.pop(adapter) if adapter in drawn else self._draw(adapter)
@@ -252,7 +252,7 @@ class ColumnLoraLinear(_ParallelLoraLinear):
             B = self._rows(self._summed(B))
         return F.linear(u * self.scaling[adapter], B)
 
-    def _summed(self, parameter: Tensor) -> Tensor:
+    def _summed(self: Any, parameter: Tensor) -> Tensor:
         # Sharded like the rows, unless the weight is stored whole (k/v heads fewer than tp).
         return super()._summed(parameter) if self.base_layer.rows is not None else parameter
 
@@ -268,7 +268,7 @@ class RowLoraLinear(_ParallelLoraLinear):
 
     placements = (Shard(1), Replicate(), Replicate())
 
-    def _delta(self, adapter: str, x: Tensor) -> Tensor:
+    def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (local(p) for p in self._factors(adapter))
         axis, base = self._axis(), self.base_layer
         x = cast_for_autocast(x, x)
@@ -278,10 +278,10 @@ class RowLoraLinear(_ParallelLoraLinear):
         # As the base: permute the small input, not the full-size output.
         return F.linear(z.transpose(0, 1), B).transpose(0, 1) if base.sp else F.linear(z, B)
 
-    def _adds_bias(self) -> bool:
+    def _adds_bias(self: Any) -> bool:
         return self._axis().rank == 0
 
-    def _row_norm(self, weight: Tensor) -> Tensor:
+    def _row_norm(self: Any, weight: Tensor) -> Tensor:
         squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
         return comm.all_reduce(squares, self._axis()).sqrt()
 
@@ -299,10 +299,10 @@ class HeadLoraLinear(_ParallelLora, LoraLinear):
 
     placements = (Replicate(), Shard(0), Shard(0))
 
-    def _axis(self) -> comm.Axis:
+    def _axis(self: Any) -> comm.Axis:
         return self.get_base_layer().state.axis
 
-    def _delta(self, adapter: str, x: Tensor) -> Tensor:
+    def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (local(p) for p in self._factors(adapter))
         axis, vocab = self._axis(), self.get_base_layer().vocab
         x = cast_for_autocast(x, x)
@@ -316,10 +316,10 @@ class ReplicatedLoraLinear(_ParallelLora, LoraLinear):
 
     placements = (Replicate(), Replicate(), Replicate())
 
-    def _axis(self) -> comm.Axis:
+    def _axis(self: Any) -> comm.Axis:
         return comm.Axis.of(self.get_base_layer().weight.device_mesh)
 
-    def _delta(self, adapter: str, x: Tensor) -> Tensor:
+    def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (local(p) for p in self._factors(adapter))
         x = cast_for_autocast(x, x)
         u = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), 0)
@@ -337,16 +337,16 @@ class ParallelLoraEmbedding(_ParallelLora, LoraEmbedding):
 
     placements = (Shard(1), Replicate(), Replicate())
 
-    def _factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def _factors(self: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
-    def _names(self) -> Any:
+    def _names(self: Any) -> Any:
         return self.lora_embedding_A.keys()
 
-    def _local_delta(self, adapter: str) -> Tensor:
+    def _local_delta(self: Any, adapter: str) -> Tensor:
         return super()._local_delta(adapter).t()
 
-    def _delta(self, adapter: str, x: Tensor) -> Tensor:
+    def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (local(p) for p in self._factors(adapter))
         base, axis = self.get_base_layer(), self._axis()
         start, stop = vocab_range(base.num_embeddings, axis)

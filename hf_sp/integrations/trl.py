@@ -76,13 +76,12 @@ def _is_ours(thing: Any) -> bool:
 @functools.cache
 def patches() -> Patches:
     """The patches, made once TRL is there."""
-    from trl import DPOTrainer, SFTTrainer
     from trl.trainer import dpo_trainer, sft_trainer
 
     table = Patches(_is_ours)
     for module in (sft_trainer, dpo_trainer):
         table.on(module, "add_fused_lm_head")(add_parallel_head)
-    for trainer in (SFTTrainer, DPOTrainer):
+    for trainer in (sft_trainer.SFTTrainer, dpo_trainer.DPOTrainer):
         table.on(trainer, "compute_loss")(count_tokens_once)
     return table
 

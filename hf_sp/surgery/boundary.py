@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.errors import ShapeError
+from hf_sp.layers.factors import EntryReader
 from hf_sp.layers.linear import ColumnParallelLinear, Entry, enter_block
 from hf_sp.state import ParallelState
 
@@ -43,6 +44,11 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
         return embeddings[0].shape[-2]
     positions = kwargs.get("position_ids")
     return None if positions is None else positions.shape[-1]
+
+
+def _readers(module: Any) -> list[EntryReader]:
+    """Adapters among a block's children; they come and go, so they are looked up each time."""
+    return [child for child in module.children() if hasattr(type(child), "entry_factors")]
 
 
 class StackEntry:
@@ -119,7 +125,7 @@ class BlockBoundary:
             sharded=self.state.sharded,
             length=length,
             batch_major=self.attention,
-            readers=[child for child in module.children() if hasattr(type(child), "entry_factors")],
+            readers=_readers(module),
         )
         self.entries.append(entry)
         if (

@@ -16,8 +16,16 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
-from harness import tiny
-from harness.compare import attempt, check_contract, check_replicas, gather_objects, whole
+from harness import batches, tiny
+from harness.compare import (
+    attempt,
+    check_contract,
+    check_replicas,
+    compare_gradients,
+    gather_objects,
+    gradients,
+    whole,
+)
 from harness.parity import Case, _around, _compare_runs, _run
 from harness.report import Report
 from peft import PeftModel
@@ -212,6 +220,11 @@ def lifecycle(order: str, directory: str) -> Report:
         parallel.add_adapter("two", second)
         parallel.load_state_dict(model.state_dict())
     compare("default")
+    mask = torch.ones_like(ids)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    made = [one.generate(input_ids=ids, **options) for one in (model, parallel)]
+    if not torch.equal(*made):
+        report.problems.append("other tokens are generated")
     both(lambda m: m.set_adapter("two"))
     compare("second")
     trains = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, parallel)]
@@ -273,6 +286,53 @@ def lifecycle(order: str, directory: str) -> Report:
     if not alone or all(p.grad is None for p in copied.parameters()):
         report.problems.append("a copy is not a model of its own")
     return report
+
+
+def native(directory: str) -> Report:
+    """transformers' own ``add_adapter``, ``load_adapter`` and ``save_pretrained``."""
+    report = Report("native", dist.get_rank())
+    plain = base(Case("llama"))
+    other, third = parallelize(copy.deepcopy(plain)), parallelize(copy.deepcopy(plain))
+    for one in (plain, other):
+        torch.manual_seed(3)
+        one.add_adapter(config(init_lora_weights=False))
+    ids = torch.arange(34).view(2, 17)
+    for one in (tiny.reference(plain), other):
+        one.train()(input_ids=ids, labels=ids).loss.backward()
+    compare_gradients(report, gradients(other, report), gradients(plain))
+    other.save_pretrained(directory)
+    dist.barrier()
+    third.load_adapter(directory)
+    with torch.no_grad():
+        want = plain.eval()(input_ids=ids).logits
+        report.compare("logits", third.eval()(input_ids=ids).logits, want)
+    return report
+
+
+def noise(base_dtype: str, autocast: bool, upcast: bool) -> dict[str, float]:
+    """Relative error of the factors' gradients against float64, unsharded and parallel."""
+    exact = judge(peft.get_peft_model(base(Case("llama")), config()))
+    fill(exact)
+    dtype = getattr(torch, base_dtype)
+    low = peft.get_peft_model(tiny.build("llama", dtype), config(), autocast_adapter_dtype=upcast)
+    low.load_state_dict(exact.state_dict())
+    parallel = parallelize(copy.deepcopy(low))
+    found: list[dict[str, Tensor]] = []
+    total = {"unsharded": 0.0, "parallel": 0.0}
+    for seed in range(3):
+        found = []
+        for one in (exact, low, parallel):
+            one.zero_grad()
+            batch = batches.left_padded(2, 17, 96, seed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and one is not exact):
+                loss = one(**batch).loss
+            loss.backward()
+            found.append(gradients(one))
+        for name, want in found[0].items():
+            for key, got in zip(total, found[1:], strict=True):
+                error = (got[name].double() - want).norm() / want.norm()
+                total[key] += float(error) ** 2 / len(found[0]) / 3
+    return {key: value**0.5 for key, value in total.items()}
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -98,6 +98,22 @@ def test_lifecycle(order, tmp_path):
     )
 
 
+def test_transformers_own_adapter_methods(tmp_path):
+    assert_parity(pool(2).run("adapters.jobs:native", directory=str(tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "autocast", "upcast"),
+    [("bfloat16", False, True), ("bfloat16", False, False), ("float32", True, True)],
+)
+def test_low_precision_is_no_noisier(base_dtype, autocast, upcast):
+    """The bound of tests/parity/test_low_precision.py, and its reasons; bfloat16 rounds to 2^-9."""
+    kwargs = {"base_dtype": base_dtype, "autocast": autocast, "upcast": upcast}
+    for found in pool(2).run("adapters.jobs:noise", **kwargs):
+        assert 1e-3 < found["unsharded"] < 0.3, f"the yardstick itself is off: {found}"
+        assert found["parallel"] <= 1.5 * found["unsharded"], found
+
+
 AFTER = [
     ({"init_lora_weights": "pissa"}, "needs the whole base weights"),
     ({"init_lora_weights": "olora"}, "parallelize second"),
