@@ -68,7 +68,12 @@ def start(mode, out, ranks=None):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     out = tmp_path_factory.mktemp("trl")
-    return {"out": out, "plain": start("plain", out), "tp": start("tp", out, ranks=2)}
+    return {
+        "out": out,
+        "plain": start("plain", out),
+        "tp": start("tp", out, ranks=2),
+        "back": start("back", out),
+    }
 
 
 def differences(a, b, path=""):
@@ -115,6 +120,19 @@ def test_resumed_run_is_the_uninterrupted_one(reports):
         ]
         assert histories[0] == histories[1]
         assert report["lora"]["weights"] == report["lora_resumed"]["weights"]
+
+
+@pytest.mark.parametrize(("mode", "source"), [("tp", "plain"), ("back", "tp"), ("back", "plain")])
+def test_resume_from_another_degree(mode, source, reports):
+    """Adapter and optimizer, of stock Trainer on one process or of two ranks."""
+    want = reports["plain"][0]["lora"]
+    for report in reports[mode]:
+        found = report[f"cross_{source}"]
+        for steps in (want["history"], found["history"]):
+            for step in steps:
+                step.pop("num_tokens", None)
+        assert differences(want["history"], found["history"]) == []
+        assert differences(want["weights"], found["weights"]) == []
 
 
 def test_the_head_is_not_gathered(reports):

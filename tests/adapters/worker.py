@@ -239,6 +239,17 @@ def job_sft():
     run("before", sft("before", before))
 
 
+def job_cross():
+    """Resume from what another degree has saved: stock Trainer, or two ranks."""
+    for source in ("plain", "tp") if MODE == "back" else ("plain",):
+        again = sft("cross", peft_config=lora(), max_steps=4)
+        again.train(resume_from_checkpoint=str(OUT / source / "lora" / "checkpoint-2"))
+        REPORT[f"cross_{source}"] = {
+            "history": history(again),
+            "weights": checksum(trained(again.model)),
+        }
+
+
 def job_dpo():
     keys = (*KEYS, "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
             "logps/rejected", "logits/chosen", "logits/rejected", "rewards/accuracies")  # fmt: skip
@@ -309,7 +320,11 @@ def main():
         dist.destroy_process_group()
 
 
-JOBS = {"plain": [job_sft, job_dpo], "tp": [job_sft, job_dpo, job_refusals]}
+JOBS = {
+    "plain": [job_sft, job_dpo],
+    "tp": [job_sft, job_dpo, job_cross, job_refusals],
+    "back": [job_cross],
+}
 
 if __name__ == "__main__":
     main()
