@@ -91,13 +91,6 @@ def check_model(model: nn.Module) -> None:
             rule="parallelize is called once per model",
             remedy="to change tp, build the model again",
         )
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"{name} has adapters",
-            rule="this release shards plain models; a replicated LoRA factor would silently get "
-            "a part of its gradient",
-            remedy="merge the adapters first, or train the whole model",
-        )
     for attribute in ("config", "get_input_embeddings", "get_output_embeddings"):
         if not hasattr(model, attribute):
             raise ConfigError(
@@ -111,8 +104,8 @@ def check_model(model: nn.Module) -> None:
         raise ConfigError(
             f"{name} has quantised weights",
             got=type(quantizer).__name__,
-            rule="packed weights cannot be cut into shards",
-            remedy="load the model in bf16",
+            rule="packed weights cannot be cut into shards (QLoRA: not in this release)",
+            remedy="load the model in bf16; tp already divides its weights over the ranks",
         )
     devices = getattr(model, "hf_device_map", None) or {}
     if len(set(map(str, devices.values()))) > 1 or {"disk", "cpu"} & set(devices.values()):
