@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sp import parallelize
 from hf_sp.estimate import count_step, fake_tensors, fake_world, per_layer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 RANK = 16
 
 
