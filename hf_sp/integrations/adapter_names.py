@@ -48,6 +48,7 @@ NAMES: tuple[Name, ...] = (
         "(model, state_dict)",
         ("tensor.shape != ref._local_tensor.shape",),
     ),
+    Name("peft.tuners.lora.model:LoraModel.add_weighted_adapter"),
     # peft: used
     Name(
         _FILES + "get_peft_model_state_dict",
@@ -72,7 +73,6 @@ NAMES: tuple[Name, ...] = (
     ),
     Name(_LORA + "Linear.forward", None, ("lora_B(lora_A(dropout(x))) * scaling",)),
     Name(_LORA + "Embedding.forward", None, ("(after_A @ embedding_B) * scaling",)),
-    Name("peft.tuners.lora.model:LoraModel"),
     Name(
         "peft.utils.other:ModulesToSaveWrapper.update",
         None,

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -29,6 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_sp.checkpoint import gather_state_dict, install_load_hook, meet
+from hf_sp.errors import ConfigError
 from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.integrations.peft_checks import check_config, check_new_adapter
 from hf_sp.integrations.peft_layers import class_for, placements_of
@@ -231,6 +233,18 @@ def check_prompt_learning(
     return original(self, adapter_name, peft_config, *args, **kwargs)
 
 
+@PATCHES.on(LoraModel, "add_weighted_adapter")
+def refuse_weighted_adapters(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT writes whole tensors, or those of a decomposition, into the factors' data."""
+    raise ConfigError(
+        "add_weighted_adapter is not supported for a parallelized model",
+        where="LoraModel.add_weighted_adapter",
+        rule="the factors are sharded; new ones are made by injecting an adapter",
+        remedy="combine them in one process, save, and load the result here; or set_adapter "
+        "with several names",
+    )
+
+
 @PATCHES.on(save_and_load, "_reshard_dtensor_values_for_load")
 def whole_tensors_only(original: Patch, model: nn.Module, state_dict: dict[str, Any]) -> Any:
     """PEFT takes a tensor of a shard's shape for this rank's shard.
@@ -253,6 +267,13 @@ def save_adapters_alone(
     meet(state.group, "PeftModel.save_pretrained")
     names = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
     kwargs |= dict(zip(names, args, strict=False))
+    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion is not for a parallelized model",
+            where="PeftModel.save_pretrained",
+            rule="PEFT loads the initial adapter into the model, on the writing rank alone",
+            remedy="save without it, and convert in one process",
+        )
     writes = bool(kwargs.get("is_main_process", True)) and state.rank == 0
     given = kwargs.pop("state_dict", None)
     everything = self.state_dict() if given is None else given

@@ -376,6 +376,24 @@ def refuse_before(fields: dict[str, Any], kind: str = "LoraConfig") -> tuple[str
     return message, list(after) == list(before) and all(after[n] is m for n, m in before.items())
 
 
+def refuse_methods(directory: str) -> list[str | None]:
+    """What PEFT's methods would do on the writing rank alone, or to shards."""
+    model = peft.get_peft_model(parallelize(base(Case("llama"))), config())
+    model.add_adapter("two", config())
+    mixed = {"adapter_names": ["default", "two"]}
+    ids = torch.arange(12).view(2, 6)
+    model.eval()
+    return [
+        _message(lambda: model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "both")),
+        _message(
+            lambda: model.save_pretrained(
+                directory, path_initial_model_for_weight_conversion=directory
+            )
+        ),
+        _message(lambda: model(input_ids=ids, **mixed)),
+    ]
+
+
 def misfit(directory: str) -> tuple[str | None, bool]:
     """An adapter file whose tensors have the shape of a rank's shard."""
     model = peft.get_peft_model(parallelize(base(Case("llama"))), config())

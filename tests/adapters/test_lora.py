@@ -8,8 +8,6 @@ from harness.pool import pool, run_once
 
 from adapters.jobs import Lora
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 ORDERS = ("before", "after")
 
 
@@ -171,6 +169,14 @@ def test_refused_before_parallelize(fields, part):
         assert message is not None
         assert part in message
         assert untouched
+
+
+def test_methods_that_are_refused(tmp_path):
+    parts = ("add_weighted_adapter", "convert in one process", "adapter_names")
+    for messages in pool(2).run("adapters.jobs:refuse_methods", directory=str(tmp_path)):
+        for message, part in zip(messages, parts, strict=True):
+            assert message is not None
+            assert part in message
 
 
 def test_tensors_of_a_shards_shape_are_refused(tmp_path):

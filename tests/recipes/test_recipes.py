@@ -68,7 +68,7 @@ def test_sft(config, script, data, local, tmp_path):
     own = ["--model_name_or_path", str(local / "model")]
     own += ["--dataset_name", str(local / f"{data}.jsonl"), "--output_dir", str(tmp_path)]
     if data == "pairs":
-        # Packed rows lose the masks of their prompts.
+        # The other way of batching.
         own += ["--packing", "False"]
     yaml_file = ["--config", f"recipes/configs/{config}.yaml"]
     printed = _run([*LAUNCH, f"recipes/{script}.py", *yaml_file, *SFT, *own])
@@ -93,14 +93,12 @@ def test_config_keys_are_trls(path):
     assert yaml.safe_load(path.read_text()).keys() <= known
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_accelerate_loop(rank, local, tmp_path):
+def test_accelerate_loop(local, tmp_path):
     own = ["--model_name_or_path", str(local / "model"), "--train_file", "LICENSE"]
     own += ["--output_dir", str(tmp_path), "--seq_length", "33", "--max_steps", "2", "--cpu"]
-    printed = _run([*LAUNCH, "recipes/accelerate_loop.py", *own, "--lora_r", str(rank)])
+    printed = _run([*LAUNCH, "recipes/accelerate_loop.py", *own, "--lora_r", "4"])
     assert printed.count("grad norm") == 2
-    name = "adapter_model.safetensors" if rank else "model.safetensors"
-    assert (tmp_path / name).is_file()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)

@@ -180,6 +180,11 @@ def _quantised(model):
     model.hf_quantizer = object()
 
 
+def _packed(model):
+    packed = torch.zeros(64, 32, dtype=torch.uint8)
+    model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(packed, requires_grad=False)
+
+
 def _optimizer(model):
     model.held = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -197,6 +202,7 @@ def _adapters(model):
     [
         (_device_map, "dispatched by device_map"),
         (_quantised, "quantised weights"),
+        (_packed, "QLoRA: not in this release"),
         (_optimizer, "an optimizer was built"),
         (_gradient, "gradients of its whole parameters"),
         (_adapters, "IA3 is not supported"),
