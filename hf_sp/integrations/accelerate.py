@@ -240,7 +240,7 @@ def _as_float(x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, LazyLogits):
         return x.float()
     like = torch.empty(0, dtype=torch.float32, device=x.device)
-    return LazyLogits(tuple(x.shape), like, lambda: x.materialize().float(), x.request)
+    return LazyLogits(tuple(x.shape), like, lambda: x.materialize().float(), x.source, x.request)
 
 
 @PATCHES.on(ConvertOutputsToFp32, "__call__")

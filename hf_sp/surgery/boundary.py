@@ -87,7 +87,10 @@ class StackExit:
         if not state.sharded or state.length is None:
             return None
         gather = functools.partial(self.gather, output, state.length)
-        return LazyHidden(output, state.length, gather) if state.lazy_hidden else gather()
+        if not state.lazy_hidden:
+            return gather()
+        back = functools.partial(comm.own_shard, axis=state.axis)
+        return LazyHidden(output, state.length, gather, back)
 
     def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
         """The whole hidden states, known to the head."""

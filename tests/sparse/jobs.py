@@ -97,7 +97,7 @@ def skewed(ep: int, expert: int) -> Report:
             weight[:, 0] = 0.0
 
     def bias(module: nn.Module, args: tuple, output: tuple) -> tuple:
-        logits, weights, index = output
+        logits, _, index = output
         # The same choice for every token, with weights that still depend on the router.
         probabilities = logits.softmax(-1)
         chosen = torch.tensor([expert, (expert + 1) % logits.shape[-1]]).expand_as(index)
