@@ -528,3 +528,7 @@ def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
         return boundary.put_hidden(args, kwargs, x.detach() + 0 * x)
 
     return [(boundary.StackEntry, "__call__", wrong)]
+
+
+# Registers its own; at the end, because it needs what is above.
+import mutants.sparse_faults  # noqa: E402, F401

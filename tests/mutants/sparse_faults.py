@@ -1,0 +1,232 @@
+"""Deliberate faults in what mixture-of-experts layers add. Imported by ``mutants.faults``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from harness.parity import Case
+from torch.distributed.tensor import Shard
+
+from hf_sp import collectives as comm
+from hf_sp.layers import dispatch, experts, flat
+from hf_sp.layers.local import local
+from hf_sp.surgery import forward, sparse, swap
+from mutants.faults import Patch, _backward, fault
+
+TRAVEL = (("ep", 2),)
+
+
+def _scaled(factor: float) -> Any:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * factor
+
+    return Scaled
+
+
+# --- the auxiliary loss -------------------------------------------------------------------------
+
+
+@fault(Case("mixtral"))
+def auxiliary_loss_counted_on_every_rank() -> list[Patch]:
+    return [_backward(comm._IdentityOneRank, lambda ctx, grad: (grad, None))]
+
+
+@fault(Case("qwen3_moe", sp=False))
+def auxiliary_loss_counted_on_every_rank_without_sp() -> list[Patch]:
+    return [_backward(comm._IdentityOneRank, lambda ctx, grad: (grad, None))]
+
+
+@fault(Case("mixtral"))
+def auxiliary_loss_averaged() -> list[Patch]:
+    right = comm._IdentityOneRank.backward
+
+    def backward(ctx, grad):
+        return right(ctx, grad)[0] / ctx.axis.size, None
+
+    return [_backward(comm._IdentityOneRank, backward)]
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def auxiliary_loss_of_travelling_tokens_counted_on_every_rank() -> list[Patch]:
+    right = sparse.leave_router_logits
+    scaled = _scaled(2.0)
+
+    def leave(logits, *rest):
+        return tuple(scaled.apply(x) for x in right(logits, *rest))
+
+    return [(forward, "leave_router_logits", leave)]
+
+
+@fault(Case("qwen3_moe", parallelize=TRAVEL))
+def auxiliary_loss_of_travelling_tokens_without_gradient() -> list[Patch]:
+    right = sparse.leave_router_logits
+
+    def leave(logits, *rest):
+        return right(tuple(x.detach() for x in logits), *rest)
+
+    return [(forward, "leave_router_logits", leave)]
+
+
+# --- router and gates ---------------------------------------------------------------------------
+
+
+def _router_not_summed() -> list[Patch]:
+    def local_parameters(self, like):
+        return local(self.module._parameters["weight"]), None
+
+    return [(sparse.RouterMember, "local_parameters", local_parameters)]
+
+
+@fault(Case("mixtral"))
+def router_gradient_is_not_summed() -> list[Patch]:
+    return _router_not_summed()
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def router_gradient_of_travelling_tokens_is_not_summed() -> list[Patch]:
+    return _router_not_summed()
+
+
+@fault(Case("qwen2_moe"))
+def shared_gate_gradient_is_not_summed() -> list[Patch]:
+    right = comm.identity_allreduce
+    return [
+        (comm, "identity_allreduce", lambda x, axis: x if x.shape == (1, 64) else right(x, axis))
+    ]
+
+
+def _router_unmoved_by_experts() -> list[Patch]:
+    right = experts.experts_backward
+
+    def wrong(*args):
+        dgate_up, dscale, ddown = right(*args)
+        return dgate_up, dscale * 0, ddown
+
+    return [(experts, "experts_backward", wrong), (dispatch, "experts_backward", wrong)]
+
+
+@fault(Case("qwen2_moe"))
+def experts_send_the_router_no_gradient() -> list[Patch]:
+    return _router_unmoved_by_experts()
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def travelled_experts_send_the_router_no_gradient() -> list[Patch]:
+    return _router_unmoved_by_experts()
+
+
+# --- experts ------------------------------------------------------------------------------------
+
+
+@fault(Case("mixtral"))
+def packed_weight_is_split_as_one() -> list[Patch]:
+    return [(swap, "packed_halves", Shard)]
+
+
+@fault(Case("mixtral"))
+def packed_halves_are_swapped() -> list[Patch]:
+    right = experts.swiglu_forward
+    return [(experts, "swiglu_forward", lambda gate, up, **kw: right(up, gate, **kw))]
+
+
+def _expert_gradient_scaled() -> list[Patch]:
+    right = experts.Place.leave
+
+    def leave(self, dx, make):
+        right(self, dx, lambda x: make(x) * 2)
+
+    return [(experts.Place, "leave", leave)]
+
+
+@fault(Case("qwen3_moe"))
+def expert_gradient_is_scaled() -> list[Patch]:
+    return _expert_gradient_scaled()
+
+
+@fault(Case("qwen3_moe", parallelize=TRAVEL))
+def travelled_expert_gradient_is_scaled() -> list[Patch]:
+    return _expert_gradient_scaled()
+
+
+@fault(Case("qwen3_moe"))
+def expert_gradient_from_other_tokens() -> list[Patch]:
+    right = flat.FlatEntry.tokens
+    return [(flat.FlatEntry, "tokens", lambda self, x: right(self, x).roll(1, 0))]
+
+
+@fault(Case("mixtral"))
+def experts_input_gradient_is_lost() -> list[Patch]:
+    right = flat.FlatEntry.receive_rows
+    return [(flat.FlatEntry, "receive_rows", lambda self, dx: right(self, dx * 0))]
+
+
+@fault(Case("mixtral"))
+def down_gradient_without_the_routing_weight() -> list[Patch]:
+    right = experts.experts_backward
+
+    def wrong(dy, gate_up, scale, *rest):
+        dgate_up, dscale, _ = right(dy, gate_up, scale, *rest)
+        return dgate_up, dscale, right(dy, gate_up, torch.ones_like(scale), *rest)[2]
+
+    return [(experts, "experts_backward", wrong)]
+
+
+@fault(Case("mixtral"))
+def outputs_go_to_the_wrong_tokens() -> list[Patch]:
+    right = experts.Order.sum_choices
+    return [(experts.Order, "sum_choices", lambda self, y: right(self, y).roll(1, 0))]
+
+
+# --- on the way ---------------------------------------------------------------------------------
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def tokens_meet_the_wrong_expert() -> list[Patch]:
+    right = dispatch.Route.of.__func__
+
+    def of(cls, *args):
+        route = right(cls, *args)
+        route.arrived = route.arrived.flip(0)
+        return route
+
+    return [(dispatch.Route, "of", classmethod(of))]
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def results_come_back_in_another_order() -> list[Patch]:
+    right = dispatch.Route.back
+    return [(dispatch.Route, "back", lambda self, x, axis: right(self, x, axis).flip(0))]
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def routing_weights_of_other_tokens() -> list[Patch]:
+    right = dispatch.Route.there
+
+    def there(self, rows, axis):
+        arrived = right(self, rows, axis)
+        return arrived.roll(1, 0) if rows.dim() == 1 else arrived
+
+    return [(dispatch.Route, "there", there)]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def shared_expert_made_again_from_the_wrong_tokens() -> list[Patch]:
+    right = flat._flat
+    return [(flat, "_flat", lambda x, dim: right(x, dim).roll(1, 0))]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def real_tokens_stay_at_home() -> list[Patch]:
+    def keep(x, index, *rest):
+        index = index.clone()
+        index[0] = 8
+        return index
+
+    return [(sparse, "_real_tokens_only", keep)]
