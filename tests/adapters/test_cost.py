@@ -2,7 +2,7 @@
 
 Without an adapter a layer keeps ``(4h + 8)/t + C + 4f/t`` bytes a token: tests/parity/test_cost.py.
 No input of a linear is in it that something else does not keep anyway: those of q, k, v, gate, up
-and down are made again, that of o is the attention's output. So an adapter adds its ``A x``, of rank
+and down are made again, that of o is the attention output. So an adapter adds its ``A x``, of rank
 r, and nothing else. With HF's own modules (``kernels=False``) the linears alone keep their inputs.
 """
 
