@@ -33,7 +33,7 @@ from hf_sp.checkpoint import gather_state_dict, install_load_hook, meet
 from hf_sp.errors import ConfigError
 from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.integrations.peft_checks import check_config, check_new_adapter
-from hf_sp.integrations.peft_layers import class_for, placements_of
+from hf_sp.integrations.peft_vocab import class_for, placements_of
 from hf_sp.layers.head import VocabParallelHead
 from hf_sp.layers.linear import ParallelLinear
 from hf_sp.state import ParallelState, parallel_state
