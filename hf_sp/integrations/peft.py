@@ -110,6 +110,13 @@ def adopt(model: nn.Module) -> None:
         kind = class_for(layer)
         if kind is not None:
             kind.take_over(layer)
+        if not hasattr(layer, "placements"):
+            raise ConfigError(
+                "an adapter over this module is not supported for a parallelized model",
+                where=type(layer.get_base_layer()).__name__,
+                rule="LoRA over linears of the layers, the embedding, the head and a classifier",
+                remedy="name the linears in target_modules",
+            )
         _shard_layer(layer, state)
     for wrapper in wrappers:
         for name in list(wrapper.modules_to_save):
