@@ -6,8 +6,10 @@ fail for a reason that the user could have caused.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 from torch import nn
@@ -40,6 +42,13 @@ after_parallelize: list[Callable[[nn.Module], None]] = []
 """What the integrations do to a model that has just been parallelized; they register themselves,
 so that nothing below them has to import them."""
 
+also_check: list[Callable[[nn.Module], None]] = []
+"""What the integrations refuse about a model before it is touched."""
+
+plain_models: list[Callable[[nn.Module], AbstractContextManager[nn.Module]]] = []
+"""Context managers of the integrations: inside, what was wrapped around a model (adapters) is set
+aside, and the transformers model itself is there to be planned and sharded."""
+
 
 def parallelize(
     model: Model,
@@ -64,7 +73,8 @@ def parallelize(
     are made. Ranks that built different weights get those of tp rank 0, as under DDP.
 
     Args:
-        model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU.
+        model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU,
+            or a ``PeftModel`` with LoRA adapters over one.
         tp: tensor parallel degree. Default: accelerate's ``PARALLELISM_CONFIG_TP_SIZE``, else all
             ranks.
         sp: shard hidden states between the blocks along the sequence, over the same tp ranks.
@@ -116,9 +126,12 @@ def parallelize(
         check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
         check_environment()
         check_model(model)
-        resolved = derive_plan(model, resolve_tp(tp, mesh), sp, plan, ep)
-        placements(model, resolved)
-        check_sparse_blocks(model, resolved)
+        for check in also_check:
+            check(model)
+        with _plain(model) as whole:
+            resolved = derive_plan(whole, resolve_tp(tp, mesh), sp, plan, ep)
+            placements(whole, resolved)
+            check_sparse_blocks(whole, resolved)
         check_optimizers(model)
     except HfSpError as error:
         problem = error
@@ -137,7 +150,15 @@ def parallelize(
         kernels=kernels,
         recompute=recompute or ("norm+act" if kernels else "none"),
     )
-    taken = agree_on_weights(model, tp_mesh)
+    with _plain(model) as whole:
+        _shard(whole, resolved, state)
+    if state.rank == 0:
+        logger.info("%s", resolved)
+    return model
+
+
+def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+    taken = agree_on_weights(model, state.mesh)
     if taken and state.rank == 0:
         logger.warning(
             "%d tensors differed between the ranks; all ranks now have those of tp rank 0: %s%s",
@@ -145,11 +166,16 @@ def parallelize(
             ", ".join(taken[:3]),
             ", ..." if len(taken) > 3 else "",
         )
-    swap_leaves(model, resolved, state)
-    install_hooks(model, resolved, state)
+    swap_leaves(model, plan, state)
+    install_hooks(model, plan, state)
     setattr(model, ATTRIBUTE, state)
     for hook in after_parallelize:
         hook(model)
-    if state.rank == 0:
-        logger.info("%s", resolved)
-    return model
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[nn.Module]:
+    with contextlib.ExitStack() as stack:
+        for opener in plain_models:
+            model = stack.enter_context(opener(model))
+        yield model

@@ -91,13 +91,6 @@ def check_model(model: nn.Module) -> None:
             rule="parallelize is called once per model",
             remedy="to change tp, build the model again",
         )
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"{name} has adapters",
-            rule="this release shards plain models; a replicated LoRA factor would silently get "
-            "a part of its gradient",
-            remedy="merge the adapters first, or train the whole model",
-        )
     for attribute in ("config", "get_input_embeddings", "get_output_embeddings"):
         if not hasattr(model, attribute):
             raise ConfigError(
@@ -107,12 +100,14 @@ def check_model(model: nn.Module) -> None:
                 remedy="pass the model itself, before it is wrapped (DDP, FSDP, compile)",
             )
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None or getattr(model, "is_quantized", False):
+    packed = next((n for n, p in model.named_parameters() if _is_packed(p)), None)
+    if quantizer is not None or getattr(model, "is_quantized", False) or packed:
         raise ConfigError(
             f"{name} has quantised weights",
-            got=type(quantizer).__name__,
-            rule="packed weights cannot be cut into shards",
-            remedy="load the model in bf16",
+            where=packed or "",
+            got=type(quantizer).__name__ if packed is None else "packed storage",
+            rule="packed weights cannot be cut into shards (QLoRA: not in this release)",
+            remedy="load the model in bf16; tp already divides its weights over the ranks",
         )
     devices = getattr(model, "hf_device_map", None) or {}
     if len(set(map(str, devices.values()))) > 1 or {"disk", "cpu"} & set(devices.values()):
@@ -136,6 +131,12 @@ def check_model(model: nn.Module) -> None:
             rule="parallelize takes whole parameters",
             remedy="load it without DistributedConfig and before FSDP",
         )
+
+
+def _is_packed(p: nn.Parameter) -> bool:
+    """Whether a parameter's storage is not its values: bitsandbytes', torchao's."""
+    other = type(p.data).__module__.partition(".")[0] not in ("torch", "hf_sp")
+    return other or not (p.is_floating_point() or p.is_complex())
 
 
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -6,6 +6,10 @@ The only importers of those packages' training code. ``install`` is called at th
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 from torch import nn
 
 from hf_sp.checkpoint import install_load_hook
@@ -31,3 +35,35 @@ def install(model: nn.Module) -> None:
     marks.mark(model, state.tp)
     accelerate.remember(model)
     install_load_hook(model)
+    if has_peft():
+        from hf_sp.integrations import peft
+
+        peft.LAYER_PATCHES.apply()
+        peft.PATCHES.apply()
+
+
+def has_peft() -> bool:
+    """Whether PEFT is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that cannot be sharded."""
+    if hasattr(model, "peft_config") and has_peft():
+        from hf_sp.integrations import peft_checks
+
+        peft_checks.check_adapters(model)
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """The model without its adapters, for as long as it is sharded."""
+    if hasattr(model, "peft_config") and has_peft():
+        from hf_sp.integrations import peft
+
+        return peft.without_adapters(model)
+    return _itself(model)
+
+
+@contextmanager
+def _itself(model: nn.Module) -> Iterator[nn.Module]:
+    yield model

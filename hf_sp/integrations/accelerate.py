@@ -240,7 +240,7 @@ def _as_float(x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, LazyLogits):
         return x.float()
     like = torch.empty(0, dtype=torch.float32, device=x.device)
-    return LazyLogits(tuple(x.shape), like, lambda: x.materialize().float(), x.request)
+    return LazyLogits(tuple(x.shape), like, lambda: x.materialize().float(), x.source, x.request)
 
 
 @PATCHES.on(ConvertOutputsToFp32, "__call__")
@@ -306,7 +306,10 @@ def own_rows_are_all_rows(
     if use_gather_object:
         return input_data[:remainder]
     try:
-        return recursively_apply(lambda t: t[:remainder], input_data, error_on_other_type=True)
+        # A number (TRL's counts of tokens) has no rows.
+        return recursively_apply(
+            lambda t: t[:remainder] if t.dim() else t, input_data, error_on_other_type=True
+        )
     except TypeError:
         return input_data[:remainder]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 _ORIGINAL = "__hf_sp_original__"
@@ -25,10 +26,13 @@ class Patches:
 
     def __init__(self, active: Callable[[Any], bool]) -> None:
         self.active = active
-        self.entries: list[tuple[type, str, Patch]] = []
+        self.entries: list[tuple[type | ModuleType, str, Patch]] = []
 
-    def on(self, owner: type, name: str) -> Callable[[Patch], Patch]:
-        """Decorator: ``owner.name`` becomes this function, with the original as first argument."""
+    def on(self, owner: type | ModuleType, name: str) -> Callable[[Patch], Patch]:
+        """Decorator: ``owner.name`` becomes this function, with the original as first argument.
+
+        The owner is a class, or a module whose function takes the instance first.
+        """
 
         def register(patch: Patch) -> Patch:
             self.entries.append((owner, name, patch))

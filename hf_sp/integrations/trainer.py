@@ -24,6 +24,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_sp.errors import ConfigError
 from hf_sp.integrations import accelerate as our_accelerate
+from hf_sp.integrations import trl
 from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
@@ -115,6 +116,7 @@ def refuse_early(original: Patch, self: Any) -> None:
         original(self)
         return
     check_arguments(self.args, state)
+    trl.install(self)
     original(self)
     our_accelerate.adopt(self.accelerator, state, "Trainer")
 

@@ -7,13 +7,14 @@ kernels work, modules, or ranks: the sum of weight gradients over ranks is hande
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
 from hf_sp.kernels import dispatch, reference
 from hf_sp.kernels.arguments import check_norm, check_out
+from hf_sp.kernels.blocks import Results, by_blocks
 from hf_sp.kernels.reference import Casting, rms_norm_dtype
 from hf_sp.once import once_differentiable
 
@@ -280,7 +281,12 @@ def rms_norm_backward(
     kernels = dispatch.norm_kernels(s, weight, dy, ds, backward=True) if triton else None
     if kernels is not None:
         return kernels.rms_norm_backward(dy, ds, s, rstd, weight, offset, casting, **options)
-    return reference.rms_norm_backward(dy, ds, s, rstd, weight, offset, casting, **options)
+
+    def block(s: Tensor, rstd: Tensor, dy: Tensor, ds: Tensor | None) -> Results:
+        return reference.rms_norm_backward(dy, ds, s, rstd, weight, offset, casting, **options)
+
+    dx, dw = by_blocks(block, s, rstd, dy, ds, summed=1)
+    return dx, dw
 
 
 def _forward(
@@ -296,7 +302,11 @@ def _forward(
             torch.autograd.graph.increment_version(out)
     else:
         s = x if residual is None else residual + x
-        y, rstd = reference.rms_norm(s, weight, eps, offset, casting)
+
+        def block(s: Tensor) -> Results:
+            return reference.rms_norm(s, weight, eps, offset, casting)
+
+        y, rstd = cast(tuple[Tensor, Tensor], by_blocks(block, s))
         if out is not None:
             out.copy_(y)
     # An alias, for autograd to hang the gradient on; the caller's own tensor stays a plain buffer.

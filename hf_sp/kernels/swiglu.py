@@ -6,13 +6,14 @@ kernels work, linear layers, or ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_sp.errors import ShapeError
 from hf_sp.kernels import dispatch, reference
+from hf_sp.kernels.blocks import Results, by_blocks
 from hf_sp.once import once_differentiable
 
 
@@ -84,7 +85,12 @@ def swiglu_backward(
         kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
         if kernels is not None:
             return kernels.swiglu_backward(dz, gate, up, product=product)
-        return reference.swiglu_backward(dz, gate, up, product=product)
+
+        def block(gate: Tensor, up: Tensor, dz: Tensor) -> Results:
+            return reference.swiglu_backward(dz, gate, up, product=product)
+
+        dgate, dup, z = by_blocks(block, gate, up, dz)
+        return cast(Tensor, dgate), cast(Tensor, dup), z
 
 
 class SwiGlu(torch.autograd.Function):

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.layers.experts import Order, Place, Weights, experts_backward, experts_forward
 from hf_sp.layers.grouped import Groups, grouped_input_gradient, grouped_weight_gradient
+from hf_sp.once import once_differentiable
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_sp.layers.linear import Entry
+    from hf_sp.layers.entry import Entry
 
 _ENTRY = "_hf_sp_entry"
 
@@ -30,6 +30,11 @@ def mark_entered(x: Tensor, entry: Entry) -> None:
 
 def entered(x: Tensor, module: object) -> tuple[Entry, int] | None:
     """The entry that has gathered ``x``, and the module's slot there."""
+    return entered_slot(x, id(module))
+
+
+def entered_slot(x: Tensor, key: int) -> tuple[Entry, int] | None:
+    """The entry that has gathered ``x``, and the slot of what it knows by ``key``."""
     entry: Entry | None = getattr(x, _ENTRY, None)
-    slot = None if entry is None else entry.slots.get(id(module))
+    slot = None if entry is None else entry.slots.get(key)
     return None if entry is None or slot is None else (entry, slot)

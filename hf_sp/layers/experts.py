@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sp.kernels.swiglu import swiglu_backward, swiglu_forward
 from hf_sp.layers.flat import FlatEntry
@@ -27,6 +26,7 @@ from hf_sp.layers.grouped import (
     grouped_linear,
     grouped_weight_gradient,
 )
+from hf_sp.once import once_differentiable
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The entry of a mixture-of-experts block, which works on flattened tokens.
 
 HF's sparse blocks flatten ``[B, S, H]`` to ``[T, H]``, batch-major, and hand that to router,
-experts and shared expert. The entry is the TP block's (``layers/linear.py``) in that order.
+experts and shared expert. The entry is the TP block's (``layers/entry.py``) in that order.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden, T = B * S (B * s where tokens travel).
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sp import collectives as comm
 from hf_sp.layers.entered import Member, mark_entered
-from hf_sp.layers.linear import Entry, open_entry
+from hf_sp.layers.entry import Entry, open_entry
 from hf_sp.layers.recipe import Recipe, leave_recipe, recipe_of
 from hf_sp.torch_private import same_storage, version
 

@@ -74,7 +74,8 @@ class VocabParallelHead(nn.Linear):
             return self.logits(request)
         real = x if shard is None else shard
         like = cast_for_autocast(real.new_empty(0), real)
-        return LazyLogits((*x.shape[:-1], self.vocab), like, lambda: self.logits(request), request)
+        shape = (*x.shape[:-1], self.vocab)
+        return LazyLogits(shape, like, lambda: self.logits(request), real, request)
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight rows and bias as this forward uses them, differentiable."""

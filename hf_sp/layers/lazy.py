@@ -11,6 +11,7 @@ on the logits, which the loss can apply by itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hf_sp.errors import ConfigError
+from hf_sp.once import once_differentiable
 from hf_sp.torch_private import stand_in, without_torch_function
 
 # What may be asked of a stand-in without making the tensor.
@@ -41,6 +44,37 @@ _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div}
 _TANHS = {Tensor.tanh, torch.tanh}
 
 
+class _Carry(torch.autograd.Function):
+    """Gives a stand-in a gradient path of its own.
+
+    An operation makes the whole tensor and goes on with that. A foreign autograd Function does not
+    ask: the stand-in itself is its input, is made inside its forward, and is sent its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        build: Callable[[], Tensor],
+        back: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.back = back
+        return build()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.back(grads[0]), None, None
+
+
+def _refuse_gradient(grad: Tensor) -> Tensor:
+    raise ConfigError(
+        "logits that had not been made were given to an autograd Function",
+        rule="hf_sp cannot tell how its gradient reaches the head",
+        remedy="parallelize(..., keep_logits=True)",
+    )
+
+
 class LazyTensor(Tensor):
     """Stand-in for a tensor; any operation on it makes it (a collective, on all ranks alike)."""
 
@@ -49,9 +83,27 @@ class LazyTensor(Tensor):
     _modes: tuple[bool, bool]
 
     @classmethod
-    def _stand_in(cls, shape: tuple[int, ...], like: Tensor, make: Callable[[], Tensor]) -> Self:
-        """A tensor without storage, of the dtype and on the device of ``like``."""
-        self = cast(Self, stand_in(cls, shape, like))
+    def _stand_in(
+        cls,
+        shape: tuple[int, ...],
+        like: Tensor,
+        make: Callable[[], Tensor],
+        source: Tensor,
+        back: Callable[[Tensor], Tensor],
+    ) -> Self:
+        """A tensor without storage, of the dtype and on the device of ``like``.
+
+        Args:
+            shape: its shape.
+            like: a tensor of its dtype and device.
+            make: makes the whole tensor.
+            source: what the tensor's gradient ends in.
+            back: from the stand-in's own gradient to the source's.
+        """
+        if torch.is_grad_enabled() and source.requires_grad:
+            self = _Carry.apply(source, functools.partial(stand_in, cls, shape, like), back)
+        else:
+            self = cast(Self, stand_in(cls, shape, like))
         self._make, self._made = make, None
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return self
@@ -94,7 +146,7 @@ class LazyTensor(Tensor):
             result = args[0].deferred(func, args[1:], kwargs)
             if result is not None:
                 return result
-        args, kwargs = tree_map_only(LazyTensor, LazyTensor.materialize, (args, kwargs))
+        args, kwargs = tree_map_only(LazyTensor, lambda x: x.materialize(), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -112,14 +164,21 @@ class LazyHidden(LazyTensor):
         shard: this rank's ``[B, s, H]``.
         length: S, the whole sequence.
         make: gathers, differentiable; called at most once.
+        back: from a gradient of the whole to the shard's.
     """
 
     shard: Tensor
 
     @staticmethod
-    def __new__(cls, shard: Tensor, length: int, make: Callable[[], Tensor]) -> LazyHidden:
+    def __new__(
+        cls,
+        shard: Tensor,
+        length: int,
+        make: Callable[[], Tensor],
+        back: Callable[[Tensor], Tensor],
+    ) -> LazyHidden:
         """A tensor without storage."""
-        self = cls._stand_in((shard.shape[0], length, shard.shape[2]), shard, make)
+        self = cls._stand_in((shard.shape[0], length, shard.shape[2]), shard, make, shard, back)
         self.shard = shard
         return self
 
@@ -135,6 +194,10 @@ class LazyHidden(LazyTensor):
         return self if whole and len(index) <= 3 else None
 
 
+def _then(logits: LazyLogits, func: Callable, args: tuple) -> Tensor:
+    return func(logits.materialize(), *args)
+
+
 class LazyLogits(LazyTensor):
     """Stand-in for logits ``[..., V]``, and for what a model makes of them by numbers and tanh.
 
@@ -142,10 +205,12 @@ class LazyLogits(LazyTensor):
         shape: shape of the whole logits.
         like: tensor whose dtype and device the logits will have.
         make: makes the whole logits, differentiable; called at most once.
+        source: what they are made from.
         request: what the loss needs to do without them; opaque here.
         chain: what was done to the head's result, as ``("mul", 2.0)``, ``("tanh", 1.0)``.
     """
 
+    source: Tensor
     request: Any
     chain: tuple[tuple[str, float], ...]
 
@@ -155,12 +220,13 @@ class LazyLogits(LazyTensor):
         shape: tuple[int, ...],
         like: Tensor,
         make: Callable[[], Tensor],
+        source: Tensor,
         request: Any,
         chain: tuple[tuple[str, float], ...] = (),
     ) -> LazyLogits:
         """A tensor without storage."""
-        self = cls._stand_in(shape, like, make)
-        self.request, self.chain = request, chain
+        self = cls._stand_in(shape, like, make, source, _refuse_gradient)
+        self.source, self.request, self.chain = source, request, chain
         return self
 
     def deferred(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -179,9 +245,9 @@ class LazyLogits(LazyTensor):
         with without_torch_function():
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             shape = tuple(self.shape)
-        return LazyLogits(
-            shape, like, lambda: func(self.materialize(), *args), self.request, (*self.chain, step)
-        )
+        chain = (*self.chain, step)
+        make = functools.partial(_then, self, func, args)
+        return LazyLogits(shape, like, make, self.source, self.request, chain)
 
     def scale_and_softcap(self) -> tuple[float, float | None] | None:
         """``(scale, softcap)`` if this is ``softcap * tanh(scale / softcap * logits)``.

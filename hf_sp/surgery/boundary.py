@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.errors import ShapeError
+from hf_sp.layers.entry import Entry, enter_block
+from hf_sp.layers.factors import EntryReader
 from hf_sp.layers.lazy import LazyHidden
-from hf_sp.layers.linear import ColumnParallelLinear, Entry, enter_block
+from hf_sp.layers.linear import ColumnParallelLinear
 from hf_sp.state import ParallelState
 
 
@@ -47,6 +49,11 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
         return embeddings[0].shape[-2]
     positions = kwargs.get("position_ids")
     return None if positions is None else positions.shape[-1]
+
+
+def _readers(module: Any) -> list[EntryReader]:
+    """Adapters among a block's children; they come and go, so they are looked up each time."""
+    return [child for child in module.children() if hasattr(type(child), "entry_factors")]
 
 
 class StackEntry:
@@ -80,7 +87,10 @@ class StackExit:
         if not state.sharded or state.length is None:
             return None
         gather = functools.partial(self.gather, output, state.length)
-        return LazyHidden(output, state.length, gather) if state.lazy_hidden else gather()
+        if not state.lazy_hidden:
+            return gather()
+        back = functools.partial(comm.own_shard, axis=state.axis)
+        return LazyHidden(output, state.length, gather, back)
 
     def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
         """The whole hidden states, known to the head."""
@@ -131,6 +141,7 @@ class BlockBoundary:
             sharded=self.state.sharded,
             length=length,
             batch_major=self.attention,
+            readers=_readers(module),
         )
         self.entries.append(entry)
         if (

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_map_only
 from hf_sp import collectives as comm
 from hf_sp.layers.dispatch import travelling_experts
 from hf_sp.layers.entered import Member, entered
+from hf_sp.layers.entry import entered_linear
 from hf_sp.layers.experts import Place, Weights, local_experts
 from hf_sp.layers.flat import FlatEntry, enter_sparse, unsqueezed
-from hf_sp.layers.linear import ColumnParallelLinear, entered_linear
+from hf_sp.layers.linear import ColumnParallelLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.recipe import leave_recipe, recipe_of
 from hf_sp.plan.schema import Block, Experts

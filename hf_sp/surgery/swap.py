@@ -104,7 +104,7 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
             if p is None:
                 continue
             if id(p) not in made:
-                made[id(p)] = _shard(p, placed[id(p)][1], state, device)
+                made[id(p)] = shard_parameter(p, placed[id(p)][1], state, device)
             module._parameters[name] = made[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device.type:
@@ -131,7 +131,7 @@ def _device(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
-def _shard(
+def shard_parameter(
     p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
 ) -> nn.Parameter:
     """This rank's part of a full parameter, as a DTensor parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from harness.parity import Case, pair
 from harness.report import Report
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_sp import parallelize
 from hf_sp.errors import ConfigError, HfSpError
@@ -93,6 +95,33 @@ def gradient_of_a_block_input_first(model: nn.Module, batch: Batch) -> None:
     handle.remove()
     torch.autograd.grad(loss, seen[0], retain_graph=True, allow_unused=True)
     loss.backward()
+
+
+class _Foreign(torch.autograd.Function):
+    """Somebody's fused function: torch shows it what it is given as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+@use
+def class_with_a_forward_of_its_own(model: nn.Module, batch: Batch) -> None:
+    """As patches of whole model classes do, with a fused function on the hidden states."""
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> CausalLMOutput:
+        kwargs.pop("logits_to_keep", None)
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(_Foreign.apply(hidden))
+        loss = self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    with mock.patch.object(type(model), "forward", forward):
+        model(**batch).loss.backward()
 
 
 @use

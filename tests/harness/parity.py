@@ -156,7 +156,8 @@ def _run(model: nn.Module, case: Case, report: Report | None) -> _Run:
             if report is not None and type(loss) is not Tensor:
                 report.problems.append(f"loss is a {type(loss).__name__}, want a plain tensor")
         found = gradients(model, report)
-        unclipped = {name: local(p.grad).clone() for name, p in model.named_parameters()}
+        trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
+        unclipped = {name: local(p.grad).clone() for name, p in trained.items()}
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), case.max_norm))
         steps.append(_Step(losses, found, norm))
         if report is not None:
@@ -166,7 +167,7 @@ def _run(model: nn.Module, case: Case, report: Report | None) -> _Run:
                 )
             # Each rank's part is what it was times the one factor: clip_grad_norm_ may pass a
             # gradient over.
-            for name, p in model.named_parameters():
+            for name, p in trained.items():
                 scaled = unclipped[name] * (case.max_norm / (norm + 1e-6))
                 report.compare(f"step {step + 1} clipped grad {name}", local(p.grad), scaled)
         optimizer.step()

@@ -19,7 +19,7 @@ from harness.parity import Case
 
 from hf_sp import collectives as comm
 from hf_sp.kernels import cross_entropy_steps as steps
-from hf_sp.layers import embedding, gated, head, lazy, linear, loss
+from hf_sp.layers import embedding, entry, gated, head, lazy, loss
 from hf_sp.surgery import boundary, fused, parameters, swap
 
 Patch = tuple[Any, str, Any]
@@ -133,13 +133,13 @@ def block_entry_gathers_own_copies() -> list[Patch]:
 
 @fault()
 def block_entry_regathers_in_wrong_rank_order() -> list[Patch]:
-    right = linear._weight_gradients
+    right = entry._weight_gradients
 
-    def wrong(ctx, entry, dys):
+    def wrong(*args):
         with mock.patch.object(comm, "all_gather", _rolled):
-            return right(ctx, entry, dys)
+            return right(*args)
 
-    return [(linear, "_weight_gradients", wrong)]
+    return [(entry, "_weight_gradients", wrong)]
 
 
 @fault()
@@ -164,13 +164,13 @@ def block_entry_backward_averages() -> list[Patch]:
 
 @fault()
 def block_keeps_only_the_last_input_gradient() -> list[Patch]:
-    right = linear.Entry.receive
+    right = entry.Entry.receive
 
     def wrong(self, slot, dy, weight, keep):
         self.dx = None
         right(self, slot, dy, weight, keep)
 
-    return [(linear.Entry, "receive", wrong)]
+    return [(entry.Entry, "receive", wrong)]
 
 
 @fault(Case("llama_bias", sp=False))
@@ -339,23 +339,23 @@ def gated_row_bias_added_on_every_rank() -> list[Patch]:
 
 @fault()
 def row_bias_added_on_every_rank() -> list[Patch]:
-    right = linear.RowLinear.forward
+    right = gated.RowLinear.forward
 
     def forward(ctx, x, weight, bias, add_bias, sharded):
         return right(ctx, x, weight, bias, True, sharded)
 
-    return [(linear.RowLinear, "forward", staticmethod(forward))]
+    return [(gated.RowLinear, "forward", staticmethod(forward))]
 
 
 @fault()
 def row_bias_gradient_summed_again() -> list[Patch]:
-    right = linear.RowLinear.backward
+    right = gated.RowLinear.backward
 
     def backward(ctx, grad):
         dx, dw, db, *rest = right(ctx, grad)
         return dx, dw, db * 2, *rest
 
-    return [_backward(linear.RowLinear, backward)]
+    return [_backward(gated.RowLinear, backward)]
 
 
 @fault(Case("llama_odd_vocab"))

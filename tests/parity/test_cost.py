@@ -31,6 +31,7 @@ from hf_sp.estimate import (
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
+from hf_sp.layers.loss import linear_vocab_parallel_cross_entropy
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
 AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
@@ -211,11 +212,34 @@ def test_logits_never_exist():
         for vocab in (4096, 8192)
     }
     added = sizes[8192] - sizes[4096]
-    logits = 4096 * 4096 * 2
-    # Weights' gradients and their float32 sums of the added rows, and a chunk in float32 and bf16.
-    rows, chunk = 4096 // 4 * 512 * (2 + 2 + 4), 256 * 4096 // 4 * (4 + 4 + 2 + 2)
+    # Gradients of the added rows with their float32 sums, and a chunk's logits in bf16.
+    rows, chunk = 4096 // 4 * 512 * (2 + 4), 256 * 4096 // 4 * 2
     assert added <= rows + chunk
-    assert rows + chunk < logits
+    assert rows + chunk < 4096 * 4096 * 2
+
+
+def _loss_peak(vocab, length, chunk, **options):
+    with fake_world(4) as mesh, fake_tensors():
+        hidden = torch.zeros(1, length // 4, 512, requires_grad=True)
+        weight = torch.zeros(vocab // 4, 512, requires_grad=True)
+        labels = torch.zeros(1, length, dtype=torch.long)
+        loss = functools.partial(
+            linear_vocab_parallel_cross_entropy, hidden, weight, labels, mesh, vocab_size=vocab
+        )
+        return count_step(lambda: loss(chunk=chunk, **options)).peak_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"label_smoothing": 0.1}], ids=str)
+def test_a_logit_of_a_chunk_takes_two_bytes(options):
+    """Exactly: the gradient takes the logits' place, and float32 is held by slabs only."""
+    small, large = (_loss_peak(vocab, 4096, 4096, **options) for vocab in (65536, 131072))
+    columns = (131072 - 65536) // 4
+    assert large - small == columns * (4096 * 2 + 512 * 2)  # logits, the head's gradient
+
+
+def test_the_peak_grows_with_the_sequence_by_the_shards_gradient_alone():
+    small, large = (_loss_peak(65536, length, 2048) for length in (8192, 16384))
+    assert large - small == 8192 * (512 * 2 // 4 + 8)  # its share, and the labels of all
 
 
 def test_real_ranks_agree_with_the_fake_world():

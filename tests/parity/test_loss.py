@@ -97,7 +97,7 @@ MADE = {
 
 def _lazy():
     real = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    return real, LazyLogits((2, 3), real, real.clone, "request")
+    return real, LazyLogits((2, 3), real, real.clone, real, "request")
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -47,6 +50,55 @@ def test_accelerate_launch(tmp_path):
     _run([*launch, *config, "recipes/train_trainer.py", *TRAIN, "--output_dir", str(tmp_path)])
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.vocab_size == model.lm_head.weight.shape[0]
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+LAUNCH += ["--config_file", "recipes/accelerate/tp2_sp_cpu.yaml"]
+SFT = ["--max_steps", "2", "--max_length", "33", "--use_cpu", "--bf16", "False", "--dtype"]
+SFT += ["float32", "--report_to", "none", "--per_device_train_batch_size", "2"]
+SFT += ["--logging_steps", "1", "--gradient_accumulation_steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "script", "data"),
+    [("sft_full", "sft_trainer", "rows"), ("sft_lora", "sft_lora", "pairs")],
+)
+def test_sft(config, script, data, local, tmp_path):
+    """The YAML as it stands, but for the model, the data and the size."""
+    own = ["--model_name_or_path", str(local / "model")]
+    own += ["--dataset_name", str(local / f"{data}.jsonl"), "--output_dir", str(tmp_path)]
+    if data == "pairs":
+        # The other way of batching.
+        own += ["--packing", "False"]
+    yaml_file = ["--config", f"recipes/configs/{config}.yaml"]
+    printed = _run([*LAUNCH, f"recipes/{script}.py", *yaml_file, *SFT, *own])
+    assert "mean_token_accuracy" in printed
+    base = AutoModelForCausalLM.from_pretrained(local / "model")
+    if config == "sft_full":
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        trained = PeftModel.from_pretrained(base, tmp_path)
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= {
+            p.name for p in tmp_path.iterdir()
+        }
+        moved = [p for n, p in trained.named_parameters() if "lora_B" in n]
+        assert len(moved) == 14
+        assert all(p.any() for p in moved)
+    assert trained.config.vocab_size == base.config.vocab_size
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")))
+def test_config_keys_are_trls(path):
+    known = {f.name for kind in (SFTConfig, ScriptArguments, ModelConfig) for f in fields(kind)}
+    assert yaml.safe_load(path.read_text()).keys() <= known
+
+
+def test_accelerate_loop(local, tmp_path):
+    own = ["--model_name_or_path", str(local / "model"), "--train_file", "LICENSE"]
+    own += ["--output_dir", str(tmp_path), "--seq_length", "33", "--max_steps", "2", "--cpu"]
+    printed = _run([*LAUNCH, "recipes/accelerate_loop.py", *own, "--lora_r", "4"])
+    assert printed.count("grad norm") == 2
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)

@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from harness import tiny
 from harness.pool import pool
+from peft import IA3Config
 from torch import nn
 
 from hf_sp import parallelize
@@ -179,6 +180,11 @@ def _quantised(model):
     model.hf_quantizer = object()
 
 
+def _packed(model):
+    packed = torch.zeros(64, 32, dtype=torch.uint8)
+    model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(packed, requires_grad=False)
+
+
 def _optimizer(model):
     model.held = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -188,7 +194,7 @@ def _gradient(model):
 
 
 def _adapters(model):
-    model.peft_config = {}
+    model.peft_config = {"default": IA3Config()}
 
 
 @pytest.mark.parametrize(
@@ -196,9 +202,10 @@ def _adapters(model):
     [
         (_device_map, "dispatched by device_map"),
         (_quantised, "quantised weights"),
+        (_packed, "QLoRA: not in this release"),
         (_optimizer, "an optimizer was built"),
         (_gradient, "gradients of its whole parameters"),
-        (_adapters, "has adapters"),
+        (_adapters, "IA3 is not supported"),
         (cpu_offload, "dispatch hooks"),
     ],
 )

@@ -1,0 +1,85 @@
+"""TRL's SFTTrainer with LoRA, with one line added.
+
+    accelerate launch --config_file recipes/accelerate/tp2_sp.yaml recipes/sft_lora.py \
+        --config recipes/configs/sft_lora.yaml
+
+    torchrun --standalone --nproc_per_node 2 recipes/sft_lora.py \
+        --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --output_dir out \
+        --lora_r 32 --lora_alpha 16 --lora_target_modules all-linear --learning_rate 2e-4
+
+Any argument of TRL's SFTConfig, ScriptArguments and ModelConfig, on the command line or in the
+YAML. A dataset is a name on the Hub, a folder, or a .json, .jsonl or .txt file. What is written is
+PEFT's own adapter: load it over the plain model with PeftModel.from_pretrained, in vLLM, or here
+again at another tp.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import DatasetDict, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+)
+
+from hf_sp import parallelize
+
+FILES = {"json": "json", "jsonl": "json", "txt": "text"}
+
+
+@dataclass
+class ParallelArguments:
+    tp: int | None = field(
+        default=None,
+        metadata={"help": "default: what accelerate's config says, else all processes"},
+    )
+    sp: bool = field(default=True, metadata={"help": "--sp False: plain tensor parallelism"})
+
+
+def load(script: ScriptArguments) -> DatasetDict:
+    kind = FILES.get(script.dataset_name.rpartition(".")[2])
+    if kind is not None:
+        return load_dataset(kind, data_files={script.dataset_train_split: script.dataset_name})
+    return load_dataset(script.dataset_name, name=script.dataset_config)
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, ParallelArguments))
+    script, training, model_args, parallel = parser.parse_args_and_config()
+    model_args.use_peft = True
+    if not model_args.lora_target_modules:
+        model_args.lora_target_modules = "all-linear"
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+
+    model = parallelize(model, tp=parallel.tp, sp=parallel.sp)  # the one line
+
+    dataset = load(script)
+    evaluation = dataset.get(script.dataset_test_split) if training.eval_strategy != "no" else None
+    trainer = SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()  # on all ranks; PEFT's standard files
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

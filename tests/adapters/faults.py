@@ -1,0 +1,206 @@
+"""One deliberate fault for every sum, scale and mask of the adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from harness.parity import Case
+
+from adapters.jobs import Lora
+from hf_sp import collectives as comm
+from hf_sp.integrations import peft_layers as layers
+from hf_sp.layers import entry, factors, lora
+
+Patch = tuple[Any, str, Any]
+
+PLAIN = Lora(Case("llama"), "after")
+DORA = Lora(Case("llama_bias", seed=1), "after", (("use_dora", True),))
+DROPOUT = Lora(Case("llama"), "after", (("lora_dropout", 0.3),))
+VOCABULARY = Lora(
+    Case("llama_odd_vocab"), "after", (("target_modules", ("embed_tokens", "lm_head")),)
+)
+SHARED = Lora(Case("llama_kv1"), "after")
+
+
+@dataclass(frozen=True)
+class Fault:
+    patches: Callable[[], list[Patch]]
+    lora: Lora
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(lora: Lora = PLAIN) -> Callable:
+    def register(patches: Callable[[], list[Patch]]) -> Callable:
+        name = patches.__name__
+        case = replace(lora.case, around=f"adapters.faults:{name}")
+        FAULTS[name] = Fault(patches, replace(lora, case=case))
+
+        @contextlib.contextmanager
+        def active() -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                for owner, attribute, value in patches():
+                    stack.enter_context(mock.patch.object(owner, attribute, value))
+                yield
+
+        globals()[name] = active
+        return active
+
+    return register
+
+
+def _averaged(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
+    y = comm._IdentityAllReduce.apply(x, axis)
+    return y.detach() + (y - y.detach()) / axis.size
+
+
+@fault()
+def sum_of_column_factors_dropped() -> list[Patch]:
+    return [(factors, "_sum_together", lambda grads, axis: None)]
+
+
+@fault()
+def sum_of_column_factors_averaged() -> list[Patch]:
+    right = factors._sum_together
+
+    def wrong(grads, axis):
+        right(grads, axis)
+        grads[:] = [None if g is None else g / axis.size for g in grads]
+
+    return [(factors, "_sum_together", wrong)]
+
+
+@fault()
+def sum_of_column_factors_in_another_order() -> list[Patch]:
+    right = factors._sum_together
+
+    def wrong(grads, axis):
+        right(grads, axis)
+        grads.reverse()
+
+    return [(factors, "_sum_together", wrong)]
+
+
+@fault()
+def factor_gradients_not_reduced() -> list[Patch]:
+    right = factors.split_gradients
+
+    def wrong(reduced, waiting, x, needs, wants_dx, axis, sharded):
+        reduced = reduced.clone()
+        start = reduced.shape[-1] - sum(one.du.shape[-1] for one in waiting)
+        for one in waiting:
+            stop = start + one.du.shape[-1]
+            height = reduced.shape[0]
+            own = one.du[axis.rank * height : (axis.rank + 1) * height]
+            reduced[: own.shape[0], :, start:stop] = own
+            start = stop
+        return right(reduced, waiting, x, needs, wants_dx, axis, sharded)
+
+    return [(entry.factors, "split_gradients", wrong)]
+
+
+@fault()
+def input_gradient_without_the_factors() -> list[Patch]:
+    right = factors.split_gradients
+
+    def wrong(reduced, waiting, *rest):
+        dx, grads = right(reduced, waiting, *rest)
+        width = sum(one.du.shape[-1] for one in waiting)
+        return reduced[..., : reduced.shape[-1] - width] if dx is not None else None, grads
+
+    return [(entry.factors, "split_gradients", wrong)]
+
+
+@fault(Lora(Case("llama", sp=False), "after"))
+def plain_tp_sums_whole_gradients() -> list[Patch]:
+    right = factors.split_gradients
+
+    def wrong(*args):
+        dx, grads = right(*args)
+        factors._sum_together(grads, args[5])
+        return dx, grads
+
+    return [(entry.factors, "split_gradients", wrong)]
+
+
+@fault()
+def sum_of_row_factor_dropped() -> list[Patch]:
+    return [(layers._ParallelLoraLinear, "_summed", lambda self, p: p)]
+
+
+@fault()
+def sum_of_row_factor_averaged() -> list[Patch]:
+    return [
+        (layers._ParallelLoraLinear, "_summed", lambda self, p: _averaged(p, self._axis())),
+    ]
+
+
+@fault()
+def row_adapter_scaled_as_if_it_were_whole() -> list[Patch]:
+    right = layers.RowLoraLinear._delta
+    return [(layers.RowLoraLinear, "_delta", lambda self, *a: right(self, *a) / self._axis().size)]
+
+
+@fault(SHARED)
+def sum_over_ranks_that_share_a_head_dropped() -> list[Patch]:
+    return [(layers.ColumnLoraLinear, "_summed", lambda self, p: p)]
+
+
+@fault(DORA)
+def dora_norm_of_the_shard() -> list[Patch]:
+    return [(layers.RowLoraLinear, "_row_norm", layers._ParallelLoraLinear._row_norm)]
+
+
+@fault(DORA)
+def dora_bias_on_every_rank() -> list[Patch]:
+    return [(layers.RowLoraLinear, "_adds_bias", lambda self: True)]
+
+
+@fault(DORA)
+def dora_magnitude_not_summed() -> list[Patch]:
+    return [(layers.RowLoraLinear, "_summed", lambda self, p: p)]
+
+
+@fault(DROPOUT)
+def dropout_alike_on_other_features() -> list[Patch]:
+    right = factors.Dropout.part
+    return [(factors.Dropout, "part", lambda self, x, index: right(self, x, 0))]
+
+
+@fault(DROPOUT)
+def dropout_of_another_shard_in_backward() -> list[Patch]:
+    right = factors.split_gradients
+
+    def wrong(*args):
+        axis = args[5]
+        other = comm.Axis(axis.group, axis.size, (axis.rank + 1) % axis.size)
+        return right(*args[:5], other, *args[6:])
+
+    return [(entry.factors, "split_gradients", wrong)]
+
+
+@fault(DROPOUT)
+def dropout_not_undone_in_backward() -> list[Patch]:
+    right = lora._FactorLinear.backward
+
+    def backward(ctx, *grads):
+        ctx.dropout = None
+        return right(ctx, *grads)
+
+    return [(lora._FactorLinear, "backward", staticmethod(backward))]
+
+
+@fault(VOCABULARY)
+def head_adapter_keeps_own_rows_gradient() -> list[Patch]:
+    return [(layers.comm, "identity_allreduce", lambda x, axis: x)]
+
+
+@fault(VOCABULARY)
+def embedding_adapter_looks_up_ids_of_other_ranks() -> list[Patch]:
+    return [(layers, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]

@@ -1,0 +1,37 @@
+"""Private names of peft and trl are what the integrations were written against."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from integrations.test_names import found
+
+from hf_sp.integrations import peft, trl
+from hf_sp.integrations.adapter_names import NAMES
+
+TABLES = [peft.PATCHES, peft.LAYER_PATCHES, trl.patches()]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda n: n.path)
+def test_name_is_as_it_was(name):
+    value = found(name)
+    if name.signature is not None:
+        parameters = [
+            p.replace(annotation=inspect.Parameter.empty)
+            for p in inspect.signature(value).parameters.values()
+        ]
+        assert str(inspect.Signature(parameters)) == name.signature
+    if name.lines:
+        source = inspect.getsource(value)
+        assert [line for line in name.lines if line not in source] == []
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_patched_name_is_listed(table):
+    listed = [name.path.replace(":", ".") for name in NAMES]
+    for owner, name, patch in table.entries:
+        assert patch.__doc__
+        path = f"{owner.__name__}.{name}"
+        full = path if inspect.ismodule(owner) else f"{owner.__module__}.{path}"
+        assert full in listed

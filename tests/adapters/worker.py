@@ -1,0 +1,330 @@
+"""The script that the TRL tests start: plain in one process, or on several ranks. Reports JSON.
+
+What differs between the reports of ``plain`` and ``tp`` is what the integration got wrong. B is
+random from the start; the ranks' seeds differ, and rank 0 draws what the plain run draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+warnings.filterwarnings("ignore")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+)
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+MODE = sys.argv[1]
+OUT = Path(sys.argv[2])
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+REPORT: dict = {}
+
+if MODE != "plain":
+    from hf_sp import parallelize
+    from hf_sp.errors import HfSpError
+
+WORDS = [f"w{i}" for i in range(58)]
+KEYS = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate")
+
+
+def tokenizer():
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def tiny(seed=0, tie=False, parallel=True):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).to(torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2.0)
+    return shard(model) if parallel else model
+
+
+def shard(model):
+    if MODE != "plain":
+        model = parallelize(model, tp=WORLD)
+    torch.manual_seed(1000 + RANK)
+    return model
+
+
+def sentence(g, low, high):
+    n = int(torch.randint(low, high, (), generator=g))
+    return " ".join(WORDS[i] for i in torch.randint(0, 58, (n,), generator=g))
+
+
+def texts(n=24):
+    g = torch.Generator().manual_seed(5)
+    return Dataset.from_list([{"text": sentence(g, 3, 14)} for _ in range(n)])
+
+
+def completions(n=24):
+    g = torch.Generator().manual_seed(6)
+    rows = [{"prompt": sentence(g, 2, 7), "completion": " " + sentence(g, 1, 8)} for _ in range(n)]
+    return Dataset.from_list(rows)
+
+
+def pairs(n=16):
+    g = torch.Generator().manual_seed(7)
+    keys = {"prompt": (2, 6), "chosen": (1, 6), "rejected": (1, 6)}
+    rows = [{k: sentence(g, *v) for k, v in keys.items()} for _ in range(n)]
+    return Dataset.from_list([{**r, "prompt": r["prompt"] + " "} for r in rows])
+
+
+def lora(**fields):
+    # init_lora_weights=False draws B too.
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(**{**options, "task_type": "CAUSAL_LM", **fields})
+
+
+def arguments(kind, name, **kwargs):
+    return kind(
+        **{
+            "output_dir": str(OUT / MODE / name),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.5,
+            "max_steps": 3,
+            "save_strategy": "no",
+            "seed": 3,
+            "dataloader_pin_memory": False,
+            "max_length": 16,
+            **kwargs,
+        }
+    )
+
+
+def sft(name, model=None, data=None, evaluation=None, peft_config=None, **kwargs):
+    trainer = SFTTrainer(
+        model=tiny() if model is None else model,
+        args=arguments(SFTConfig, name, **kwargs),
+        train_dataset=texts() if data is None else data,
+        eval_dataset=evaluation,
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def history(trainer, keys=KEYS):
+    return [{k: r[k] for k in keys if k in r} for r in trainer.state.log_history if "loss" in r]
+
+
+def full(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def trained(model):
+    return {n: full(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def checksum(tensors):
+    return {
+        n: [float(t.double().abs().sum()), float(t.double().square().sum())]
+        for n, t in tensors.items()
+    }
+
+
+def same_on_all_ranks(model):
+    """Replicated parameters are bit-equal."""
+    if MODE == "plain" or WORLD == 1:
+        return True
+    for p in model.parameters():
+        local = p.to_local() if hasattr(p, "to_local") else p
+        if local.shape == p.shape:
+            first = local.detach().clone()
+            dist.broadcast(first, src=0)
+            if not torch.equal(first, local.detach()):
+                return False
+    return True
+
+
+def run(name, trainer, **kwargs):
+    result = trainer.train(**kwargs)
+    REPORT[name] = {
+        "history": history(trainer),
+        "train_loss": result.training_loss,
+        "weights": checksum(trained(trainer.model)),
+        "replicas": same_on_all_ranks(trainer.model),
+    }
+    return trainer
+
+
+def job_sft():
+    """Each kind of run; the files of the first are compared too."""
+    first = sft("lora", peft_config=lora(), save_strategy="steps", save_steps=2, max_steps=4)
+    with counted() as gathers:
+        run("lora", first)
+    REPORT["gathers"] = len(gathers)
+    first.save_model()
+    again = sft("lora", peft_config=lora(), max_steps=4)
+    run("lora_resumed", again, resume_from_checkpoint=str(OUT / MODE / "lora" / "checkpoint-2"))
+    run("full", sft("full"))
+    run("tied", sft("tied", tiny(tie=True), max_steps=2))
+    run("packed", sft("packed", peft_config=lora(), packing=True, max_length=24))
+    free = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
+    run("padding_free", sft("free", peft_config=lora(use_rslora=True), **free))
+    trainer = sft(
+        "completions",
+        data=completions(),
+        peft_config=lora(),
+        evaluation=completions(7),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run("completions", trainer)
+    keys = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    REPORT["completions"]["eval"] = [
+        {k: r[k] for k in keys} for r in trainer.state.log_history if "eval_loss" in r
+    ]
+    some = lora(target_modules=["q_proj", "down_proj"])
+    run("dft", sft("dft", peft_config=some, loss_type="dft"))
+    kept = lora(modules_to_save=["lm_head", "norm"], target_modules=["v_proj", "o_proj"])
+    run("saved_modules", sft("saved", peft_config=kept))
+    # PEFT first, parallelize second.
+    torch.manual_seed(1000 + RANK)
+    before = shard(get_peft_model(tiny(parallel=False), lora()))
+    run("before", sft("before", before))
+
+
+def job_cross():
+    """Resume from what another degree has saved: stock Trainer, or two ranks."""
+    for source in ("plain", "tp") if MODE == "back" else ("plain",):
+        again = sft("cross", peft_config=lora(), max_steps=4)
+        again.train(resume_from_checkpoint=str(OUT / source / "lora" / "checkpoint-2"))
+        REPORT[f"cross_{source}"] = {
+            "history": history(again),
+            "weights": checksum(trained(again.model)),
+        }
+
+
+def job_dpo():
+    keys = (*KEYS, "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+            "logps/rejected", "logits/chosen", "logits/rejected", "rewards/accuracies")  # fmt: skip
+    for name, config, reference in (
+        ("dpo_lora", lora(), None),
+        ("dpo_full", None, tiny(seed=4)),
+    ):
+        trainer = DPOTrainer(
+            model=tiny(),
+            ref_model=reference,
+            args=arguments(DPOConfig, name, max_length=24, beta=0.2),
+            train_dataset=pairs(),
+            processing_class=tokenizer(),
+            peft_config=config,
+        )
+        trainer.remove_callback(PrinterCallback)
+        run(name, trainer)
+        REPORT[name]["history"] = history(trainer, keys)
+
+
+@contextlib.contextmanager
+def counted():
+    """Whole tensors that are gathered meanwhile."""
+    found = []
+    original = DTensor.full_tensor
+
+    def spy(self, **kwargs):
+        found.append(tuple(self.shape))
+        return original(self, **kwargs)
+
+    with mock.patch.object(DTensor, "full_tensor", spy):
+        yield found
+
+
+class Other(SFTTrainer):
+    """Stands for a trainer of TRL that derives from one that is supported."""
+
+    __module__ = "trl.experimental.other"
+
+    def __init__(self, **kwargs):
+        Trainer.__init__(self, **kwargs)
+
+
+def job_refusals():
+    def refused(function):
+        try:
+            function()
+        except HfSpError as error:
+            return {"type": type(error).__name__, "message": str(error)}
+        return None
+
+    cases = {
+        "activation_offloading": lambda: sft("r1", activation_offloading=True),
+        "other": lambda: Other(model=tiny(), args=arguments(SFTConfig, "r2")),
+    }
+    REPORT["refusals"] = {name: refused(function) for name, function in cases.items()}
+
+
+def main():
+    for job in JOBS[MODE]:
+        if sys.argv[3:] and job.__name__ not in sys.argv[3:]:
+            continue
+        started = time.monotonic()
+        job()
+        print(f"rank {RANK}: {job.__name__} {time.monotonic() - started:.1f} s", flush=True)
+    (OUT / f"{MODE}-{RANK}.json").write_text(json.dumps(REPORT))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+JOBS = {
+    "plain": [job_sft, job_dpo],
+    "tp": [job_sft, job_dpo, job_cross, job_refusals],
+    "back": [job_cross],
+}
+
+if __name__ == "__main__":
+    main()
