@@ -142,8 +142,7 @@ def check_config(config: Any, where: str, *, after: bool) -> None:
         )
     unsupported = {
         "lora_bias": "the bias of a row linear's factor would be added once on every rank",
-        "target_parameters": "it wraps weights of experts, and models with experts are not "
-        "parallelized by this release",
+        "target_parameters": "it wraps weights of experts, whose shards are not the adapter's",
         "trainable_token_indices": "it replaces rows of an embedding whose rows live on other "
         "ranks",
         "layer_replication": "a layer that stands in several places cannot be sharded once",
