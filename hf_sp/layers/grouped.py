@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sp.torch_private import is_fake
+
 
 @dataclass(slots=True)
 class Groups:
@@ -32,14 +34,21 @@ class Groups:
         return list(zip([0, *self.host[:-1]], self.host, strict=True))
 
 
+def _suits(x: Tensor) -> bool:
+    """Whether the grouped kernel is for x at all: its device and dtype."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
 def _fused(*operands: Tensor) -> Any:
     """The grouped GEMM of torch, where it takes these: bfloat16 on CUDA, strides of 16 bytes."""
     kernel = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if all(is_fake(x) and x.dtype == torch.bfloat16 for x in operands):
+        return kernel  # no rows to loop over: the estimator's tensors have no values
     for x in operands:
         bytes_apart = [n * x.element_size() for n in x.stride() if n != 1]
         aligned = all(n % 16 == 0 for n in bytes_apart) and x.data_ptr() % 16 == 0
         # Nothing to multiply: kernels differ in what they make of no rows.
-        if not x.is_cuda or x.dtype != torch.bfloat16 or not aligned or not x.numel():
+        if not _suits(x) or not aligned or not x.numel():
             return None
     return kernel
 
@@ -47,7 +56,7 @@ def _fused(*operands: Tensor) -> Any:
 def _padded(x: Tensor, dim: int) -> Tensor:
     """Zeros up to a multiple of 8 along ``dim``, so that rows are 16 bytes apart in bfloat16."""
     missing = -x.shape[dim] % 8
-    if not missing or not x.is_cuda or x.dtype != torch.bfloat16:
+    if not missing or not _suits(x):
         return x
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim % x.dim()) + (0, missing))
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hf_sp import collectives as comm
 from hf_sp.layers.dispatch import travelling_experts
@@ -31,7 +32,6 @@ from hf_sp.plan.schema import Block, Experts
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, put_hidden, take_hidden
 from hf_sp.surgery.parameters import LocalParameters
-from hf_sp.torch_private import without_torch_function
 
 
 class SparseBoundary(BlockBoundary):
@@ -157,26 +157,33 @@ class ExpertsMember:
         return cast_for_autocast(local(cast(Tensor, self.module.gate_up_proj)), like), None
 
 
-class RouterWeight(Tensor):
-    """What HF's router reads as ``self.weight``: ``F.linear`` with it does not save the tokens."""
+class RouterWeight:
+    """What HF's router reads as ``self.weight``: ``F.linear`` with it does not save the tokens.
 
-    _boundary: SparseBoundary
+    No tensor, but to torch's functions like one; its attributes and methods are the weight's.
+    """
+
+    def __init__(self, weight: Tensor, boundary: SparseBoundary) -> None:
+        self._weight, self._boundary = weight, boundary
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weight, name)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """A linear on the gathered tokens goes through the block's entry; all else is plain."""
-        with without_torch_function():
-            if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
-                boundary = args[1]._boundary
-                entry = boundary.current()
-                if entry is not None:
-                    entry.mark(args[0])
-                found = entered(args[0], boundary.router)
-                if found is not None:
-                    return entered_linear(args[0], *found)
-            return func(*args, **(kwargs or {}))
+        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
+            boundary = args[1]._boundary
+            entry = boundary.current()
+            if entry is not None:
+                entry.mark(args[0])
+            found = entered(args[0], boundary.router)
+            if found is not None:
+                return entered_linear(args[0], *found)
+        plain = tree_map_only(cls, lambda weight: weight._weight, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
 
 
 class RouterParameters(LocalParameters):
@@ -189,9 +196,7 @@ class RouterParameters(LocalParameters):
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the weight."""
         super().show(module, args)
-        weight = module.__dict__["weight"].as_subclass(RouterWeight)
-        weight._boundary = self.boundary
-        module.__dict__["weight"] = weight
+        module.__dict__["weight"] = RouterWeight(module.__dict__["weight"], self.boundary)
 
 
 class ExpertsForward:

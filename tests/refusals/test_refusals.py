@@ -30,7 +30,7 @@ from hf_sp.estimate import fake_world
         ({"tp": True}, "ConfigError", ["positive integer"]),
         ({"sp": 2}, "ConfigError", ["sp is a switch"]),
         ({"cp": 2}, "ConfigError", ["cp is not built yet", "cp=1"]),
-        ({"ep": 2}, "ConfigError", ["ep is not built yet"]),
+        ({"ep": 2}, "PlanError", ["no layer has experts"]),
         ({"dp_shard": 2}, "ConfigError", ["dp_shard is not built yet"]),
         ({"dp_replicate": 2}, "ConfigError", ["dp_replicate is not built yet"]),
         ({"cp_mode": "x"}, "ConfigError", ["'ulysses', 'ring', 'hybrid'"]),

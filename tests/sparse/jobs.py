@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hf_sp import parallel_state, parallelize
+from hf_sp.errors import ConfigError
 from hf_sp.optimizer_state import load_optimizer, save_optimizer
 
 
@@ -376,3 +377,34 @@ def folder() -> str:
     names = [tempfile.mkdtemp(prefix="hf_sp_sparse_") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names, 0)
     return names[0]
+
+
+def jitter_without_a_common_seed() -> str:
+    """The pool seeds its ranks differently."""
+    parallel = parallelize(tiny.build("mixtral", router_jitter_noise=0.1))
+    try:
+        parallel(**batches.plain(2, 8))
+    except ConfigError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def adapters(ep: int, targets: tuple[str, ...]) -> Report:
+    """LoRA with factors that are not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    report = _report(f"LoRA ep={ep}")
+    plain = tiny.build("qwen2_moe")
+    models = []
+    for one in (plain, copy.deepcopy(plain)):
+        adapted = get_peft_model(one, LoraConfig(r=4, target_modules=list(targets)))
+        generator = torch.Generator().manual_seed(1)
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.data = 0.2 * noise
+        models.append(adapted)
+    model, parallel = models[0], parallelize(models[1], ep=ep)
+    tiny.reference(model.get_base_model())
+    compare_once(report, model, parallel, batches.plain(2, 17))
+    return report

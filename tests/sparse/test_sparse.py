@@ -8,6 +8,10 @@ from harness import tiny
 from harness.pool import pool
 from harness.report import assert_parity
 
+from hf_sp.errors import PlanError
+from hf_sp.plan import derive_plan
+from hf_sp.surgery.sparse_forms import check_sparse_blocks
+
 SPLITS = pytest.mark.parametrize("ep", [1, 2])
 
 
@@ -182,12 +186,59 @@ def test_refusals(family, kwargs, parts):
 
 
 def test_print_of_sizes_that_do_not_divide():
-    from hf_sp.errors import PlanError
-    from hf_sp.plan import derive_plan
-
     model = tiny.build("qwen2_moe", moe_intermediate_size=36, shared_expert_intermediate_size=36)
     with pytest.raises(PlanError, match=r"expert features=36, 36 % 8 = 4"):
         derive_plan(model, 8, True)
     model = tiny.build("mixtral", num_local_experts=6)
     with pytest.raises(PlanError, match=r"experts=6, 6 % 4 = 2"):
         derive_plan(model, 4, True, ep=4)
+
+
+def test_jitter_of_ranks_that_are_not_seeded_alike():
+    for message in pool(2).run("sparse.jobs:jitter_without_a_common_seed"):
+        assert "the ranks' random generators differ" in message
+
+
+@SPLITS
+@pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("up_proj", "shared_expert_gate")])
+def test_lora(ep, targets):
+    """Adapters on attention; on the shared expert and its gate."""
+    assert_parity(pool(2).run("sparse.jobs:adapters", ep=ep, targets=targets))
+
+
+@pytest.mark.parametrize("change", ["activation", "residual", "router over tokens", "scaled twice"])
+def test_blocks_of_another_form(change):
+    """A block that only looks like one that is known."""
+    model = tiny.build("mixtral")
+    block = model.model.layers[1].mlp
+    mixed = type(block)
+
+    if change == "activation":
+        block.experts.act_fn = torch.nn.GELU()
+    elif change == "residual":
+
+        class Residual(mixed):
+            def forward(self, x):
+                return x + super().forward(x)
+
+        block.__class__ = Residual
+    elif change == "scaled twice":
+
+        class Squared(mixed):
+            def forward(self, x):
+                return super().forward(x).square()
+
+        block.__class__ = Squared
+    else:
+
+        class Balanced(type(block.gate)):
+            def forward(self, x):
+                logits = torch.nn.functional.linear(x, self.weight)
+                weights, index = (logits.softmax(0) * logits.softmax(1)).topk(self.top_k)
+                return logits, weights, index
+
+        block.gate.__class__ = Balanced
+        del block.gate.forward
+    plan = derive_plan(model, 2, True)
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp"):
+        check_sparse_blocks(model, plan)

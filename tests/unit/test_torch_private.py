@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_sp import torch_private as private
 from hf_sp.estimate import fake_world
@@ -26,6 +27,11 @@ ELSEWHERE = {"estimate/accounting.py", "estimate/simulate.py", "checkpoint.py"}
             "(Tensor input, str reduce_op, int group_size, {group} group_name) -> Tensor",
         ),
         ("all_reduce", "(Tensor input, str reduce_op, {group} group_name) -> Tensor"),
+        (
+            "all_to_all_single",
+            "(Tensor input, SymInt[] output_split_sizes, SymInt[] input_split_sizes, "
+            "{group} group_name) -> Tensor",
+        ),
         ("wait_tensor", "(Tensor tensor) -> Tensor"),
     ],
 )
@@ -132,3 +138,16 @@ def test_they_stand_in_one_place():
         if pattern.search(path.read_text())
     }
     assert found - ELSEWHERE == {"torch_private.py"}
+
+
+def test_packed_halves():
+    """Part r of each half on rank r; torn apart and put together by DTensor itself."""
+    full = torch.arange(3 * 8 * 2).view(3, 8, 2)
+    with fake_world(2) as mesh:
+        placement = private.packed_halves(1)
+        found = distribute_tensor(full, mesh, (placement,), src_data_rank=None)
+        gate, up = full.chunk(2, 1)
+        assert torch.equal(found.to_local(), torch.cat([gate[:, :2], up[:, :2]], 1))
+        assert torch.zeros_like(found).placements == (placement,)
+    assert private.is_packed(placement)
+    assert not private.is_packed(Shard(1))

@@ -1,0 +1,139 @@
+"""What the experts of one sparse layer cost a rank: features split (tp) or whole experts (ep).
+
+Bytes alive after the forward and bytes sent in a training step, for Mixtral-8x7B and
+Qwen3-30B-A3B. Of the split form a whole layer is counted with the code itself on fake tensors,
+beside the closed form of its experts. Where tokens travel, how many do depends on the data, and
+fake tensors have none: the closed form stands alone for an even router, held to the byte on real
+ranks by tests/sparse.
+
+    python scripts/bench/moe_cost.py            # writes scripts/bench/results/moe_cost.md
+    python scripts/bench/moe_cost.py --quick    # one shape, writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_sp.estimate import StepCount, count_step, fake_tensors, fake_world, per_layer
+from hf_sp.estimate.experts import (
+    ExpertsShape,
+    split_experts_bytes_per_token,
+    split_experts_moved_per_token,
+    travelling_experts_bytes_per_token,
+    travelling_experts_moved_per_token,
+)
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ATTENTION = "sdpa_without_mask"
+MIB = 2**20
+SEQ = 8192
+
+MIXTRAL = ExpertsShape(hidden=4096, intermediate=14336, experts=8, choices=2)
+QWEN = ExpertsShape(hidden=2048, intermediate=768, experts=128, choices=8)
+SHAPES = {"Mixtral-8x7B": MIXTRAL, "Qwen3-30B-A3B": QWEN}
+CASES = [(name, tp) for name in SHAPES for tp in (2, 4, 8)]
+
+HEADER = ("shape", "ranks", "experts", "alive MiB", "sent MiB", "sent / split", "layer alive MiB")
+NOTES = f"""\
+Per rank and sparse layer, bfloat16, B = 1, S = {SEQ}. `alive` and `sent` are the experts and their
+router alone, in closed form (`hf_sp/estimate/experts.py`): what they keep for backward, and what a
+rank sends in a step. `split` has a part of every expert's features on each rank and gathers all
+tokens; `whole` has E / ep experts on each rank, and each token travels to its k experts (an even
+router). `layer alive` is the whole layer, counted with the code on fake tensors; attention and
+norms are in it.
+
+Whole experts send k / ep of what gathering sends: Mixtral's k = 2 wins from 4 ranks on and draws at
+2, Qwen3's k = 8 draws at 8 and loses below. What is kept for backward is the same for an even
+router but for the router's own tensors, which every rank keeps for all tokens where features are
+split. Against a skewed router `split` is safe: its work and memory do not depend on the routing,
+while the rank of a crowded expert keeps and computes as many rows as it is sent.
+"""
+
+
+def config_of(name: str, layers: int) -> PreTrainedConfig:
+    """Make the configuration of a model of `layers` such layers."""
+    AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+    common = {
+        "num_hidden_layers": layers,
+        "vocab_size": 256,
+        "max_position_embeddings": SEQ,
+        "attn_implementation": ATTENTION,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+    }
+    if name == "Mixtral-8x7B":
+        return MixtralConfig(num_key_value_heads=8, sliding_window=None, **common)
+    return Qwen3MoeConfig(
+        hidden_size=QWEN.hidden,
+        moe_intermediate_size=QWEN.intermediate,
+        num_experts=QWEN.experts,
+        num_experts_per_tok=QWEN.choices,
+        num_key_value_heads=4,
+        norm_topk_prob=True,
+        **common,
+    )
+
+
+def count(name: str, tp: int, layers: int) -> StepCount:
+    """Count one step with features split, as rank 0 of tp ranks."""
+    from hf_sp import parallelize
+
+    with fake_world(tp) as mesh, fake_tensors(torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(config_of(name, layers)).train()
+        model = parallelize(model, mesh=mesh)
+        ids = torch.zeros(1, SEQ, dtype=torch.long)
+        return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def rows(name: str, tp: int) -> list[tuple[str, ...]]:
+    """Two lines of the table."""
+    shape = SHAPES[name]
+    layer = per_layer(count(name, tp, 2), count(name, tp, 3), 1)
+    split = split_experts_moved_per_token(shape, tp)
+    out = []
+    for kind, alive, sent, counted in (
+        ("split", split_experts_bytes_per_token(shape, tp), split, layer.alive_bytes),
+        (
+            "whole",
+            travelling_experts_bytes_per_token(shape, tp),
+            travelling_experts_moved_per_token(shape, tp),
+            None,
+        ),
+    ):
+        numbers = (f"{alive * SEQ / MIB:.1f}", f"{sent * SEQ / MIB:.1f}", f"{sent / split:.3f}")
+        whole = "-" if counted is None else f"{counted / MIB:.1f}"
+        out.append((name, str(tp), kind, *numbers, whole))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one shape; writes nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the markdown")
+    options = parser.parse_args()
+    cases = CASES[:1] if options.quick else CASES
+    table = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    table += ["| " + " | ".join(row) + " |" for case in cases for row in rows(*case)]
+    print("\n".join(table))
+    if not options.quick:
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}."
+        made = "Made by `python scripts/bench/moe_cost.py`.\n"
+        title = "# The cost of a sparse layer's experts\n"
+        text = "\n".join([title, NOTES, versions, made, *table, ""])
+        (options.out / "moe_cost.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
