@@ -7,33 +7,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
+
+_SUM = "hf_sp.surgery.fused.sum_over_ranks"
 
 
 @contextlib.contextmanager
 def partial_gradients_not_summed() -> Iterator[None]:
     """Norm weights keep the gradient of this rank's tokens or heads."""
-
-    def identity(x: Tensor, axis: object) -> Tensor:
-        return x
-
-    with mock.patch("hf_sp.collectives.identity_allreduce", identity):
+    with mock.patch(_SUM, lambda dw, axis: dw):
         yield
 
 
 @contextlib.contextmanager
 def partial_gradients_averaged() -> Iterator[None]:
     """Their mean over the ranks instead of their sum."""
-    from hf_sp import collectives
+    from hf_sp.collectives import all_reduce
 
-    summed = collectives.identity_allreduce
+    def averaged(dw: Tensor, axis: Any) -> Tensor:
+        return all_reduce(dw, axis) / axis.size
 
-    def averaged(x: Tensor, axis: collectives.Axis) -> Tensor:
-        y = summed(x, axis)
-        # Value of y, gradient of y / size.
-        return y.detach() + (y - y.detach()) / axis.size
-
-    with mock.patch("hf_sp.collectives.identity_allreduce", averaged):
+    with mock.patch(_SUM, averaged):
         yield
