@@ -51,6 +51,11 @@ NAMES: tuple[Name, ...] = (
     Name("peft.tuners.lora.model:LoraModel.add_weighted_adapter"),
     # peft: used
     Name(
+        "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
+        "(peft_config, model, conversions)",
+    ),
+    Name("transformers.conversion_mapping:get_model_conversion_mapping"),
+    Name(
         _FILES + "get_peft_model_state_dict",
         "(model, state_dict=None, adapter_name='default', unwrap_compiled=False, "
         "save_embedding_layers='auto')",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -10,7 +11,9 @@ from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_sp.errors import ConfigError
 from hf_sp.layers.embedding import VocabParallelEmbedding
@@ -34,9 +37,13 @@ def check_adapters(model: nn.Module) -> None:
             rule="PeftModel and its subclasses are understood",
             remedy="get_peft_model(model, LoraConfig(...))",
         )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             _check_layer(path, module)
+            if module is head and getattr(module, "lora_magnitude_vector", None):
+                raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
         elif isinstance(module, AuxiliaryTrainingWrapper):
             if not isinstance(module, ModulesToSaveWrapper):
                 raise _refuse(f"{type(module).__name__}", path, "modules_to_save is understood")
@@ -75,6 +82,7 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
             rule="factors are compared over the ranks and sharded when they are made",
             legal="low_cpu_mem_usage=False",
         )
+    _check_experts(model, config, where)
     saved = getattr(config, "modules_to_save", None) or ()
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -89,6 +97,27 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
                 raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
 
 
+def _check_experts(model: Any, config: Any, where: str) -> None:
+    """Refuse what PEFT makes of the names of old checkpoints' experts, "all-linear" among them."""
+    wanted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(
+            wanted, model=model, conversions=get_model_conversion_mapping(model)
+        )
+    except ValueError:
+        return  # PEFT says it better
+    if wanted.target_parameters:
+        raise ConfigError(
+            "LoRA on experts is not supported for a parallelized model",
+            where=where,
+            got=f"target_modules={config.target_modules!r}, which PEFT takes for "
+            + ", ".join(sorted(wanted.target_parameters)),
+            rule="PEFT replaces the experts' packed weights for each forward, which the block's "
+            "entry would not see",
+            legal="linears, by name: q_proj, k_proj, v_proj, o_proj",
+        )
+
+
 def _check_saved(path: str, module: nn.Module) -> None:
     if next(module.children(), None) is not None:
         raise ConfigError(
@@ -98,6 +127,16 @@ def _check_saved(path: str, module: nn.Module) -> None:
             rule="a copy of a block or of a layer would run without its collectives",
             legal="single linears, norms, the embedding, the head, a classifier",
             remedy="name the modules inside it that should train",
+        )
+    matrices = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    if matrices and not isinstance(module, nn.Linear | nn.Embedding):
+        raise ConfigError(
+            "modules_to_save holds a router or experts",
+            where=path,
+            got=type(module).__name__,
+            rule="their weights belong to the block's entry; a copy's would not be used",
+            legal="single linears, norms, the embedding, the head, a classifier",
+            remedy="train them by requires_grad_(True) on the model itself",
         )
 
 
@@ -142,7 +181,8 @@ def check_config(config: Any, where: str, *, after: bool) -> None:
         )
     unsupported = {
         "lora_bias": "the bias of a row linear's factor would be added once on every rank",
-        "target_parameters": "it wraps weights of experts, whose shards are not the adapter's",
+        "target_parameters": "it replaces the experts' packed weights for each forward, which the "
+        "block's entry would not see",
         "trainable_token_indices": "it replaces rows of an embedding whose rows live on other "
         "ranks",
         "layer_replication": "a layer that stands in several places cannot be sharded once",

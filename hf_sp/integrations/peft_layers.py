@@ -31,6 +31,7 @@ from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.lora import entry_factor, factor_linear
 from hf_sp.layers.vocab import vocab_range, vocab_sizes
+from hf_sp.surgery.parameters import PARTIAL
 
 _DRAWN = "_hf_sp_drawn"
 _FACTOR = "_hf_sp_dora_factor"
@@ -167,12 +168,13 @@ class _ParallelLoraLinear(_ParallelLora, LoraLinear):
         delta = self._delta(adapter, x)
         if adapter not in self.lora_magnitude_vector:
             return result + delta
-        scale = self._scale(adapter)
-        base = self.base_layer
-        bias = base.local_parameters(x)[1]
+        scale, bias = self._scale(adapter), self._bias(x)
         if bias is not None and self._adds_bias():
             return (result - bias) * scale + delta * scale + bias
         return (result + delta) * scale
+
+    def _bias(self: Any, x: Tensor) -> Tensor | None:
+        return self.base_layer.local_parameters(x)[1]
 
     def _adds_bias(self: Any) -> bool:
         return True
@@ -311,8 +313,14 @@ class HeadLoraLinear(_ParallelLora, LoraLinear):
         return comm.concat_slice(F.linear(u, B), u.dim() - 1, vocab_sizes(vocab, axis), axis)
 
 
-class ReplicatedLoraLinear(_ParallelLora, LoraLinear):
-    """LoRA on a linear that every rank computes alike (a classifier): nothing is partial."""
+class ReplicatedLoraLinear(_ParallelLoraLinear):
+    """LoRA and DoRA on a linear with a whole weight.
+
+    Where every rank computes alike (a classifier) nothing is partial. Inside a TP block (the gate
+    of a shared expert) each rank's gradients are a part, as its base weight's.
+
+    Backward: in a TP block 1 all-reduce for each factor, else none
+    """
 
     placements = (Replicate(), Replicate(), Replicate())
 
@@ -320,10 +328,21 @@ class ReplicatedLoraLinear(_ParallelLora, LoraLinear):
         return comm.Axis.of(self.get_base_layer().weight.device_mesh)
 
     def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
-        A, B = (local(p) for p in self._factors(adapter))
+        A, B = (self._summed(local(p)) for p in self._factors(adapter))
         x = cast_for_autocast(x, x)
         u = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), 0)
         return F.linear(u * self.scaling[adapter], B)
+
+    def _summed(self: Any, parameter: Tensor) -> Tensor:
+        partial = getattr(self.get_base_layer(), PARTIAL, False)
+        return super()._summed(parameter) if partial else parameter
+
+    def _bias(self: Any, x: Tensor) -> Tensor | None:
+        bias = self.get_base_layer().bias
+        return None if bias is None else cast_for_autocast(local(bias), x)
+
+    def _rows(self: Any, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 class ParallelLoraEmbedding(_ParallelLora, LoraEmbedding):

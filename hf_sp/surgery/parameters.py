@@ -19,6 +19,9 @@ from hf_sp import collectives as comm
 from hf_sp.layers.local import local
 from hf_sp.state import ParallelState
 
+PARTIAL = "_hf_sp_partial"
+"""Attribute of a module in a TP block whose whole weight each rank uses on its own part."""
+
 
 class LocalParameters:
     """Forward hooks of one module with replicated parameters.
@@ -39,6 +42,7 @@ class LocalParameters:
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks. The second runs even if the forward raises."""
+        setattr(module, PARTIAL, self.partial == "always")
         module.register_forward_pre_hook(self.show, prepend=True)
         module.register_forward_hook(self.hide, prepend=True, always_call=True)
 

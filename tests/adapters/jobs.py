@@ -348,7 +348,7 @@ def _message(function: Callable[[], Any]) -> str | None:
 
 def refuse_after(fields: dict[str, Any], kind: str = "LoraConfig") -> tuple[str | None, bool]:
     """An adapter over a parallelized model: (message, model untouched)."""
-    model = parallelize(base(Case("llama")))
+    model = parallelize(base(Case(fields.pop("family", "llama"))))
     before = dict(model.named_modules())
     low = fields.pop("low_cpu_mem_usage", False)
     if kind == "LoraConfig":

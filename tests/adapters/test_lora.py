@@ -51,7 +51,31 @@ GRID = {
     "accumulated": (Case("qwen3_tied", False, "float64", "none", 3, "adamw"), ()),
     "checkpointed_tp_only": (Case("llama", False, "float64", "non_reentrant", 3, "adamw"), ()),
 }
-BEFORE = ("all-linear", "dora", "dropout", "embedding_and_head", "modules_to_save", "checkpointed")
+# The attention's linears, and what a shared expert has: its gate is whole in a block of parts.
+SPARSE = _fields(
+    target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "shared_expert_gate")
+)
+MOE = {
+    "moe": (Case("qwen2_moe"), SPARSE),
+    "moe_tp_only": (Case("qwen2_moe", sp=False, checkpoint="non_reentrant"), SPARSE),
+    "moe_ep": (Case("qwen2_moe", parallelize=(("ep", 2),)), SPARSE),
+    "moe_dora": (Case("qwen2_moe"), (*SPARSE, ("use_dora", True))),
+    "moe_attention": (
+        Case("mixtral", accum=3),
+        _fields(target_modules=("q_proj", "v_proj", "o_proj"), modules_to_save=("norm",)),
+    ),
+}
+FEATURES |= MOE
+BEFORE = (
+    "moe",
+    "moe_ep",
+    "all-linear",
+    "dora",
+    "dropout",
+    "embedding_and_head",
+    "modules_to_save",
+    "checkpointed",
+)
 ALL = {**FEATURES, **GRID}
 CELLS = [(2, "after", name) for name in ALL] + [(2, "before", name) for name in BEFORE]
 # More ranks than heads, uneven shards.
@@ -124,6 +148,12 @@ AFTER = [
     ({"low_cpu_mem_usage": True}, "low_cpu_mem_usage"),
     ({"use_dora": True, "target_modules": ["lm_head"]}, "DoRA on the embedding or the head"),
     ({"use_bdlora": True}, "use_bdlora"),
+    ({"family": "mixtral", "target_modules": "all-linear"}, "LoRA on experts"),
+    ({"family": "mixtral", "target_modules": ["q_proj", "w1", "w2", "w3"]}, "LoRA on experts"),
+    (
+        {"family": "qwen3_moe", "target_modules": ["q_proj"], "modules_to_save": ["mlp.gate"]},
+        "router or experts",
+    ),
 ]
 
 
