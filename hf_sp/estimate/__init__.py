@@ -15,6 +15,7 @@ from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, StepAccounti
 from hf_sp.estimate.formulas import (
     LayerShape,
     kernels_bytes_per_token,
+    kernels_tp_bytes_per_token,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
@@ -32,6 +33,7 @@ __all__ = [
     "fake_tensors",
     "fake_world",
     "kernels_bytes_per_token",
+    "kernels_tp_bytes_per_token",
     "per_layer",
     "sp_gathered_bytes_per_token",
     "sp_shard_bytes_per_token",

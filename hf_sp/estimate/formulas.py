@@ -78,3 +78,8 @@ def kernels_bytes_per_token(
     norms = (8 if recompute == "none" else 4) * shape.hidden + 8
     products = 4 if recompute == "norm+act" else 6
     return (norms + products * shape.intermediate) / tp + shape.attention_bytes(tp)
+
+
+def kernels_tp_bytes_per_token(shape: LayerShape, tp: int) -> float:
+    """Tensor parallelism alone with hf_sp's kernels. 4h + 8 + C + 4f/t."""
+    return 4 * shape.hidden + 8 + shape.attention_bytes(tp) + 4 * shape.intermediate / tp

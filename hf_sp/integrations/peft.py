@@ -33,7 +33,7 @@ from hf_sp.checkpoint import gather_state_dict, install_load_hook, meet
 from hf_sp.errors import ConfigError
 from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.integrations.peft_checks import check_config, check_new_adapter
-from hf_sp.integrations.peft_layers import class_for, placements_of
+from hf_sp.integrations.peft_vocab import class_for, placements_of
 from hf_sp.layers.head import VocabParallelHead
 from hf_sp.layers.linear import ParallelLinear
 from hf_sp.state import ParallelState, parallel_state
@@ -110,6 +110,13 @@ def adopt(model: nn.Module) -> None:
         kind = class_for(layer)
         if kind is not None:
             kind.take_over(layer)
+        if not hasattr(layer, "placements"):
+            raise ConfigError(
+                "an adapter over this module is not supported for a parallelized model",
+                where=type(layer.get_base_layer()).__name__,
+                rule="LoRA over linears of the layers, the embedding, the head and a classifier",
+                remedy="name the linears in target_modules",
+            )
         _shard_layer(layer, state)
     for wrapper in wrappers:
         for name in list(wrapper.modules_to_save):

@@ -52,6 +52,7 @@ from hf_sp.estimate import (
     fake_tensors,
     fake_world,
     kernels_bytes_per_token,
+    kernels_tp_bytes_per_token,
     per_layer,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
@@ -164,11 +165,12 @@ LAYOUTS: dict[str, tuple[Layout, Formula]] = {
     "unsharded": (unsharded, lambda shape, tp: tp_bytes_per_token(shape, 1)),
     "HF native TP": (hf_native, tp_bytes_per_token),
     "DTensor TP+SP": (dtensor_sp, sp_gathered_bytes_per_token),
-    "hf_sp sp=False, kernels=False": (hf_sp_layout(sp=False, kernels=False), tp_bytes_per_token),
-    "hf_sp kernels=False": (hf_sp_layout(kernels=False), sp_shard_bytes_per_token),
-    "hf_sp recompute=none": (hf_sp_layout(recompute="none"), _kernels("none")),
-    "hf_sp recompute=norm": (hf_sp_layout(recompute="norm"), _kernels("norm")),
-    "hf_sp": (hf_sp_layout(), _kernels("norm+act")),
+    "hf_sp sp=False kernels=False": (hf_sp_layout(sp=False, kernels=False), tp_bytes_per_token),
+    "hf_sp sp=False": (hf_sp_layout(sp=False), kernels_tp_bytes_per_token),
+    "hf_sp sp=True kernels=False": (hf_sp_layout(kernels=False), sp_shard_bytes_per_token),
+    "hf_sp sp=True recompute=none": (hf_sp_layout(recompute="none"), _kernels("none")),
+    "hf_sp sp=True recompute=norm": (hf_sp_layout(recompute="norm"), _kernels("norm")),
+    "hf_sp sp=True": (hf_sp_layout(), _kernels("norm+act")),
 }
 
 

@@ -14,6 +14,7 @@ from harness.parity import Case
 from adapters.jobs import Lora
 from hf_sp import collectives as comm
 from hf_sp.integrations import peft_layers as layers
+from hf_sp.integrations import peft_vocab as vocab
 from hf_sp.layers import entry, factors, lora
 
 Patch = tuple[Any, str, Any]
@@ -198,9 +199,9 @@ def dropout_not_undone_in_backward() -> list[Patch]:
 
 @fault(VOCABULARY)
 def head_adapter_keeps_own_rows_gradient() -> list[Patch]:
-    return [(layers.comm, "identity_allreduce", lambda x, axis: x)]
+    return [(vocab.comm, "identity_allreduce", lambda x, axis: x)]
 
 
 @fault(VOCABULARY)
 def embedding_adapter_looks_up_ids_of_other_ranks() -> list[Patch]:
-    return [(layers, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]
+    return [(vocab, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]

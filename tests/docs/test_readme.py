@@ -125,8 +125,8 @@ def test_numbers_are_the_committed_ones():
         "one GPU": "unsharded",
         "transformers' own TP": "HF native TP",
         "torch DTensor": "DTensor TP+SP",
-        "hf_sp, `recompute": "hf_sp recompute=none",
-        "**hf_sp**": "hf_sp",
+        "hf_sp, `recompute": "hf_sp sp=True recompute=none",
+        "**hf_sp**": "hf_sp sp=True",
     }
     for start, layout in shown.items():
         (line,) = [x for x in README.splitlines() if x.startswith(f"| {start}")]

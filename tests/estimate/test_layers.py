@@ -17,6 +17,8 @@ from hf_sp.estimate import (
     count_step,
     fake_tensors,
     fake_world,
+    kernels_bytes_per_token,
+    kernels_tp_bytes_per_token,
     per_layer,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
@@ -74,7 +76,7 @@ def test_refusals_leave_nothing_behind():
 
 # The small shape: h = 512, f = 1792, 8 heads of 64, C = (4*512 + 4*512 + 4*8)/t = 4128/t.
 # HF's native TP keeps 16h + 8 + C + 8f/t, torch's DTensor TP + SP 4h + (12h + 8)/t + C + 8f/t,
-# Megatron's and hf_sp's SP (16h + 8)/t + C + 8f/t.
+# SP over HF's own modules (16h + 8)/t + C + 8f/t, hf_sp (4h + 8)/t + C + 4f/t.
 SMALL = SHAPES["small"]
 SEQ = 128
 
@@ -92,10 +94,13 @@ def layer_of(layout: str, tp: int) -> StepCount:
         ("HF native TP", tp_bytes_per_token, 4, 12816),
         ("DTensor TP+SP", sp_gathered_bytes_per_token, 2, 14356),
         ("DTensor TP+SP", sp_gathered_bytes_per_token, 4, 8202),
-        ("hf_sp sp=False", tp_bytes_per_token, 2, 17432),
-        ("hf_sp sp=False", tp_bytes_per_token, 4, 12816),
-        ("hf_sp sp=True", sp_shard_bytes_per_token, 2, 13332),
-        ("hf_sp sp=True", sp_shard_bytes_per_token, 4, 6666),
+        ("hf_sp sp=False kernels=False", tp_bytes_per_token, 2, 17432),
+        ("hf_sp sp=False kernels=False", tp_bytes_per_token, 4, 12816),
+        ("hf_sp sp=True kernels=False", sp_shard_bytes_per_token, 2, 13332),
+        ("hf_sp sp=True kernels=False", sp_shard_bytes_per_token, 4, 6666),
+        ("hf_sp sp=False", kernels_tp_bytes_per_token, 2, 7704),
+        ("hf_sp sp=True", kernels_bytes_per_token, 2, 6676),
+        ("hf_sp sp=True", kernels_bytes_per_token, 4, 3338),
     ],
 )
 def test_bytes_a_layer_keeps_per_token(layout, formula, tp, expected):
@@ -126,10 +131,10 @@ def test_collectives_of_a_layer(layout, forward, backward):
     hidden = SEQ * SMALL.hidden * 2  # [S, H] in bfloat16: what each of them carries
 
     def carrying(counts):
-        # hf_sp's two norm weights have a small all-reduce each beside these.
+        # hf_sp's two norm weights have a small all-reduce each beside these, in float32.
         big = {k: c for k, c in counts.items() if c.bytes >= c.calls * hidden}
         small = {k: c for k, c in counts.items() if k not in big}
-        assert all(c.bytes == c.calls * SMALL.hidden * 2 for c in small.values())
+        assert all(c.bytes == c.calls * SMALL.hidden * 4 for c in small.values())
         assert all(c.bytes == c.calls * hidden for c in big.values())
         return {k: c.calls for k, c in big.items()}
 

@@ -27,6 +27,7 @@ from hf_sp.estimate import (
     fake_tensors,
     fake_world,
     kernels_bytes_per_token,
+    kernels_tp_bytes_per_token,
     per_layer,
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
@@ -138,10 +139,7 @@ def test_plain_tp_saves_what_tp_does(tp):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_plain_tp_makes_norms_and_products_again_too(tp):
     layer = _layer(LlamaConfig, SMALL, tp, False)
-    norms = 4 * SMALL.hidden + 8
-    assert layer.alive_bytes / 256 == (
-        norms + SMALL.attention_bytes(tp) + 4 * SMALL.intermediate / tp
-    )
+    assert layer.alive_bytes / 256 == kernels_tp_bytes_per_token(SMALL, tp)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
