@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -370,13 +369,6 @@ def grouped_implementation(dtype: str) -> Report:
         parallel.set_experts_implementation(name)
         compare_once(report, model, parallel, batches.plain(2, 17), label=f"{name} ")
     return report
-
-
-def folder() -> str:
-    """A folder that all ranks know."""
-    names = [tempfile.mkdtemp(prefix="hf_sp_sparse_") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names, 0)
-    return names[0]
 
 
 def jitter_without_a_common_seed() -> str:
