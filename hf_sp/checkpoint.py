@@ -2,8 +2,8 @@
 
 Owns the layout questions of saving and loading: which slice of a whole tensor a rank keeps, and how
 shards become whole tensors without every rank holding the model. Weights are written as whole
-tensors under Hugging Face's names, kept by the writing rank alone. Knows torch only: what
-transformers and accelerate make of it is in ``hf_sp.integrations``.
+tensors under Hugging Face's names, kept by the writing rank alone. What Trainer and accelerate make
+of it is in ``hf_sp.integrations``.
 
 Private API: ``distributed_c10d._get_default_store``, the only way to learn that a rank is absent
 without a collective that would hang. Held by tests/integrations/test_names.py.
@@ -11,6 +11,7 @@ without a collective that would hang. Held by tests/integrations/test_names.py.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -18,11 +19,14 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import PreTrainedModel
 
 from hf_sp.errors import CheckpointError
+from hf_sp.packed import packed_dims
 from hf_sp.state import parallel_state
 
 logger = logging.getLogger(__name__)
@@ -96,6 +100,8 @@ def _shard_incoming(
 
     Runs before any child of ``module`` loads, so that nothing is loaded when a shape is wrong.
     """
+    if not prefix and isinstance(module, PreTrainedModel):
+        _convert(module, state_dict)
     incoming = {
         prefix + name: parameter
         for name, parameter in module.named_parameters(remove_duplicate=False)
@@ -116,6 +122,36 @@ def _shard_incoming(
         )
     for key, parameter in incoming.items():
         state_dict[key] = shard_like(state_dict[key], parameter)
+
+
+def _convert(model: PreTrainedModel, state_dict: dict[str, Any]) -> None:
+    """Give a checkpoint of another form the model's names, in place, as ``from_pretrained`` does.
+
+    transformers writes packed experts one by one, under the names of the first checkpoints. Trainer
+    reads its own checkpoints back without converting them: it would go on with whatever experts the
+    model had.
+    """
+    own = set(model.state_dict())
+    lost, strange = own - set(state_dict), set(state_dict) - own
+    if not any(name in lost for name in packed_dims(model)) or not strange:
+        return
+    config = copy.deepcopy(model.config)
+    # What tells Trainer that the model is parallel would have transformers shard this copy.
+    config.__dict__.pop("distributed_config", None)
+    with torch.random.fork_rng(devices=[]):
+        loaded: Any = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state_dict),
+            dtype=model.dtype,
+            output_loading_info=True,
+        )
+    plain, told = loaded
+    made = plain.state_dict()
+    for name in lost - set(told["missing_keys"]):
+        state_dict[name] = made[name]
+    for name in strange - set(told["unexpected_keys"]):
+        del state_dict[name]
 
 
 def install_load_hook(model: nn.Module) -> None:

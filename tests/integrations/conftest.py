@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def start(mode, out, ranks=None, timeout=600):
+def start(mode, out, ranks=None, timeout=600, worker=WORKER):
     """Run the worker; its report of every rank."""
     launcher = [sys.executable]
     if ranks is not None:
@@ -28,7 +28,7 @@ def start(mode, out, ranks=None, timeout=600):
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [*launcher, str(WORKER), mode, str(out)],
+        [*launcher, str(worker), mode, str(out)],
         env=environment,
         capture_output=True,
         text=True,
