@@ -58,11 +58,14 @@ class NormForward:
     ) -> None:
         self.module, self.form, self.parameters = module, form, parameters
         self.recompute, self.triton = recompute, triton
+        # The attributes that hold eps: who sets another value later means it.
+        self.settings = {k: v for k, v in vars(module).items() if isinstance(v, float)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm of one tensor."""
         form = self.form
         known = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        known = known and all(vars(self.module).get(k) == v for k, v in self.settings.items())
         known = known and (form.float64 or args[0].dtype != torch.float64)
         if not known or torch.compiler.is_compiling():
             with self.parameters.shown(self.module):
@@ -112,6 +115,9 @@ class GatedForward:
     ) -> None:
         self.module, self.form = module, form
         self.recompute, self.triton = recompute, triton
+        linears = {form.gate, form.up, form.down}
+        # The activation, and whatever else is not called here.
+        self.others = {k: m for k, m in module._modules.items() if k not in linears}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP of one tensor."""
@@ -127,13 +133,18 @@ class GatedForward:
         )
 
     def _watched(self) -> bool:
-        """Whether someone's hooks hang on a child that is not called here: the activation."""
-        linears = {self.form.gate, self.form.up, self.form.down}
+        """Whether someone has put another activation here, or hooks on it."""
+        children = self.module._modules
         return any(
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-            for name, child in self.module._modules.items()
-            if child is not None and name not in linears
+            children.get(name) is not child
+            or (
+                child is not None
+                and bool(
+                    child._forward_hooks
+                    or child._forward_pre_hooks
+                    or child._backward_hooks
+                    or child._backward_pre_hooks
+                )
+            )
+            for name, child in self.others.items()
         )

@@ -91,7 +91,16 @@ def _frozen(model: nn.Module, part: str) -> Iterator[list]:
     yield []
 
 
+@contextlib.contextmanager
+def _other_settings(model: nn.Module) -> Iterator[list]:
+    """What is set after parallelize counts."""
+    _layer(model).mlp.act_fn = nn.GELU()
+    _layer(model).input_layernorm.variance_epsilon = 0.3
+    yield []
+
+
 USES: dict[str, Use] = {
+    "settings changed afterwards": _other_settings,
     "activation hook": lambda m: _hooked(_layer(m).mlp.act_fn, lambda module, args, out: out * 1.5),
     "activation backward hook": lambda m: _hooked(
         _layer(m).mlp.act_fn, lambda module, grads, outs: None, "full_backward"
