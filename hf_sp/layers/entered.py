@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from hf_sp.torch_private import has_gradient_hooks, version
+
 if TYPE_CHECKING:
     from hf_sp.layers.entry import Entry
 
@@ -25,7 +27,7 @@ class Member(Protocol):
 
 def mark_entered(x: Tensor, entry: Entry) -> None:
     """Let the block's modules know that ``x`` is what the entry has gathered."""
-    setattr(x, _ENTRY, entry)
+    setattr(x, _ENTRY, (entry, version(x)))
 
 
 def entered(x: Tensor, module: object) -> tuple[Entry, int] | None:
@@ -34,7 +36,14 @@ def entered(x: Tensor, module: object) -> tuple[Entry, int] | None:
 
 
 def entered_slot(x: Tensor, key: int) -> tuple[Entry, int] | None:
-    """The entry that has gathered ``x``, and the slot of what it knows by ``key``."""
-    entry: Entry | None = getattr(x, _ENTRY, None)
+    """The entry that has gathered ``x``, and the slot of what it knows by ``key``.
+
+    None also where someone has written into x, which the entry would not gather again, or watches
+    its gradient, which would go by: x is an ordinary tensor then.
+    """
+    entry: Entry | None
+    entry, written = getattr(x, _ENTRY, (None, None))
     slot = None if entry is None else entry.slots.get(key)
-    return None if entry is None or slot is None else (entry, slot)
+    if entry is None or slot is None or written != version(x) or has_gradient_hooks(x):
+        return None
+    return entry, slot

@@ -225,6 +225,8 @@ class _Enter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         entry: Entry = ctx.entry
+        # This backward may have come by none of the columns.
+        entry.begin()
         dys, entry.dy = entry.dy, {}
         dus, entry.du = entry.du, []
         partial = entry.take_input_gradient(grads[0])

@@ -19,7 +19,7 @@ from hf_sp import collectives as comm
 from hf_sp.layers.entered import Member, mark_entered
 from hf_sp.layers.entry import Entry, open_entry
 from hf_sp.layers.recipe import Recipe, leave_recipe, recipe_of
-from hf_sp.torch_private import same_storage, version
+from hf_sp.torch_private import has_gradient_hooks, same_storage, version
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class FlatEntry(Entry):
     copy: bool = False
     shape: tuple[int, ...] = ()
     full: Tensor | None = field(default=None, repr=False)
+    made: tuple[Any, int | None] = (None, None)
     recipe: Recipe | None = field(default=None, repr=False)
 
     def buffer_order(self, x: Tensor) -> Tensor:
@@ -105,7 +106,9 @@ class FlatEntry(Entry):
     def mark(self, x: Any) -> None:
         """Mark ``x`` if it is what was gathered, flattened: HF's ``view`` makes a new tensor."""
         full = self.full
-        if full is None or not isinstance(x, Tensor) or x is full or not _flattened(x, full):
+        if full is None or not isinstance(x, Tensor) or x is full:
+            return
+        if not _flattened(x, full, *self.made):
             return
         mark_entered(x, self)
         if self.recipe is not None:
@@ -121,11 +124,13 @@ def enter_sparse(entry: FlatEntry, x: Tensor, members: Sequence[tuple[object, Me
     Saves:    as ``enter_block``
     """
     recipe = recipe_of(x)
-    if entry.own and recipe is not None:
+    if entry.own and recipe is not None and not entry.copy:
         # On its own tokens: who would save them can make them again, as this entry does.
         entry.recipe = Recipe(_Shaped(recipe.make, _flat), recipe.ingredients)
     full = open_entry(entry, x, members)
     entry.shape, entry.full = tuple(full.shape), full
+    # As it was made: a write into it gives it another node, and its views the same version.
+    entry.made = full.grad_fn, version(full)
     return full
 
 
@@ -149,7 +154,7 @@ def _flat(x: Tensor, dim: int) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _flattened(x: Tensor, full: Tensor) -> bool:
+def _flattened(x: Tensor, full: Tensor, made_by: Any, written: int | None) -> bool:
     """Whether x is ``full`` as ``[T, H]``, unwritten, and sends its gradient there."""
     same = (
         x.numel() == full.numel()
@@ -157,13 +162,14 @@ def _flattened(x: Tensor, full: Tensor) -> bool:
         and x.is_contiguous()
         and same_storage(x, full)
         and x.storage_offset() == full.storage_offset()
-        and version(x) == version(full)
+        and version(x) == written
+        and not has_gradient_hooks(full)
     )
     if not same or x.requires_grad != full.requires_grad:
         return False
     node = x.grad_fn
-    while node is not None and node is not full.grad_fn:
+    while node is not None and node is not made_by:
         if not node.name().startswith(("View", "UnsafeView", "Alias")):
             return False
         node = node.next_functions[0][0]
-    return node is full.grad_fn
+    return node is made_by

@@ -82,7 +82,8 @@ class NormForward:
             reduce=reduce,
             triton=self.triton,
         )
-        if self.recompute and torch.is_grad_enabled():
+        # What a hook does to y by ``.data`` nobody can see: no offer to those who have one.
+        if self.recompute and torch.is_grad_enabled() and not self.module._forward_hooks:
             leave_recipe(y, Recipe(self._again, (x, weight)))
         return y
 
@@ -127,10 +128,11 @@ class GatedForward:
             return type(module).forward(module, *args, **kwargs)
         gate = getattr(module, form.gate)(args[0])
         up = getattr(module, form.up)(args[0])
-        recompute = self.recompute and torch.is_grad_enabled()
-        return getattr(module, form.down)(
-            gated_product(gate, up, triton=self.triton, recompute=recompute)
-        )
+        down = getattr(module, form.down)
+        # A hook that runs behind it is shown the product, and may watch its gradient.
+        shown = any(m._forward_hooks for m in down.modules())
+        recompute = self.recompute and torch.is_grad_enabled() and not shown
+        return down(gated_product(gate, up, triton=self.triton, recompute=recompute))
 
     def _watched(self) -> bool:
         """Whether someone has put another activation here, or hooks on it."""

@@ -102,8 +102,7 @@ class _Fused:
     def _ask(self, module: nn.Module, names: tuple[str, ...], ask: Callable[[], Any]) -> Any:
         settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
         shapes = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
-        children = [type(child) for child in module._modules.values()]
-        key = (type(module), names, f"{settings} {shapes} {children}")
+        key = (type(module), names, f"{settings} {shapes} {module!r}")
         if key not in self._forms:
             self._forms[key] = ask()
         return self._forms[key]

@@ -125,6 +125,29 @@ def class_with_a_forward_of_its_own(model: nn.Module, batch: Batch) -> None:
 
 
 @use
+def another_loss_on_a_block_input(model: nn.Module, batch: Batch) -> None:
+    """The first backward ends before the entry; the second comes to it past the columns."""
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    loss = model(**batch).loss
+    handle.remove()
+    torch.autograd.grad(loss, seen[0], retain_graph=True, allow_unused=True)
+    # Inside a block each rank has a part of the gradient: of what all compute alike, 1 / tp.
+    parts = dist.get_world_size() if hasattr(model, "_hf_sp_state") else 1
+    (seen[0].square().mean() / parts).backward()
+
+
+@use
+def gradient_hook_on_a_block_input(model: nn.Module, batch: Batch) -> None:
+    def watch(module: nn.Module, args: tuple) -> None:
+        args[0].register_hook(lambda grad: 3 * grad)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(watch)
+    model(**batch).loss.backward()
+    handle.remove()
+
+
+@use
 def checkpoint_around_the_loss(model: nn.Module, batch: Batch) -> None:
     checkpoint(lambda: model(**batch).loss, use_reentrant=False).backward()
 

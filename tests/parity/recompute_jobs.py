@@ -62,6 +62,10 @@ def _in_place(module: nn.Module, args: Any, output: Tensor) -> None:
     output.detach().mul_(1.5)
 
 
+def _by_data(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.data.mul_(1.5)
+
+
 @contextlib.contextmanager
 def _retained(model: nn.Module) -> Iterator[list]:
     """The product's gradient is watched, and has to arrive."""
@@ -99,7 +103,36 @@ def _other_settings(model: nn.Module) -> Iterator[list]:
     yield []
 
 
+@contextlib.contextmanager
+def _watched_afterwards(model: nn.Module) -> Iterator[list]:
+    """A hook behind the down projection changes the gradient of what went in."""
+
+    def watch(module: nn.Module, args: tuple, output: Tensor) -> None:
+        args[0].register_hook(lambda grad: 3 * grad)
+
+    handle = _layer(model).mlp.down_proj.register_forward_hook(watch)
+    yield []
+    handle.remove()
+
+
+@contextlib.contextmanager
+def _input_written(model: nn.Module) -> Iterator[list]:
+    """The norm's input is written into, and nothing but q_proj would notice."""
+    for name, p in model.named_parameters():
+        p.requires_grad_("q_proj" in name)
+
+    def write(module: nn.Module, args: tuple, output: Tensor) -> None:
+        args[0].detach().add_(0.5)
+
+    handle = _layer(model).input_layernorm.register_forward_hook(write)
+    yield []
+    handle.remove()
+
+
 USES: dict[str, Use] = {
+    "product watched afterwards": _watched_afterwards,
+    "norm input written into": _input_written,
+    "norm output written into by data": lambda m: _hooked(_layer(m).input_layernorm, _by_data),
     "settings changed afterwards": _other_settings,
     "activation hook": lambda m: _hooked(_layer(m).mlp.act_fn, lambda module, args, out: out * 1.5),
     "activation backward hook": lambda m: _hooked(
