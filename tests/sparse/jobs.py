@@ -400,3 +400,26 @@ def adapters(ep: int, targets: tuple[str, ...]) -> Report:
     tiny.reference(model.get_base_model())
     compare_once(report, model, parallel, batches.plain(2, 17))
     return report
+
+
+def foreign_hands(family: str, ep: int) -> list[Report]:
+    """Somebody writes into a sparse block's input, or watches its gradient."""
+    found = []
+    for kind in ("written", "watched"):
+        case = Case(family, parallelize=(("ep", ep),))
+        model, parallel = pair(case)
+        batch = batches.plain(2, 18, model.config.vocab_size)
+
+        def hook(module: nn.Module, args: tuple, kind: str = kind) -> None:
+            if kind == "written":
+                args[0].mul_(2.0)
+            else:
+                args[0].register_hook(lambda grad: 3 * grad)
+
+        for one in (model, parallel):
+            one.model.layers[0].mlp.register_forward_pre_hook(hook)
+            one(**batch).loss.backward()
+        report = Report(f"{case} {kind}", dist.get_rank(), case.dtype)
+        compare_gradients(report, gradients(parallel, report), gradients(model))
+        found.append(report)
+    return found

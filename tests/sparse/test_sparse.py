@@ -242,3 +242,10 @@ def test_blocks_of_another_form(change):
     plan = derive_plan(model, 2, True)
     with pytest.raises(PlanError, match=r"layers\.1\.mlp"):
         check_sparse_blocks(model, plan)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_hooks_on_a_blocks_input(family, ep):
+    reports = pool(2).run("sparse.jobs:foreign_hands", family=family, ep=ep)
+    assert_parity([one for several in reports for one in several])
