@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from hf_sp.kernels.norm import rms_norm
 from hf_sp.kernels.swiglu import swiglu
 from hf_sp.torch_private import real_tensors
 
+logger = logging.getLogger(__name__)
+
 Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
 
 # What a norm may compute: where it rounds, and what is added to its weight.
@@ -33,6 +36,16 @@ _DTYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
+)
+# What a forward raises that is given tensors it was not written for.
+_CANNOT_RUN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 _DOUBLE = ((torch.float64, torch.float64),)
 
@@ -114,12 +127,16 @@ def _small_numbers(module: nn.Module) -> list[float]:
 
 
 def agrees(compare: Callable[[], bool]) -> bool:
-    """Whether a comparison on a probe holds."""
-    # Whatever a foreign forward raises on a probe means that it is not one we know.
+    """Whether a comparison on a probe holds.
+
+    A forward that cannot run on a probe (other shapes, arguments or children than it wants) is none
+    that we know: the module keeps it. What it raised is logged, at debug level.
+    """
     try:
         with real_tensors(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             return compare()
-    except Exception:
+    except _CANNOT_RUN:
+        logger.debug("a probe could not run", exc_info=True)
         return False
 
 
