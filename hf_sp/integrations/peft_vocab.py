@@ -22,12 +22,12 @@ from hf_sp.integrations.peft_layers import (
     ReplicatedLoraLinear,
     RowLoraLinear,
 )
+from hf_sp.kernels.vocab import vocab_range, vocab_sizes
 from hf_sp.layers.embedding import VocabParallelEmbedding
 from hf_sp.layers.head import VocabParallelHead
 from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.lora import factor_linear
-from hf_sp.layers.vocab import vocab_range, vocab_sizes
 
 
 class HeadLoraLinear(ParallelLora, LoraLinear):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
+from hf_sp.kernels.vocab import check_ids, vocab_range
 from hf_sp.layers.local import local
-from hf_sp.layers.vocab import check_ids, vocab_range
 
 
 class VocabParallelEmbedding(nn.Embedding):

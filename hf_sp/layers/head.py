@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.kernels.cross_entropy_steps import LossTerms
+from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.layers.lazy import LazyHidden, LazyLogits
 from hf_sp.layers.local import cast_for_autocast, local
 from hf_sp.layers.loss import LossSpec, linear_cross_entropy, scaled_loss
-from hf_sp.layers.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.state import ParallelState
 
 

@@ -35,8 +35,8 @@ from hf_sp.kernels.cross_entropy_steps import (
     token_statistics,
     write_gradient,
 )
+from hf_sp.kernels.vocab import check_ids
 from hf_sp.layers.local import cast_for_autocast, local
-from hf_sp.layers.vocab import check_ids
 from hf_sp.once import once_differentiable
 
 

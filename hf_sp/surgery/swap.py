@@ -18,10 +18,10 @@ from torch.distributed.tensor.placement_types import Placement
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.errors import PlanError
+from hf_sp.kernels.vocab import vocab_range
 from hf_sp.layers.embedding import VocabParallelEmbedding
 from hf_sp.layers.head import VocabParallelHead
 from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
-from hf_sp.layers.vocab import vocab_range
 from hf_sp.plan.schema import Leaf, Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import is_fake, is_packed, packed_halves

@@ -11,8 +11,8 @@ from harness.report import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_sp import collectives as comm
+from hf_sp.kernels.vocab import vocab_range
 from hf_sp.layers.logprobs import FIELDS, Spec, token_statistics
-from hf_sp.layers.vocab import vocab_range
 
 
 def statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from integrations.test_names import found
+from integrations.test_names import check
 
 from hf_sp.integrations import peft, trl
 from hf_sp.integrations.adapter_names import NAMES
@@ -15,16 +15,7 @@ TABLES = [peft.PATCHES, peft.LAYER_PATCHES, trl.patches()]
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda n: n.path)
 def test_name_is_as_it_was(name):
-    value = found(name)
-    if name.signature is not None:
-        parameters = [
-            p.replace(annotation=inspect.Parameter.empty)
-            for p in inspect.signature(value).parameters.values()
-        ]
-        assert str(inspect.Signature(parameters)) == name.signature
-    if name.lines:
-        source = inspect.getsource(value)
-        assert [line for line in name.lines if line not in source] == []
+    check(name)
 
 
 @pytest.mark.parametrize("table", TABLES)

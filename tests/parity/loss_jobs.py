@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from hf_sp import collectives as comm
 from hf_sp import parallel_state, parallelize
 from hf_sp.kernels import vocab_parallel_cross_entropy
+from hf_sp.kernels.vocab import vocab_range, vocab_sizes
 from hf_sp.layers.lazy import LazyHidden, LazyTensor
 from hf_sp.layers.loss import linear_vocab_parallel_cross_entropy
-from hf_sp.layers.vocab import vocab_range, vocab_sizes
 
 
 @contextlib.contextmanager
