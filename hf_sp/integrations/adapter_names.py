@@ -49,6 +49,10 @@ NAMES: tuple[Name, ...] = (
         ("tensor.shape != ref._local_tensor.shape",),
     ),
     Name("peft.tuners.lora.model:LoraModel.add_weighted_adapter"),
+    Name(
+        "peft.utils.hotswap:hotswap_adapter_from_state_dict",
+        "(model, state_dict, adapter_name, config, parameter_prefix='lora_')",
+    ),
     # peft: used
     Name(
         "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",

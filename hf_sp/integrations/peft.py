@@ -24,7 +24,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import save_and_load
+from peft.utils import hotswap, save_and_load
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -249,6 +249,17 @@ def refuse_weighted_adapters(original: Patch, self: Any, *args: Any, **kwargs: A
         rule="the factors are sharded; new ones are made by injecting an adapter",
         remedy="combine them in one process, save, and load the result here; or set_adapter "
         "with several names",
+    )
+
+
+@PATCHES.on(hotswap, "hotswap_adapter_from_state_dict")
+def refuse_hotswap(original: Patch, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """PEFT copies whole tensors over the shards, one factor after the other."""
+    raise ConfigError(
+        "hotswap_adapter is not supported for a parallelized model",
+        where=type(model).__name__,
+        rule="the factors are shards of what the file holds",
+        remedy="load_adapter under another name, then set_adapter",
     )
 
 

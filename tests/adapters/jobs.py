@@ -30,6 +30,7 @@ from harness.parity import Case, _around, _compare_runs, _run
 from harness.report import Report
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -391,7 +392,13 @@ def refuse_methods(directory: str) -> list[str | None]:
             )
         ),
         _message(lambda: model(input_ids=ids, **mixed)),
+        _message(lambda: hotswap_adapter(model, _saved(model, directory), "default")),
     ]
+
+
+def _saved(model: nn.Module, directory: str) -> str:
+    model.save_pretrained(directory, selected_adapters=["default"])
+    return directory
 
 
 def misfit(directory: str) -> tuple[str | None, bool]:

@@ -202,7 +202,7 @@ def test_refused_before_parallelize(fields, part):
 
 
 def test_methods_that_are_refused(tmp_path):
-    parts = ("add_weighted_adapter", "convert in one process", "adapter_names")
+    parts = ("add_weighted_adapter", "convert in one process", "adapter_names", "hotswap_adapter")
     for messages in pool(2).run("adapters.jobs:refuse_methods", directory=str(tmp_path)):
         for message, part in zip(messages, parts, strict=True):
             assert message is not None
