@@ -31,7 +31,8 @@ class Patches:
     def on(self, owner: type | ModuleType, name: str) -> Callable[[Patch], Patch]:
         """Decorator: ``owner.name`` becomes this function, with the original as first argument.
 
-        The owner is a class, or a module whose function takes the instance first.
+        The owner is a class, or a module whose function takes the instance first, by position or
+        by its name.
         """
 
         def register(patch: Patch) -> Patch:
@@ -48,11 +49,16 @@ class Patches:
                 setattr(owner, name, self._wrapped(current, patch))
 
     def _wrapped(self, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        first = next(iter(inspect.signature(original).parameters))
+
         @functools.wraps(original)
-        def method(instance: Any, *args: Any, **kwargs: Any) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            instance = args[0] if args else kwargs.get(first)
             if not self.active(instance):
-                return original(instance, *args, **kwargs)
-            return patch(original, instance, *args, **kwargs)
+                return original(*args, **kwargs)
+            if not args:
+                args = (kwargs.pop(first),)
+            return patch(original, *args, **kwargs)
 
         setattr(method, _ORIGINAL, original)
         return method
