@@ -36,26 +36,24 @@ def check_switches(switches: dict[str, bool], recompute: str | None) -> None:
         )
 
 
-def check_arguments(
-    tp: int | None, cp_mode: str, degrees: dict[str, int], loss_chunk: int, ep: int = 1
-) -> None:
+def check_arguments(degrees: dict[str, int | None], cp_mode: str, loss_chunk: int) -> None:
     """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
-    sizes = {"loss_chunk": loss_chunk, "ep": ep, **degrees, **({} if tp is None else {"tp": tp})}
-    for name, size in sizes.items():
+    for name, size in {"loss_chunk": loss_chunk, **degrees}.items():
+        if size is None and name in ("tp", "dp_shard"):
+            continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
                 f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
             )
     if cp_mode not in ("ulysses", "ring", "hybrid"):
         raise ConfigError("unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'")
-    for name, size in degrees.items():
-        if size != 1:
-            raise ConfigError(
-                f"{name} is not built yet",
-                got=f"{name}={size}",
-                rule="this release has tensor and sequence parallelism over one axis",
-                legal=f"{name}=1",
-            )
+    if degrees["cp"] != 1:
+        raise ConfigError(
+            "cp is not built yet",
+            got=f"cp={degrees['cp']}",
+            rule="this release shards the sequence over the tp ranks",
+            legal="cp=1",
+        )
 
 
 def check_environment() -> None:
@@ -137,6 +135,18 @@ def _is_packed(p: nn.Parameter) -> bool:
     """Whether a parameter's storage is not its values: bitsandbytes', torchao's."""
     other = type(p.data).__module__.partition(".")[0] not in ("torch", "hf_sp")
     return other or not (p.is_floating_point() or p.is_complex())
+
+
+def check_data_parallel(model: nn.Module, data: int) -> None:
+    """Refuse what is not built for data parallel ranks."""
+    if data > 1 and hasattr(model, "peft_config"):
+        raise ConfigError(
+            "adapters are not built for data parallel ranks",
+            where=type(model).__name__,
+            got=f"{data} groups of tp ranks",
+            rule="FSDP shards the parameters that are there when parallelize is called",
+            legal="dp_shard=1, dp_replicate=1",
+        )
 
 
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -98,7 +98,9 @@ def adopt(model: nn.Module) -> None:
     whole = [(o, n, p) for m in layers for o, n, p in _own(m) if not isinstance(p, DTensor)]
     copies = [c for w in wrappers for c in w.modules_to_save.values() if _COPY not in c.__dict__]
     plain = [p for c in copies for p in c.parameters() if not isinstance(p, DTensor)]
-    taken = agree_on_weights(nn.ParameterList([p for _, _, p in whole] + plain), state.mesh)
+    taken = agree_on_weights(
+        nn.ParameterList([p for _, _, p in whole] + plain), state.axis, state.mesh.device_type
+    )
     if taken and state.rank == 0:
         logger.warning(
             "%d of %d adapter tensors differed between the ranks; all ranks now have those of tp "
@@ -282,7 +284,7 @@ def save_adapters_alone(
     """
     state = parallel_state(self)
     assert state is not None
-    meet(state.group, "PeftModel.save_pretrained")
+    meet(state.all_ranks, "PeftModel.save_pretrained")
     names = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
     kwargs |= dict(zip(names, args, strict=False))
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:

@@ -26,7 +26,7 @@ from hf_sp.layers.entry import entered_linear
 from hf_sp.layers.experts import Place, Weights, local_experts
 from hf_sp.layers.flat import FlatEntry, enter_sparse, unsqueezed
 from hf_sp.layers.linear import ColumnParallelLinear
-from hf_sp.layers.local import cast_for_autocast, local
+from hf_sp.layers.local import averaged_gradient, cast_for_autocast, local, local_everywhere
 from hf_sp.layers.recipe import leave_recipe, recipe_of
 from hf_sp.plan.schema import Block, Experts
 from hf_sp.state import ParallelState
@@ -57,7 +57,7 @@ class SparseBoundary(BlockBoundary):
         ]
         self.members: list[tuple[object, Member]] = [
             (self.router, RouterMember(self.router, state)),
-            (self.experts, ExpertsMember(self.experts)),
+            (self.experts, ExpertsMember(self.experts, state)),
             *((linear, linear) for linear in columns),
         ]
         self.marked = [self.experts, *columns]
@@ -149,12 +149,23 @@ class RouterMember:
 class ExpertsMember:
     """The experts' packed gate and up projections."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, state: ParallelState) -> None:
+        self.module, self.state = module, state
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, None]:
         """This rank's features or experts."""
-        return cast_for_autocast(local(cast(Tensor, self.module.gate_up_proj)), like), None
+        return expert_weight(cast(Tensor, self.module.gate_up_proj), self.state, like), None
+
+
+def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
+    """This rank's part of an expert weight, cast for autocast.
+
+    Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
+    would have averaged over the groups.
+    """
+    if not state.spread:
+        return cast_for_autocast(local(p), like)
+    return cast_for_autocast(averaged_gradient(local_everywhere(p), state.data), like)
 
 
 class RouterWeight:
@@ -215,12 +226,12 @@ class ExpertsForward:
         x = cast_for_autocast(hidden_states, hidden_states)
         found = entered(hidden_states, module)
         if found is None:
-            place, gate_up = Place(), ExpertsMember(module).local_parameters(x)[0]
+            place, gate_up = Place(), ExpertsMember(module, state).local_parameters(x)[0]
         else:
             entry, slot = found
             assert isinstance(entry, FlatEntry)
             place, gate_up = Place(entry, slot), entry.parameters[slot][0]
-        down = cast_for_autocast(local(cast(Tensor, module.down_proj)), x)
+        down = expert_weight(cast(Tensor, module.down_proj), state, x)
         weights = Weights(gate_up, down, state.kernels)
         index = top_k_index
         if state.sharded and boundary.own:
@@ -229,7 +240,12 @@ class ExpertsForward:
         if not boundary.own:
             return local_experts(x, index, top_k_weights, weights, place)
         if state.sharded:
-            return travelling_experts(x, index, top_k_weights, weights, place, state.axis)
+            return travelling_experts(x, index, top_k_weights, weights, place, state.expert_axis)
+        if state.spread:
+            # One token of a generation, another on each data parallel rank: one tp rank sends it.
+            index = index if state.rank == 0 else torch.full_like(index, form.count)
+            out = travelling_experts(x, index, top_k_weights, weights, place, state.expert_axis)
+            return comm.allreduce_identity(out, state.axis)
         # One token of a generation, which every rank has: each adds what its experts make of it.
         first = state.rank * gate_up.shape[0]
         out = local_experts(x, index, top_k_weights, weights, place, first)
