@@ -138,15 +138,20 @@ def _is_packed(p: nn.Parameter) -> bool:
 
 
 def check_data_parallel(model: nn.Module, data: int) -> None:
-    """Refuse what is not built for data parallel ranks."""
+    """Refuse a model with adapters and data parallel ranks."""
     if data > 1 and hasattr(model, "peft_config"):
-        raise ConfigError(
-            "adapters are not built for data parallel ranks",
-            where=type(model).__name__,
-            got=f"{data} groups of tp ranks",
-            rule="FSDP shards the parameters that are there when parallelize is called",
-            legal="dp_shard=1, dp_replicate=1",
-        )
+        raise no_adapters(type(model).__name__, data)
+
+
+def no_adapters(where: str, data: int) -> ConfigError:
+    """The refusal of adapters beside data parallel ranks, before or after ``parallelize``."""
+    return ConfigError(
+        "adapters are not built for data parallel ranks",
+        where=where,
+        got=f"{data} groups of tp ranks",
+        rule="FSDP would shard the factors again, or leave out those that come later",
+        legal="dp_shard=1, dp_replicate=1",
+    )
 
 
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:

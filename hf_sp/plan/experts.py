@@ -139,9 +139,7 @@ def _unknown(where: str, got: str) -> PlanError:
     )
 
 
-def check_ep(
-    name: str, tp: int, sp: bool, ep: int, blocks: list[Block], dp_shard: int = 1
-) -> None:
+def check_ep(name: str, tp: int, sp: bool, ep: int, blocks: list[Block], dp_shard: int = 1) -> None:
     """Refuse an expert parallel degree that this model or this release does not have.
 
     Args:

@@ -156,9 +156,7 @@ class Plan:
         for layer in self.layers:
             blocks = [b for b in self.blocks if b.path.startswith(layer + ".")]
             lines = [
-                row
-                for block in blocks
-                for row in describe_block(block, self.tp, self.sp, self.ep)
+                row for block in blocks for row in describe_block(block, self.tp, self.sp, self.ep)
             ]
             key = tuple((path.replace(layer + ".", ""), what) for path, what in lines)
             kinds.setdefault(key, []).append(layer)

@@ -47,7 +47,7 @@ __all__ = ["Case", "assert_parity", "each", "pair", "train", "train_all"]
 class Case:
     """One cell of the parity matrix; tp is the world it runs on, divided by `data`.
 
-    `data` groups of tp ranks have batches of their own; the truth is the mean of the groups' losses.
+    `data` groups of tp ranks have batches of their own; the truth is the mean of their losses.
 
     `around` names a context manager factory ("module:function", no arguments) entered for the life
     of the parallel model only, on every rank: the place for a mutant. `model_kwargs` are
@@ -262,7 +262,7 @@ class _WatchLength:
         wrong = [pair for pair in self.seen if pair[1] != -(-pair[0] // tp)]
         if wrong or not self.seen:
             report.problems.append(
-                f"sp={case.sp}: (whole, local) sequence lengths between blocks were {sorted(self.seen)}"
+                f"sp={case.sp}: (whole, local) lengths between blocks were {sorted(self.seen)}"
             )
 
 

@@ -1,0 +1,172 @@
+"""Uses of models with data parallel ranks beside tp, what they cost, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from harness.parity import Case
+from harness.pool import pool
+from harness.report import assert_parity
+
+LLAMA = Case("llama", data=2)
+SPREAD = Case("qwen2_moe", data=2, parallelize=(("ep", 4),))
+CASES = pytest.mark.parametrize("case", [LLAMA, SPREAD], ids=str)
+
+
+@CASES
+def test_inputs(case):
+    assert_parity(pool(4).run("data_parallel.jobs:inputs", case=case))
+
+
+def test_a_vocabulary_that_no_degree_divides():
+    case = Case("llama", data=2, model_kwargs=(("vocab_size", 97),))
+    assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
+
+
+@CASES
+def test_outputs(case):
+    assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_generation(ep):
+    options = (("ep", ep),) if ep > 1 else ()
+    case = Case("qwen2_moe", data=2, dtype="float32", parallelize=options)
+    assert_parity(pool(4).run("data_parallel.jobs:generates", case=case))
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_saving(ep, tmp_path):
+    case = Case("qwen2_moe", data=2, parallelize=(("ep", ep),))
+    assert_parity(pool(4).run("data_parallel.jobs:saves", case=case, folder=str(tmp_path)))
+
+
+def test_optimizer_state_of_any_split(tmp_path):
+    plain = Case("qwen2_moe")
+    ways = [{"ep": 1}, {"ep": 2}, {"ep": 4}]
+    cases = tuple(Case("qwen2_moe", data=2, parallelize=tuple(way.items())) for way in ways)
+    reports = pool(4).run(
+        "data_parallel.jobs:optimizer_states", cases=(plain, *cases), folder=str(tmp_path)
+    )
+    assert_parity(reports, tol=0)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_load(ep):
+    """Of this group's batch, or of all batches where experts have the tokens of all."""
+    case = Case("mixtral", data=2, parallelize=(("ep", ep),))
+    for rank in pool(4).run("data_parallel.jobs:load", case=case):
+        one, other = rank["wanted"]
+        total = [
+            [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(one, other, strict=True)
+        ]
+        assert rank["found"] == (total if ep == 4 else rank["wanted"][rank["group"]])
+
+
+def test_weights_of_the_first_rank():
+    assert_parity(pool(4).run("data_parallel.jobs:other_weights"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "ep"),
+    [
+        ((2, 2), ("dp_shard", "tp"), 4),
+        ((2, 1, 2), ("dp_replicate", "dp_shard", "tp"), 2),
+        ((1, 2, 2), ("dp_replicate", "dp_shard", "tp"), 4),
+    ],
+)
+def test_mesh_of_the_user(shape, names, ep):
+    reports = pool(4).run("data_parallel.jobs:user_mesh", shape=shape, names=names, ep=ep)
+    assert_parity(reports)
+
+
+def test_replicas_stay_equal():
+    case = Case("llama", data=2, parallelize=(("dp_shard", None), ("dp_replicate", 2)))
+    assert_parity(pool(4).run("data_parallel.jobs:replicas", case=case))
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def test_each_token_travels_once_to_each_of_its_experts():
+    """As over tp alone: 5 R rows a step, R = k tokens of this rank, to ep = 4 ranks of 2 groups."""
+    hidden, choices, tokens = 64, 2, 37
+    case = Case(
+        "mixtral",
+        data=2,
+        dtype="bfloat16",
+        parallelize=(("ep", 4),),
+        model_kwargs=(("num_hidden_layers", 1),),
+    )
+    ranks = pool(4).run("data_parallel.jobs:traffic", case=case)
+    rows = [rank["rows"] for rank in ranks]
+    # The batch of 2 of each of 2 groups, each token routed by one rank.
+    assert sum(rows) == 2 * 2 * tokens * choices
+    for phase, times in (("forward", 2), ("backward", 3)):
+        sent = sum(n for rank in ranks for shape, _, n, _ in rank[phase] if shape[1:] == (hidden,))
+        assert sent == times * sum(rows)
+    for rank in ranks:
+        assert len(rank["forward"]) == len(rank["backward"]) == 4
+
+
+def test_bytes_alive():
+    """FSDP keeps no activation: a layer saves the same bytes, and stores half the weights."""
+    (alone, stored), *_ = pool(2).run("data_parallel.jobs:alive", case=Case("llama"))
+    for kept, part in pool(4).run("data_parallel.jobs:alive", case=LLAMA):
+        assert kept == alone
+        assert part == stored // 2
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_what_is_not_built(tmp_path):
+    parts = {
+        "adapters before": "adapters are not built for data parallel ranks",
+        "adapters after": "adapters are not built for data parallel ranks",
+        "Trainer": "for training loops of one's own",
+        "Accelerator": "for training loops of one's own",
+        "a module alone": "called outside the model's forward",
+    }
+    for found in pool(4).run("data_parallel.jobs:refusals", folder=str(tmp_path)):
+        assert not found.pop("touched")
+        assert found.keys() == parts.keys()
+        for name, part in parts.items():
+            assert found[name] is not None, name
+            assert part in found[name], found[name]
+
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "parts"),
+    [
+        ("llama", {"tp": 2}, ["tp=2 does not make up the world", "tp=4, or dp_shard=2"]),
+        ("llama", {"tp": 2, "dp_shard": 3}, ["dp_shard=3, tp=2 do not", "dp_shard=2"]),
+        ("llama", {"dp_shard": 3}, ["do not make up the world", "got:    4 ranks"]),
+        ("llama", {"dp_shard": 0}, ["dp_shard must be a positive integer"]),
+        ("llama", {"dp_replicate": True}, ["dp_replicate must be a positive integer"]),
+        ("mixtral", {"dp_shard": 4, "ep": 2}, ["ep=2, tp=1, dp_shard=4", "ep = 1, 4"]),
+        ("mixtral", {"dp_replicate": 2, "ep": 4}, ["ep = 1, 2", "dp_replicate=1"]),
+        ("mixtral", {"tp": 2, "dp_shard": 2, "ep": 4, "sp": False}, ["sp=False"]),
+        ("mixtral", {"shape": (2, 2), "names": ("dp", "tp")}, ["dp_replicate, dp_shard, tp"]),
+        ("llama", {"shape": (2, 2), "names": ("tp", "dp_shard")}, ["in this order"]),
+        ("llama", {"shape": (2, 2), "names": ("dp_replicate", "tp")}, ["without dp_shard"]),
+        (
+            "llama",
+            {"shape": (2, 2), "names": ("dp_shard", "tp"), "dp_shard": 4},
+            ["dp_shard contradicts the mesh", "dp_shard=4", "of size 2"],
+        ),
+        (
+            "llama",
+            {"shape": (1, 2, 2), "names": AXES, "dp_replicate": 2},
+            ["dp_replicate contradicts the mesh"],
+        ),
+    ],
+    ids=str,
+)
+def test_degrees(family, kwargs, parts):
+    for message, untouched in pool(4).run("data_parallel.jobs:refuse", family=family, **kwargs):
+        assert untouched
+        assert message is not None
+        assert all(part in message for part in parts), message
