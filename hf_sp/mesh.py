@@ -170,7 +170,7 @@ def _check_axes(mesh: DeviceMesh) -> None:
             "the mesh does not have all ranks in their order",
             where="parallelize(mesh=...)",
             got=f"ranks {ranks} of {launched_world()}",
-            rule="with data parallel axes a mesh has ranks 0, 1, ... as init_device_mesh gives them",
+            rule="with data parallel axes a mesh has ranks 0, 1, ... as init_device_mesh has them",
             remedy="init_device_mesh(device, (dp_shard, tp), mesh_dim_names=('dp_shard', 'tp'))",
         )
 

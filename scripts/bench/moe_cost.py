@@ -29,6 +29,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_sp.estimate import StepCount, count_step, fake_tensors, fake_world, per_layer
 from hf_sp.estimate.experts import (
     ExpertsShape,
+    experts_weight_bytes,
+    fsdp_experts_moved,
     split_experts_bytes_per_token,
     split_experts_moved_per_token,
     travelling_experts_bytes_per_token,
@@ -40,10 +42,16 @@ ATTENTION = "sdpa_without_mask"
 MIB = 2**20
 SEQ = 8192
 
-MIXTRAL = ExpertsShape(hidden=4096, intermediate=14336, experts=8, choices=2)
+MIXTRAL = ExpertsShape(hidden=4096, intermediate=14336, experts=8, choices=2, routing_weight=4)
 QWEN = ExpertsShape(hidden=2048, intermediate=768, experts=128, choices=8)
 SHAPES = {"Mixtral-8x7B": MIXTRAL, "Qwen3-30B-A3B": QWEN}
 CASES = [(name, tp) for name in SHAPES for tp in (2, 4, 8)]
+GROUPS = [
+    ("Mixtral-8x7B", 2, 4),
+    ("Mixtral-8x7B", 4, 2),
+    ("Qwen3-30B-A3B", 2, 16),
+    ("Qwen3-30B-A3B", 8, 4),
+]
 
 HEADER = ("shape", "ranks", "experts", "alive MiB", "sent MiB", "sent / split", "layer alive MiB")
 NOTES = f"""\
@@ -59,6 +67,29 @@ Whole experts send k / ep of what gathering sends: Mixtral's k = 2 wins from 4 r
 router but for the router's own tensors, which every rank keeps for all tokens where features are
 split. Against a skewed router `split` is safe: its work and memory do not depend on the routing,
 while the rank of a crowded expert keeps and computes as many rows as it is sent.
+"""
+
+GROUPS_HEADER = (
+    "shape",
+    "tp x dp_shard",
+    "ep",
+    "tokens sent MiB",
+    "weights sent MiB",
+    "weights at once MiB",
+)
+GROUPS_NOTES = f"""\
+
+## With data parallel groups beside tp
+
+Each group has a batch of {SEQ} tokens. Up to ep = tp the experts are in FSDP's hands, which sends
+their weights three times a micro-batch (two gathers, one reduce-scatter) and has 1 / tp of them
+whole while a layer runs; with ep = tp * dp_shard tokens travel among all ranks, and no weight does.
+Closed form, an even router.
+
+Tokens' bytes grow with the batch and with k / tp; weights' do not. So ep = tp * dp_shard wins up to
+a batch of (weights sent) / (tokens sent more) times the one here: for Qwen3 at tp 2 three times
+over features split, at tp 8 more than twenty times; for Mixtral at tp 4 always, as its tokens'
+bytes are fewer, too.
 """
 
 
@@ -118,20 +149,49 @@ def rows(name: str, tp: int) -> list[tuple[str, ...]]:
     return out
 
 
+def groups(name: str, tp: int, dp_shard: int) -> list[tuple[str, ...]]:
+    """Three lines of the second table."""
+    shape = SHAPES[name]
+    weights = experts_weight_bytes(shape)
+    fsdp = fsdp_experts_moved(shape, tp, dp_shard)
+    out = []
+    for ep, tokens, sent, ranks in (
+        (1, split_experts_moved_per_token(shape, tp), fsdp, tp),
+        (tp, travelling_experts_moved_per_token(shape, tp), fsdp, tp),
+        (
+            tp * dp_shard,
+            travelling_experts_moved_per_token(shape, tp, tp * dp_shard),
+            0.0,
+            tp * dp_shard,
+        ),
+    ):
+        if shape.experts % ep:
+            continue  # no rank has a part of an expert there
+        numbers = (tokens * SEQ, sent, weights / ranks)
+        mib = (f"{number / MIB:.1f}" for number in numbers)
+        out.append((name, f"{tp} x {dp_shard}", str(ep), *mib))
+    return out
+
+
+def lines(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape; writes nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the markdown")
     options = parser.parse_args()
     cases = CASES[:1] if options.quick else CASES
-    table = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    table += ["| " + " | ".join(row) + " |" for case in cases for row in rows(*case)]
-    print("\n".join(table))
+    table = lines(HEADER, [row for case in cases for row in rows(*case)])
+    beside = lines(GROUPS_HEADER, [row for case in GROUPS for row in groups(*case)])
+    print("\n".join([*table, GROUPS_NOTES, *beside]))
     if not options.quick:
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}."
         made = "Made by `python scripts/bench/moe_cost.py`.\n"
         title = "# The cost of a sparse layer's experts\n"
-        text = "\n".join([title, NOTES, versions, made, *table, ""])
+        text = "\n".join([title, NOTES, versions, made, *table, GROUPS_NOTES, *beside, ""])
         (options.out / "moe_cost.md").write_text(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sparse.jobs import _Sends
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sp import parallel_state, parallelize
@@ -209,6 +211,54 @@ def traffic(case: Case) -> dict[str, Any]:
     with _Sends() as backward:
         loss.backward()
     return {"forward": forward.calls, "backward": backward.calls, "rows": counts}
+
+
+class _Weights(TorchDispatchMode):
+    """What FSDP sends: (operation, bytes that this rank puts in)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = str(func).split(".")[1]
+        if str(func).startswith("c10d.") and kind in ("_allgather_base_", "_reduce_scatter_base_"):
+            self.calls.append((kind, args[1].numel() * args[1].element_size()))
+        return func(*args, **(kwargs or {}))
+
+
+def weights_sent(case: Case) -> dict[str, Any]:
+    """What FSDP sends for one sparse layer in a step, and the layer's parameters on this rank."""
+    found = []
+    for layers in (1, 2):
+        fields = (*case.model_kwargs, ("num_hidden_layers", layers))
+        _, parallel = pair(replace(case, model_kwargs=fields))
+        batch = {**batches.plain(2, 16, seed=case.group), "output_router_logits": False}
+        with _Weights() as forward:
+            loss = parallel(**batch).loss
+        with _Weights() as backward:
+            loss.backward()
+        found.append((forward.calls, backward.calls))
+    sizes = {n: _bytes(p.to_local()) for n, p in parallel.model.layers[1].named_parameters()}
+    return {"one": found[0], "two": found[1], "sizes": sizes}
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def accumulates(case: Case) -> Report:
+    """FSDP's own switch: the first micro-batch's gradients stay on the groups."""
+    report = _report(case)
+    model, parallel = pair(case)
+    model.zero_grad()
+    for micro in range(2):
+        for group in range(case.data):
+            (model(**batches.plain(2, 17, seed=2 * micro + group)).loss / case.data).backward()
+        parallel.set_requires_gradient_sync(micro == 1)
+        parallel(**batches.plain(2, 17, seed=2 * micro + case.group)).loss.backward()
+    compare_gradients(report, gradients(parallel, report), gradients(model))
+    return report
 
 
 def alive(case: Case) -> tuple[int, int]:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
+
+from hf_sp.estimate.experts import (
+    ExpertsShape,
+    experts_weight_bytes,
+    fsdp_experts_moved,
+    travelling_experts_moved_per_token,
+)
 
 LLAMA = Case("llama", data=2)
 SPREAD = Case("qwen2_moe", data=2, parallelize=(("ep", 4),))
@@ -20,6 +28,11 @@ def test_inputs(case):
 def test_a_vocabulary_that_no_degree_divides():
     case = Case("llama", data=2, model_kwargs=(("vocab_size", 97),))
     assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
+
+
+@CASES
+def test_accumulation_without_sync(case):
+    assert_parity(pool(4).run("data_parallel.jobs:accumulates", case=case))
 
 
 @CASES
@@ -106,6 +119,40 @@ def test_each_token_travels_once_to_each_of_its_experts():
         assert sent == times * sum(rows)
     for rank in ranks:
         assert len(rank["forward"]) == len(rank["backward"]) == 4
+    # The formula, of what leaves a rank for others, with what stays at home added.
+    sent = sum(
+        dtype.itemsize * shape.numel()
+        for rank in ranks
+        for phase in ("forward", "backward")
+        for shape, dtype, *_ in rank[phase]
+        if dtype != torch.int64
+    )
+    # Mixtral's router leaves its weights in float32.
+    shape = ExpertsShape(hidden, 96, experts=4, choices=choices, routing_weight=4)
+    assert sent == 4 * 2 * tokens * travelling_experts_moved_per_token(shape, 2, 4) * 4 / 3
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_weights_sent(ep):
+    """A layer's weights go out twice and its gradients once; experts over all ranks never do."""
+    case = Case("mixtral", data=2, dtype="bfloat16", parallelize=(("ep", ep),))
+    shape = ExpertsShape(hidden=64, intermediate=96, experts=4, choices=2)
+    for rank in pool(4).run("data_parallel.jobs:weights_sent", case=case):
+        more = {}
+        for phase, one, two in zip(("forward", "backward"), rank["one"], rank["two"], strict=True):
+            for kind in ("_allgather_base_", "_reduce_scatter_base_"):
+                sizes = [[size for name, size in calls if name == kind] for calls in (one, two)]
+                more[phase, kind] = (len(sizes[1]) - len(sizes[0]), sum(sizes[1]) - sum(sizes[0]))
+        experts = sum(size for name, size in rank["sizes"].items() if "experts" in name)
+        held = sum(rank["sizes"].values()) - (experts if ep == 4 else 0)
+        assert more["forward", "_allgather_base_"] == (1, held)
+        assert more["backward", "_allgather_base_"] == (1, held)
+        assert more["backward", "_reduce_scatter_base_"] == (1, 2 * held)
+        assert more["forward", "_reduce_scatter_base_"] == (0, 0)
+        assert experts == experts_weight_bytes(shape) / 4
+        if ep < 4:
+            # Of two ranks' parts of the gradient the own one stays.
+            assert fsdp_experts_moved(shape, 2, 2) == 2 * experts + 2 * experts / 2
 
 
 def test_bytes_alive():

@@ -303,7 +303,7 @@ class _Sends(TorchDispatchMode):
         if name.startswith("_c10d_functional.all_to_all"):
             x, _, send = args[:3]
             away = sum(n for r, n in enumerate(send) if r != dist.get_rank())
-            self.calls.append((tuple(x.shape), x.dtype, x.shape[0], away))
+            self.calls.append((x.shape, x.dtype, x.shape[0], away))
         if name.startswith("_c10d_functional") and "wait" not in name:
             self.kinds.append(name.split(".")[1])
         return func(*args, **(kwargs or {}))
