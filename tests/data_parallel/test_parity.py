@@ -2,6 +2,9 @@
 
 The truth is the unsharded model's gradient of the mean of the groups' losses. Experts: in FSDP's
 hands (split by features, or whole over tp), and whole over all ranks (ep = tp * dp_shard).
+
+Two groups, because halving is exact: HF's RMSNorm rounds gradients to 24 bits, and the mean of
+three such is not the rounded third (1e-7).
 """
 
 from __future__ import annotations
