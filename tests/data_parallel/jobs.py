@@ -22,14 +22,15 @@ from harness.compare import (
     gradients,
     whole,
 )
+from harness.generation import compare_generation
 from harness.parity import Case, pair
 from harness.report import Report
-from sparse.jobs import _Sends
+from sparse.jobs import DECODING, Sends, compare_files, zero
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_sp import parallel_state, parallelize
 from hf_sp.errors import HfSpError
@@ -93,22 +94,7 @@ def generates(case: Case) -> Report:
     model.eval(), parallel.eval()
     for batch, length in ((1, 1), (3, 9)):
         ids = batches.plain(batch, length, seed=case.group)["input_ids"]
-        want, got = (
-            one.generate(
-                input_ids=ids,
-                do_sample=False,
-                max_new_tokens=6,
-                min_new_tokens=6,
-                pad_token_id=0,
-                output_router_logits=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            for one in (model, parallel)
-        )
-        report.compare("tokens", got.sequences, want.sequences)
-        for one, other in zip(got.logits, want.logits, strict=True):
-            report.compare("logits", one, other)
+        compare_generation(report, model, parallel, ids, **DECODING)
     return report
 
 
@@ -121,23 +107,13 @@ def saves(case: Case, folder: str) -> Report:
     written = json.loads((Path(folder) / "config.json").read_text())
     if written["architectures"] != [type(model).__name__]:
         report.problems.append(f"architectures {written['architectures']}")
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    for (name, one), (other, two) in zip(
-        plain.named_parameters(), model.named_parameters(), strict=True
-    ):
-        if name != other or not torch.equal(one, two):
-            report.problems.append(f"{name} differs in the file")
-
-    def zero() -> None:
-        with torch.no_grad():
-            for p in parallel.parameters():
-                p.to_local().zero_()
+    plain = compare_files(report, model, folder)
 
     def compare(label: str) -> None:
         for name, p in parallel.named_parameters():
             report.compare(f"{label} {name}", whole(p), model.get_parameter(name))
 
-    zero()
+    zero(parallel)
     parallel.load_state_dict(plain.state_dict())
     compare("loaded")
     rectangular = {
@@ -146,7 +122,7 @@ def saves(case: Case, folder: str) -> Report:
     dcp.save(rectangular, checkpoint_id=f"{folder}/dcp")
     kept = {name: p for name, p in parallel.state_dict().items() if name not in rectangular}
     whole_experts = {name: p.detach().clone() for name, p in kept.items()}
-    zero()
+    zero(parallel)
     dcp.load(rectangular, checkpoint_id=f"{folder}/dcp")
     for name, p in whole_experts.items():
         kept[name].copy_(p)
@@ -205,10 +181,10 @@ def traffic(case: Case) -> dict[str, Any]:
     batch = {**batches.plain(2, 37, seed=case.group), "output_router_logits": False}
     while parallel_state(parallel).checks_left["training"]:
         parallel(**batch)
-    with _Sends() as forward:
+    with Sends() as forward:
         loss = parallel(**batch).loss
     counts = parallel_state(parallel).load["model.layers.0.mlp.experts"].sum().item()
-    with _Sends() as backward:
+    with Sends() as backward:
         loss.backward()
     return {"forward": forward.calls, "backward": backward.calls, "rows": counts}
 
