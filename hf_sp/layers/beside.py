@@ -27,6 +27,7 @@ from hf_sp.errors import ConfigError
 from hf_sp.layers.entry import Entry
 from hf_sp.layers.lazy import LazyTensor
 from hf_sp.once import once_differentiable
+from hf_sp.torch_private import version
 
 
 @dataclass(eq=False)
@@ -34,22 +35,37 @@ class EarlyEntry(Entry):
     """The entry of a block that runs later: what it gathers is there after ``arrive`` only."""
 
     gathered: Tensor | None = field(default=None, repr=False)
+    read: tuple[Tensor, int | None] | None = field(default=None, repr=False)
 
     def gather(self, x: Tensor) -> Tensor:
         """``[1, tp * T, H]`` in flight."""
+        self.read = x, version(x)
         self.gathered = comm.launch_all_gather(x.transpose(0, 1), self.axis)
         return self.gathered.transpose(0, 1)
 
     def arrive(self) -> None:
-        """Wait for what was gathered."""
-        gathered, self.gathered = self.gathered, None
-        if gathered is not None:
-            comm.wait(gathered)
+        """Wait for what was gathered.
+
+        Raises:
+            ConfigError: someone has written into the tokens meanwhile.
+        """
+        assert self.gathered is not None
+        assert self.read is not None
+        comm.wait(self.gathered)
+        x, written = self.read
+        self.gathered = self.read = None
+        if version(x) != written:
+            raise ConfigError(
+                "the tokens of a sparse block were written into behind its shared expert",
+                rule="they are being gathered for it until the tokens travel",
+                remedy="write into them before the block, or in a forward pre-hook of its router "
+                "or experts, which hf_sp takes into account",
+            )
 
     def close(self) -> None:
         """The block has run, or will not."""
         super().close()
-        self.gathered = None
+        self.gathered = self.read = None
 
 
 @dataclass(eq=False)

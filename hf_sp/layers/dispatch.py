@@ -203,10 +203,14 @@ class _TravellingExperts(torch.autograd.Function):
         )
         # The few numbers first: they are here when the products are done, and do not wait for dx.
         dscale = route.launch_back(dscale, axis)
-        drows = route.launch_back(grouped_input_gradient(dgate_up, gate_up, route.groups), axis)
+        # An input without a gradient has no entry to wait for what is sent there.
+        drows = None
+        if ctx.needs_input_grad[0]:
+            drows = route.launch_back(grouped_input_gradient(dgate_up, gate_up, route.groups), axis)
         dscale = order.spread(comm.wait(dscale))
 
         def land() -> Tensor:
+            assert drows is not None
             return order.sum_choices(comm.wait(drows))
 
         def make(x_TH: Tensor) -> Tensor:
@@ -214,9 +218,9 @@ class _TravellingExperts(torch.autograd.Function):
             return grouped_weight_gradient(dgate_up, rows, route.groups)
 
         dx = dw = None
-        if ctx.place.entry is not None:
-            ctx.place.leave(land, make)
-        else:
-            dx = land()
+        if ctx.place.entry is None:
+            dx = None if drows is None else land()
             dw = make(x_TH) if ctx.needs_input_grad[3] else None
+        elif drows is not None:
+            ctx.place.leave(land, make)
         return dx, None, dscale, dw, ddown, None, None, None

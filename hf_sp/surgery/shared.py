@@ -21,6 +21,7 @@ from hf_sp.layers.linear import ColumnParallelLinear
 from hf_sp.layers.recipe import leave_recipe, recipe_of
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, put_hidden, readers, take_hidden
+from hf_sp.surgery.parameters import LocalParameters
 from hf_sp.surgery.sparse import SparseBoundary
 from hf_sp.torch_private import has_global_hooks
 
@@ -79,24 +80,29 @@ class SharedBoundary(BlockBoundary):
         return out.squeeze(0) if isinstance(out, Tensor) else out
 
     def _may_wait(self, module: nn.Module) -> bool:
-        """Whether nobody sees the gathered tokens before they are there, nor asks for the output.
-
-        Our own hooks are one before and one after.
-        """
+        """Whether nobody could tell that it runs later."""
         around = self.around.current()
         return (
-            self.waits
+            not torch.compiler.is_compiling()
+            and self.waits
             and self.state.sharded
             and around is not None
             and around.waiting is None
             and module.__dict__.get("forward") is self.forward
-            and len(module._forward_pre_hooks) == 1
-            and len(module._forward_hooks) == 1
-            and not module._backward_pre_hooks
-            and not module._backward_hooks
+            and not self._watched(module)
             and not has_global_hooks()
-            and not torch.compiler.is_compiling()
         )
+
+    def _watched(self, module: nn.Module) -> bool:
+        """Whether someone else's hooks might read what is gathered, or the output.
+
+        Or write into the tokens while the gather reads them: before the router, or the experts.
+        """
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        watched = [getattr(module, kind) for kind in kinds]
+        watched += [self.around.router._forward_pre_hooks, self.around.experts._forward_pre_hooks]
+        owners = (getattr(hook, "__self__", None) for hooks in watched for hook in hooks.values())
+        return not all(isinstance(owner, BlockBoundary | LocalParameters) for owner in owners)
 
 
 class SharedForward:
