@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from harness import batches, tiny
-from harness.compare import compare_gradients, compare_once, fresh, gradients
+from harness.compare import compare_gradients, compare_once, evaluating, fresh, gradients
 from harness.parity import Case, pair
 from harness.report import Report
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def _batch() -> dict[str, Any]:
 @contextlib.contextmanager
 def _at_once() -> Iterator[None]:
     """Shared experts that run where they are called."""
-    with mock.patch.object(SharedBoundary, "_may_wait", lambda self, module: False):
+    with mock.patch.object(SharedBoundary, "_may_wait", return_value=False):
         yield
 
 
@@ -122,14 +122,6 @@ def _inside(block: nn.Module) -> None:
     block.shared_expert.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-def _tokens_written(block: nn.Module) -> None:
-    def write(module: nn.Module, args: tuple) -> None:
-        with torch.no_grad():
-            args[0].mul_(2)
-
-    block.gate.register_forward_pre_hook(write)
-
-
 def _weights_frozen(block: nn.Module) -> None:
     block.shared_expert.requires_grad_(False)
 
@@ -149,7 +141,6 @@ HANDS: dict[str, tuple[Callable[[nn.Module], None], bool]] = {
     "output": (_doubled, False),
     "gradient": (_gradient_doubled, False),
     "inside": (_inside, True),
-    "written": (_tokens_written, False),
     "frozen": (_weights_frozen, True),
     "down alone": (_down_alone, True),
 }
@@ -197,9 +188,8 @@ def first_layer_frozen() -> Report:
     return report
 
 
-def same_numbers(mode: str) -> list[tuple[bool, bool]]:
-    """(bits of the output as at once, whether all ran as expected) without gradients and in 16 bit."""
-    found = []
+def same_numbers(mode: str) -> tuple[bool, bool]:
+    """Whether the loss is that of shared experts run at once, to the bit, and the gradients are."""
     dtype = torch.float32 if mode == "autocast" else torch.bfloat16
     parallel = _parallel(dtype, 2)
     results = []
@@ -220,8 +210,7 @@ def same_numbers(mode: str) -> list[tuple[bool, bool]]:
     (one, mine, late), (other, theirs, early) = results
     # The order of the sum of the block's input gradient is another.
     close = [(a - theirs[name]).norm() <= 2**-6 * theirs[name].norm() for name, a in mine.items()]
-    found.append((torch.equal(one, other), all(close) and (late, early) == (2, 0)))
-    return found
+    return torch.equal(one, other), all(close) and (late, early) == (2, 0)
 
 
 def copied() -> list[int]:
@@ -233,12 +222,15 @@ def copied() -> list[int]:
         with _count_late() as late:
             one(**_batch())
         found.append(len(late))
-    with _count_late() as late, mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+    with (
+        _count_late() as late,
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+    ):
         parallel(**_batch())
     return [*found, len(late)]
 
 
-class Interrupted(Exception):
+class InterruptedForwardError(Exception):
     """Raised in a forward."""
 
 
@@ -248,7 +240,7 @@ def interrupted(where: str) -> Report:
     model, parallel = pair(Case("qwen2_moe", parallelize=(("ep", dist.get_world_size()),)))
 
     def stop(*args: Any, **kwargs: Any) -> None:
-        raise Interrupted
+        raise InterruptedForwardError
 
     block = parallel.model.layers[0].mlp
     module = {"router": block.gate, "shared": block.shared_expert.down_proj}[where]
@@ -257,7 +249,7 @@ def interrupted(where: str) -> Report:
         try:
             parallel(**batches.plain(2, 17))
             report.problems.append("nothing was raised")
-        except Interrupted:
+        except InterruptedForwardError:
             pass
     handle.remove()
     boundaries = {
@@ -268,6 +260,25 @@ def interrupted(where: str) -> Report:
     if any(boundary.entries for boundary in boundaries) or len(boundaries) != 2:
         report.problems.append("an entry is left")
     compare_once(report, model, parallel, batches.plain(2, 17))
+    return report
+
+
+def _double(module: nn.Module, args: tuple) -> None:
+    args[0].mul_(2)
+
+
+def written_between() -> Report:
+    """A pre-hook of the router writes into the tokens: autograd bears that in evaluation only."""
+    report = Report("written between", dist.get_rank(), "float64")
+    model, parallel = pair(Case("qwen2_moe", parallelize=(("ep", dist.get_world_size()),)))
+    for one in (model, parallel):
+        for layer in one.model.layers:
+            layer.mlp.gate.register_forward_pre_hook(_double)
+    with evaluating(model, parallel), in_flight(), _count_late() as late:
+        want, got = (one(**batches.plain(2, 17)).logits for one in (model, parallel))
+    report.compare("logits", got, want)
+    if late:
+        report.problems.append("a gather was in flight")
     return report
 
 
@@ -315,6 +326,7 @@ def block_of_another_form(when: str, form: str) -> Any:
             _, scale, index = self.gate(flat)
             routed = self.experts(flat, index, scale)
             shared = _Half.apply(shared) if form == "function" else shared
+            shared = self.shared_expert_gate(flat).sigmoid() * shared
             return (routed + shared).view(x.shape)
 
     model.model.layers[0].mlp.__class__ = Other
@@ -324,10 +336,6 @@ def block_of_another_form(when: str, form: str) -> Any:
     parallel.model.layers[0].mlp.__class__ = Other
     report = Report(f"{when} {form}", dist.get_rank(), "float64")
     tiny.reference(model)
-    # The gate of this shared expert is not used.
-    model.model.layers[0].mlp.shared_expert_gate = parallel.model.layers[
-        0
-    ].mlp.shared_expert_gate = None
     with in_flight(finish=False), _count_late() as late:
         try:
             outputs = [one(**fresh(_batch())) for one in (model, parallel)]
