@@ -198,6 +198,7 @@ class _TravellingExperts(torch.autograd.Function):
             # Before this node's products, so that the next node's need not wait for what they send.
             ctx.place.entry.launch_beside()
         dy = route.land_there(launched)
+        del launched
         dgate_up, dscale, ddown = experts_backward(
             dy, kept, scale, weights, route.groups, ctx.needs_input_grad[4]
         )
