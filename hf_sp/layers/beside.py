@@ -43,17 +43,22 @@ class EarlyEntry(Entry):
         self.gathered = comm.launch_all_gather(x.transpose(0, 1), self.axis)
         return self.gathered.transpose(0, 1)
 
+    def settle(self) -> None:
+        """Wait for what was gathered."""
+        gathered, self.gathered = self.gathered, None
+        if gathered is not None:
+            comm.wait(gathered)
+
     def arrive(self) -> None:
-        """Wait for what was gathered.
+        """Wait for what was gathered, to be used.
 
         Raises:
             ConfigError: someone has written into the tokens meanwhile.
         """
-        assert self.gathered is not None
+        self.settle()
         assert self.read is not None
-        comm.wait(self.gathered)
         x, written = self.read
-        self.gathered = self.read = None
+        self.read = None
         if version(x) != written:
             raise ConfigError(
                 "the tokens of a sparse block were written into behind its shared expert",
@@ -65,7 +70,8 @@ class EarlyEntry(Entry):
     def close(self) -> None:
         """The block has run, or will not."""
         super().close()
-        self.gathered = self.read = None
+        self.settle()
+        self.read = None
 
 
 @dataclass(eq=False)
@@ -149,22 +155,24 @@ class LazyShared(LazyTensor):
     """Stand-in for the output ``[T, H]`` of a block that may run later; any operation makes it.
 
     Args:
-        like: a tensor of its dtype, ``[1, tp * T, H]``.
+        full: what the entry gathers, ``[1, tp * T, H]``.
+        entry: the block's entry; closed when the block has run.
         run: the block, up to its partial output ``[1, tp * T, H]``; called at most once.
-        crossing: its exit.
     """
 
     _run: Callable[[], Tensor] | None
+    entry: EarlyEntry
     crossing: Crossing
 
     @staticmethod
-    def __new__(cls, like: Tensor, run: Callable[[], Tensor], crossing: Crossing) -> LazyShared:
+    def __new__(cls, full: Tensor, entry: EarlyEntry, run: Callable[[], Tensor]) -> LazyShared:
         """A tensor without storage."""
-        shape = (like.shape[1] // crossing.axis.size, like.shape[2])
+        crossing = Crossing(entry.axis)
+        shape = (full.shape[1] // entry.axis.size, full.shape[2])
         # Whatever needs a gradient in the block, so does this.
         source = torch.empty(0, requires_grad=torch.is_grad_enabled())
-        self = cls._stand_in(shape, like, crossing.arrive, source, _refuse_gradient)
-        self._run, self.crossing = run, crossing
+        self = cls._stand_in(shape, full, crossing.arrive, source, _refuse_gradient)
+        self._run, self.entry, self.crossing = run, entry, crossing
         return self
 
     def begin(self) -> None:
@@ -174,7 +182,11 @@ class LazyShared(LazyTensor):
             return
         grad, inference = self._modes
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            self.crossing.depart(run())
+            try:
+                self.entry.arrive()
+                self.crossing.depart(run())
+            finally:
+                self.entry.close()
 
     def materialize(self) -> Tensor:
         """The output; the same each time."""

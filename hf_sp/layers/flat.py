@@ -137,6 +137,9 @@ class FlatEntry(Entry):
     def close(self) -> None:
         """The block has run."""
         super().close()
+        if self.waiting is not None:
+            # It may never run now, or much later.
+            self.waiting.entry.settle()
         self.full = self.recipe = self.waiting = None
 
     def mark(self, x: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sp.layers.beside import Crossing, EarlyEntry, LazyShared
+from hf_sp.layers.beside import EarlyEntry, LazyShared
 from hf_sp.layers.entry import open_entry
 from hf_sp.layers.flat import unsqueezed
 from hf_sp.layers.linear import ColumnParallelLinear
@@ -120,8 +120,8 @@ class SharedForward:
             return self._now(*args, **kwargs)
         around = boundary.around.current()
         assert around is not None, "an entry was opened early outside of the block"
-        run = functools.partial(self._later, entry, args, kwargs)
-        output = LazyShared(take_hidden(args, kwargs), run, Crossing(boundary.state.axis))
+        run = functools.partial(self._now, *args, **kwargs)
+        output = LazyShared(take_hidden(args, kwargs), entry, run)
         around.wait_later(output)
         return output
 
@@ -129,10 +129,3 @@ class SharedForward:
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
-
-    def _later(self, entry: EarlyEntry, args: tuple, kwargs: dict[str, Any]) -> Any:
-        try:
-            entry.arrive()
-            return self._now(*args, **kwargs)
-        finally:
-            entry.close()

@@ -96,7 +96,7 @@ def unwaited(what: str) -> bool:
 
 
 def cost(layers: int = 2) -> dict[str, Any]:
-    """(alive bytes, collectives by kind) of a step, with shared experts later and at once."""
+    """Bytes alive and at the peak of a step, and its collectives: shared experts later, at once."""
     found = {}
     for name, way in (("later", contextlib.nullcontext), ("at once", _at_once)):
         parallel = _parallel(torch.bfloat16, layers)
@@ -104,6 +104,7 @@ def cost(layers: int = 2) -> dict[str, Any]:
             count = count_step(lambda parallel=parallel: parallel(**_batch()).loss)
         calls = {kind: (c.calls, c.bytes) for kind, c in count.collectives.items()}
         found[name] = {"alive": count.alive_bytes, "calls": calls, "late": len(late)}
+        found[name]["peak"] = count.peak_bytes
     return found
 
 
@@ -245,12 +246,14 @@ def interrupted(where: str) -> Report:
     block = parallel.model.layers[0].mlp
     module = {"router": block.gate, "shared": block.shared_expert.down_proj}[where]
     handle = module.register_forward_hook(stop)
-    for _ in range(2):
-        try:
-            parallel(**batches.plain(2, 17))
-            report.problems.append("nothing was raised")
-        except InterruptedForwardError:
-            pass
+    # What the shared expert's products interrupt are the tokens on their way: nobody takes those.
+    with in_flight(finish=where == "router"):
+        for _ in range(2):
+            try:
+                parallel(**batches.plain(2, 17))
+                report.problems.append("nothing was raised")
+            except InterruptedForwardError:
+                pass
     handle.remove()
     boundaries = {
         hook.__self__
