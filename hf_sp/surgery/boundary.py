@@ -51,7 +51,7 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
     return None if positions is None else positions.shape[-1]
 
 
-def _readers(module: Any) -> list[EntryReader]:
+def readers(module: Any) -> list[EntryReader]:
     """Adapters among a block's children; they come and go, so they are looked up each time."""
     return [child for child in module.children() if hasattr(type(child), "entry_factors")]
 
@@ -141,7 +141,7 @@ class BlockBoundary:
             sharded=self.state.sharded,
             length=length,
             batch_major=self.attention,
-            readers=_readers(module),
+            readers=readers(module),
         )
         self.entries.append(entry)
         if (

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_sp import collectives as comm
-from hf_sp.layers.dispatch import travelling_experts
+from hf_sp.layers.dispatch import send, travelling_experts
 from hf_sp.layers.entered import Member, entered
 from hf_sp.layers.entry import entered_linear
 from hf_sp.layers.experts import Place, Weights, local_experts
-from hf_sp.layers.flat import FlatEntry, enter_sparse, unsqueezed
+from hf_sp.layers.flat import FlatEntry, enter_sparse
 from hf_sp.layers.linear import ColumnParallelLinear
 from hf_sp.layers.local import averaged_gradient, cast_for_autocast, local, local_everywhere
-from hf_sp.layers.recipe import leave_recipe, recipe_of
 from hf_sp.plan.schema import Block, Experts
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, put_hidden, take_hidden
@@ -104,34 +103,6 @@ class SparseBoundary(BlockBoundary):
         if self.entries:
             self.entries.pop().close()
         return None
-
-
-class SharedBoundary(BlockBoundary):
-    """Entry and exit of a shared expert that is a TP block of its own, on flattened tokens.
-
-    The order of the tokens does not matter to it: it gathers the ranks' ``[T, H]`` as they lie.
-    """
-
-    def __init__(
-        self, state: ParallelState, linears: list[ColumnParallelLinear], around: SparseBoundary
-    ) -> None:
-        super().__init__(state, linears, attention=False)
-        self.around = around
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """All-gather ``[T, H]`` to ``[1, tp * T, H]``."""
-        self.around.mark(module, args)
-        x = take_hidden(args, kwargs)
-        recipe = recipe_of(x)
-        x_1TH = x.unsqueeze(0)
-        if recipe is not None:
-            leave_recipe(x_1TH, unsqueezed(recipe))
-        return super().enter(module, *put_hidden(args, kwargs, x_1TH))
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Reduce-scatter, back to ``[T, H]``."""
-        out = super().leave(module, args, output)
-        return out.squeeze(0) if isinstance(out, Tensor) else out
 
 
 class RouterMember:
@@ -240,16 +211,26 @@ class ExpertsForward:
         if not boundary.own:
             return local_experts(x, index, top_k_weights, weights, place)
         if state.sharded:
-            return travelling_experts(x, index, top_k_weights, weights, place, state.expert_axis)
+            return self._travel(x, index, top_k_weights, weights, place)
         if state.spread:
             # One token of a generation, another on each data parallel rank: one tp rank sends it.
             index = index if state.rank == 0 else torch.full_like(index, form.count)
-            out = travelling_experts(x, index, top_k_weights, weights, place, state.expert_axis)
+            out = self._travel(x, index, top_k_weights, weights, place)
             return comm.allreduce_identity(out, state.axis)
         # One token of a generation, which every rank has: each adds what its experts make of it.
         first = state.rank * gate_up.shape[0]
         out = local_experts(x, index, top_k_weights, weights, place, first)
         return comm.allreduce_identity(out, state.axis)
+
+    def _travel(
+        self, x: Tensor, index: Tensor, scale: Tensor, weights: Weights, place: Place
+    ) -> Tensor:
+        """Send the tokens, run what waits for that, and have the experts' output back."""
+        axis, around = self.boundary.state.expert_axis, self.boundary.current()
+        sent = send(x, index, scale, weights.down.shape[0], axis)
+        if around is not None:
+            around.run_beside()
+        return travelling_experts(x, sent, scale, weights, place, axis)
 
 
 def _length_here(state: ParallelState, s: int) -> int | None:
