@@ -72,13 +72,13 @@ def parallelize(
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
     Call it on every rank, with the same whole model on each, before the optimizer and the Trainer
-    are made. Ranks that built different weights get those of tp rank 0, as under DDP.
+    are made. Ranks that built different weights get those of the first rank, as under DDP.
 
     Args:
         model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU,
             or a ``PeftModel`` with LoRA adapters over one.
         tp: tensor parallel degree. Default: accelerate's ``PARALLELISM_CONFIG_TP_SIZE``, else all
-            ranks.
+            ranks that the data parallel degrees leave.
         sp: shard hidden states between the blocks along the sequence, over the same tp ranks.
             ``False`` is plain Megatron tensor parallelism.
         cp: context parallel degree; 1 in this release.
@@ -138,12 +138,12 @@ def parallelize(
         for check in also_check:
             check(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
-        check_data_parallel(model, degrees.data)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
         with _plain(model) as whole:
             resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
+        check_data_parallel(model, resolved, degrees)
         check_optimizers(model)
     except HfSpError as error:
         problem = error

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import ConfigError, HfSpError
-from hf_sp.mesh import launched_world, start_distributed
+from hf_sp.mesh import Degrees, launched_world, spans_world, start_distributed
+from hf_sp.plan import Plan
 from hf_sp.state import Recompute, parallel_state
 
 
@@ -137,10 +138,30 @@ def _is_packed(p: nn.Parameter) -> bool:
     return other or not (p.is_floating_point() or p.is_complex())
 
 
-def check_data_parallel(model: nn.Module, data: int) -> None:
-    """Refuse a model with adapters and data parallel ranks."""
-    if data > 1 and hasattr(model, "peft_config"):
-        raise no_adapters(type(model).__name__, data)
+def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
+    """Refuse what FSDP cannot take, or would not find."""
+    if degrees.data == 1:
+        return
+    if hasattr(model, "peft_config"):
+        raise no_adapters(type(model).__name__, degrees.data)
+    experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
+    seen: dict[str, tuple[str, torch.dtype]] = {}
+    for name, p in model.named_parameters():
+        spread = plan.ep > plan.tp and any(name.startswith(path) for path in experts)
+        if spread or not p.requires_grad:
+            continue
+        layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
+        first, dtype = seen.setdefault(layer, (name, p.dtype))
+        if p.dtype != dtype:
+            raise ConfigError(
+                "trained weights of one FSDP group have different dtypes",
+                where=f"{first}\n{name}",
+                got=f"{dtype} and {p.dtype}",
+                rule="FSDP reduces the gradients of a layer, and of what surrounds the layers, in "
+                "one buffer each",
+                remedy="cast them alike: model.to(torch.bfloat16), or train in float32 under "
+                "autocast; or freeze the odd ones",
+            )
 
 
 def no_adapters(where: str, data: int) -> ConfigError:
@@ -219,7 +240,7 @@ def agree(
     axis_known = mesh is None or "tp" in (mesh.mesh_dim_names or ())
     if not alone and axis_known:
         start_distributed()
-        group = None if mesh is None else mesh.get_group("tp")
+        group = None if mesh is None or spans_world(mesh) else mesh.get_group("tp")
         if dist.get_backend(group) != "fake":
             mine = (None if problem is None else str(problem), {"plan": plan, **settings})
             everyone: list = [None] * dist.get_world_size(group)

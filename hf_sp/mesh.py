@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.collectives import Axis
 from hf_sp.errors import ConfigError
-from hf_sp.torch_private import real_tensors
+from hf_sp.torch_private import flatten, real_tensors
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 
@@ -95,24 +95,33 @@ def resolve_degrees(
             got=f"tp={tp}, PARALLELISM_CONFIG_TP_SIZE={configured}",
             rule="they must be equal; tp may be left out under accelerate launch",
         )
+    tp = tp or configured
     data = (dp_shard or 1) * dp_replicate
-    tp = tp or configured or max(world // data, 1)
-    degrees = Degrees(tp, dp_shard or 1, dp_replicate)
-    if tp * data != world:
+    if world % data or (tp is not None and tp * data != world):
+        given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+        asked = [f"{n}={size}" for n, size in given.items() if size is not None and size > 1]
+        asked = asked or [f"tp={tp}"]
+        ranks = (tp or 1) * data
         raise ConfigError(
-            f"{degrees} {'do' if data > 1 else 'does'} not make up the world",
+            f"{', '.join(asked)} {'do' if len(asked) > 1 else 'does'} not make up the world",
             got=f"{world} rank{'s' if world > 1 else ''}",
             rule="tp * dp_shard * dp_replicate is the number of ranks",
             legal=_fitting(world, tp, data, dp_replicate),
-            remedy=f"start {tp * data} ranks: torchrun --nproc_per_node {tp * data} script.py",
+            remedy=f"start {ranks} ranks: torchrun --nproc_per_node {ranks} script.py",
         )
-    return degrees
+    return Degrees(tp or world // data, dp_shard or 1, dp_replicate)
 
 
-def _fitting(world: int, tp: int, data: int, dp_replicate: int) -> str:
-    ways = [f"tp={world // data}"] if world % data == 0 else [f"tp={world}"]
-    if world % (tp * dp_replicate) == 0 and world > tp * dp_replicate:
-        ways.append(f"dp_shard={world // (tp * dp_replicate)}")
+def _fitting(world: int, tp: int | None, data: int, dp_replicate: int) -> str:
+    """What may be asked for instead, one degree being changed."""
+    rest = (tp or 1) * dp_replicate
+    ways = [f"tp={world // data}"] if world % data == 0 else []
+    if world % rest == 0 and (tp is None or world > rest):
+        sizes = [d for d in range(1, world // rest + 1) if world // rest % d == 0]
+        sizes = sizes if tp is None else sizes[-1:]
+        ways.append("dp_shard=" + ", ".join(map(str, sizes)))
+    if not ways:
+        ways.append("dp_shard and dp_replicate whose product divides the number of ranks")
     return ", or ".join(ways)
 
 
@@ -143,7 +152,9 @@ def _check_axes(mesh: DeviceMesh) -> None:
             remedy="init_device_mesh(device, (tp,), mesh_dim_names=('tp',))",
         )
     used = [name for i, name in enumerate(names) if mesh.size(i) > 1]
-    if [name for name in AXES if name in used] != used:
+    known = [name for name in names if name in AXES]
+    spread = used not in ([], ["tp"])
+    if any(n not in AXES for n in used) or (spread and known != sorted(known, key=AXES.index)):
         raise ConfigError(
             "the mesh has other axes beside tp",
             where="parallelize(mesh=...)",
@@ -152,7 +163,7 @@ def _check_axes(mesh: DeviceMesh) -> None:
             legal=", ".join(AXES),
             remedy="pass the 1-D submesh mesh['tp'] and reduce gradients over the rest yourself",
         )
-    if used in ([], ["tp"]):
+    if not spread:
         return
     if "dp_shard" not in names:
         raise ConfigError(
@@ -175,6 +186,13 @@ def _check_axes(mesh: DeviceMesh) -> None:
         )
 
 
+def spans_world(mesh: DeviceMesh) -> bool:
+    """Whether a mesh of the user's has data parallel axes and all ranks."""
+    names = mesh.mesh_dim_names or ()
+    data = [i for i, name in enumerate(names) if name in AXES[:2] and mesh.size(i) > 1]
+    return bool(data) and mesh.size() == launched_world()
+
+
 def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     """The ranks as a mesh; starts torch.distributed from the launcher's environment."""
     if mesh is None:
@@ -187,6 +205,7 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
         # Estimates build the model, and so the mesh, under FakeTensorMode.
         with real_tensors():
             mesh = init_device_mesh(_device_type(), shape, mesh_dim_names=(*names, "tp"))
+            flatten(mesh)
     names = [n for n in mesh.mesh_dim_names or () if n in AXES[:2]]
     tp = mesh["tp"] if mesh.ndim > 1 else mesh
     if degrees.data == 1:
@@ -195,7 +214,9 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     assert group is not None
     everyone = Axis(group.group_name, dist.get_world_size(), dist.get_rank())
     data = mesh[tuple(names)] if len(names) > 1 else mesh[names[0]]
-    return Mesh(tp, data, mesh, everyone)
+    # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
+    whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
+    return Mesh(tp, data, whole, everyone)
 
 
 def _use_cuda() -> bool:

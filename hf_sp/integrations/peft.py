@@ -284,7 +284,7 @@ def save_adapters_alone(
     """
     state = parallel_state(self)
     assert state is not None
-    meet(state.all_ranks, "PeftModel.save_pretrained")
+    meet(state.group, "PeftModel.save_pretrained")
     names = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
     kwargs |= dict(zip(names, args, strict=False))
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:

@@ -29,14 +29,10 @@ def local(x: Tensor) -> Tensor:
             got=f"a weight {tuple(x.shape)} sharded over {x.device_mesh.mesh_dim_names}",
             rule="FSDP gathers weights over the data parallel ranks for the forward of the whole "
             "model that was given to parallelize, and of each decoder layer inside it",
-            remedy="call that model; output_hidden_states=True gives what is inside",
+            remedy="call that model: output_hidden_states=True gives what is inside, and "
+            "p.full_tensor() a whole weight",
         )
     return x.to_local()
-
-
-def local_everywhere(x: Tensor) -> Tensor:
-    """As ``local``, for what is sharded over all ranks and FSDP leaves alone."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 class _AveragedGradient(torch.autograd.Function):
@@ -51,15 +47,17 @@ class _AveragedGradient(torch.autograd.Function):
         return grads[0] / ctx.count, None
 
 
-def averaged_gradient(x: Tensor, count: int) -> Tensor:
-    """``x``, whose gradient is a sum over ``count`` groups and is to be their mean.
+def local_of_groups(x: Tensor, count: int) -> Tensor:
+    """As ``local``, for what is sharded over all ranks and FSDP leaves alone.
 
-    Shapes:   any -> the same (a view)
+    Its gradient is a sum over the tokens of ``count`` groups, and leaves as their mean.
+
+    Shapes:   a DTensor -> its local tensor
     Forward:  no collective
     Backward: no collective
     Saves:    nothing
     """
-    return _AveragedGradient.apply(x, count)
+    return _AveragedGradient.apply(x.to_local() if isinstance(x, DTensor) else x, count)
 
 
 def cast_for_autocast(x: Tensor, like: Tensor) -> Tensor:

@@ -16,18 +16,16 @@ class Divisor:
         size: the size.
         path: the module that has it.
         replicable: whether tp may also be a multiple of it (key/value heads are then replicated).
-        others: ranks beside tp that it is split over as well: ``tp * others`` has to divide it.
     """
 
     name: str
     size: int
     path: str
     replicable: bool = False
-    others: int = 1
 
     def allows(self, tp: int) -> bool:
         """Whether this size can be split over ``tp`` ranks."""
-        return self.size % (tp * self.others) == 0 or (self.replicable and tp % self.size == 0)
+        return self.size % tp == 0 or (self.replicable and tp % self.size == 0)
 
 
 def legal_tps(divisors: list[Divisor]) -> list[int]:
@@ -36,28 +34,23 @@ def legal_tps(divisors: list[Divisor]) -> list[int]:
     return [tp for tp in range(1, largest + 1) if all(d.allows(tp) for d in divisors)]
 
 
-def _has(divisors: list[Divisor], name: str) -> bool:
-    return any(d.name == name for d in divisors)
-
-
 def check_divisible(model: str, tp: int, divisors: list[Divisor]) -> None:
     """Refuse a ``tp`` that does not divide, naming each size once and the legal values.
 
     Raises:
         PlanError: some size is not divisible.
     """
-    bad: dict[tuple[str, int, int], str] = {}
+    bad: dict[tuple[str, int], str] = {}
     for d in divisors:
         if not d.allows(tp):
-            bad.setdefault((d.name, d.size, tp * d.others), d.path)
+            bad.setdefault((d.name, d.size), d.path)
     if not bad:
         return
     raise PlanError(
         f"tp={tp} cannot shard {model}",
         where="\n".join(bad.values()),
-        got="\n".join(f"{name}={size}, {size} % {n} = {size % n}" for name, size, n in bad),
+        got="\n".join(f"{name}={size}, {size} % {tp} = {size % tp}" for name, size in bad),
         rule="tp must divide the query heads and the intermediate size, and divide the key/value "
-        "heads or be a multiple of them"
-        + ("; ep must divide the number of experts" if _has(divisors, "experts") else ""),
-        legal="tp = " + (", ".join(map(str, legal_tps(divisors))) or "none with this ep"),
+        "heads or be a multiple of them",
+        legal="tp = " + ", ".join(map(str, legal_tps(divisors))),
     )

@@ -79,7 +79,6 @@ def derive_plan(
             where=container,
             rule="each layer is sharded once",
         )
-    others = max(ep // tp, 1)
     divisors: list[Divisor] = []
     blocks: list[Block] = []
     norms: list[str] = []
@@ -96,7 +95,7 @@ def derive_plan(
             matched |= set(keys)
             dense = {rest.removeprefix(child + "."): rests[rest] for rest in keys}
             path = f"{layer}.{child}"
-            blocks.append(experts_block(modules, path, experts, dense, ep, divisors, others))
+            blocks.append(experts_block(modules, path, experts, dense, ep, divisors))
         norms += _norms_of_layer(modules, layer, blocks)
     missing = sorted(rests.keys() - matched)
     if missing:

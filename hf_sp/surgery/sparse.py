@@ -26,7 +26,7 @@ from hf_sp.layers.entry import entered_linear
 from hf_sp.layers.experts import Place, Weights, local_experts
 from hf_sp.layers.flat import FlatEntry, enter_sparse
 from hf_sp.layers.linear import ColumnParallelLinear
-from hf_sp.layers.local import averaged_gradient, cast_for_autocast, local, local_everywhere
+from hf_sp.layers.local import cast_for_autocast, local, local_of_groups
 from hf_sp.plan.schema import Block, Experts
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, put_hidden, take_hidden
@@ -134,9 +134,8 @@ def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
     Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
     would have averaged over the groups.
     """
-    if not state.spread:
-        return cast_for_autocast(local(p), like)
-    return cast_for_autocast(averaged_gradient(local_everywhere(p), state.data), like)
+    mine = local_of_groups(p, state.data) if state.spread else local(p)
+    return cast_for_autocast(mine, like)
 
 
 class RouterWeight:
@@ -267,6 +266,8 @@ def _note_load(
     """Count the tokens of each expert, for whoever reads ``expert_load``."""
     if state.length is None or entry is None:
         return  # a recomputation in backward: counted before
+    if entry.own and not state.sharded and state.rank > 0:
+        index_Tk = torch.full_like(index_Tk, form.count)  # each rank has them: the first counts
     if state.sharded and not entry.own:
         batch, length, _ = entry.shape
         index_Tk = index_Tk.view(batch, length, -1)[:, : state.length]

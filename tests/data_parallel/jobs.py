@@ -255,6 +255,97 @@ def alive(case: Case) -> tuple[int, int]:
     return kept[2] - kept[1], stored
 
 
+def between_steps(case: Case) -> Report:
+    """Whoever looks or computes between two steps leaves the parameters what they were."""
+    report = _report(case)
+    model, parallel = pair(case)
+    ids = batches.plain(2, 9, seed=case.group)["input_ids"]
+    known = {name: id(p) for name, p in parallel.named_parameters()}
+    # As in DECODING; a model without experts does not know it.
+    without_aux = {"output_router_logits": False} if case.family != "llama" else {}
+
+    def same(when: str) -> None:
+        now = {name: id(p) for name, p in parallel.named_parameters()}
+        other = [name for name in known if now.get(name) != known[name]]
+        if other:
+            report.problems.append(f"after {when} other parameters: {other}")
+
+    # The very first forward, of which FSDP keeps buffers.
+    with torch.inference_mode():
+        parallel(input_ids=ids)
+    same("inference")
+    optimizers = [torch.optim.SGD(one.parameters(), lr=1.0) for one in (model, parallel)]
+    for step in range(2):
+        for group in range(case.data):
+            (model(**batches.plain(2, 17, seed=2 * step + group)).loss / case.data).backward()
+        parallel(**batches.plain(2, 17, seed=2 * step + case.group)).loss.backward()
+        compare_gradients(report, gradients(parallel, report), gradients(model), f"step {step} ")
+        with evaluating(parallel):
+            parallel(input_ids=ids)
+        same("an evaluation")
+        norms = [torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1) for one in (model, parallel)]
+        report.compare("norm", whole(norms[1]), norms[0])
+        parallel.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0, **without_aux)
+        same("generate")
+        for optimizer in optimizers:
+            optimizer.step()
+        # A forward that nobody goes back through.
+        parallel(input_ids=ids)
+        same("a forward alone")
+        model.zero_grad()
+        parallel.zero_grad()
+        for name, p in parallel.named_parameters():
+            report.compare(f"step {step} {name}", whole(p), model.get_parameter(name))
+    return report
+
+
+def single_token_load(case: Case) -> list[int]:
+    """Tokens counted in a forward of one token."""
+    _, parallel = pair(case)
+    with evaluating(parallel):
+        parallel(input_ids=torch.tensor([[5 + case.group]]))
+    return [int(counts.sum()) for counts in parallel_state(parallel).expert_load().values()]
+
+
+def dropped() -> list[float]:
+    """Loss of a model with attention dropout; all groups the same batch and the same seed."""
+    case = Case("llama", data=2, model_kwargs=(("attention_dropout", 0.5),))
+    _, parallel = pair(case)
+    torch.manual_seed(0)
+    return gather_objects(float(parallel(**batches.plain(2, 17)).loss))
+
+
+def ranks_differ(kind: str) -> tuple[str | None, bool]:
+    """One rank, or one group, asks for something else, with a mesh of the user's."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    model = tiny.build("llama", num_hidden_layers=3 if kind == "layers" and _second() else 2)
+    kwargs: dict[str, Any] = {"keep_logits": kind == "options" and _second()}
+    if kind == "gradient" and dist.get_rank() == 3:
+        model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+    before = dict(model.named_parameters())
+    message = _message(lambda: parallelize(model, mesh=mesh, **kwargs))
+    return message, all(p is before[n] for n, p in model.named_parameters())
+
+
+def _second() -> bool:
+    return dist.get_rank() >= 2
+
+
+def batch_differs(kind: str) -> tuple[str | None, Report]:
+    """One rank of one group is given another batch, or one group another kind; then all go on."""
+    case = Case("llama", data=2)
+    report = _report(case)
+    model, parallel = pair(case)
+    batch = batches.plain(2, 17, seed=case.group)
+    if kind == "batch" and dist.get_rank() == 3:
+        batch["input_ids"] = batch["input_ids"].flip(0)
+    if kind == "kinds" and _second():
+        batch = batches.with_inputs_embeds(batch)
+    message = _message(lambda: parallel(**batch))
+    compare_once_of_equal_batches(report, model, parallel)
+    return message, report
+
+
 def other_weights() -> Report:
     """The groups built other models: all take the first rank's."""
     report = Report("other weights", dist.get_rank())
@@ -290,14 +381,29 @@ def refusals(folder: str) -> dict[str, Any]:
     found["Accelerator"] = _message(lambda: Accelerator(cpu=True).prepare(parallel))
     ids = torch.arange(8)[None]
     found["a module alone"] = _message(lambda: parallel.model.embed_tokens(ids))
+    hidden = torch.zeros(1, 8, 64)
+    angles = parallel.model.rotary_emb(hidden, ids)
+    layer = parallel.model.layers[0]
+    found["a layer alone"] = _message(lambda: layer(hidden, position_embeddings=angles))
+    mixed = tiny.build("llama", torch.bfloat16)
+    mixed.model.norm.float()
+    before = dict(mixed.named_parameters())
+    found["dtypes"] = _message(lambda: parallelize(mixed, tp=2, dp_shard=2))
+    touched |= any(p is not before[n] for n, p in mixed.named_parameters())
     return {**found, "touched": touched}
 
 
-def refuse(family: str, shape: tuple[int, ...] = (), names: tuple[str, ...] = (), **kwargs: Any):
+def refuse(
+    family: str,
+    shape: tuple[int, ...] = (),
+    names: tuple[str, ...] = (),
+    fields: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[str | None, bool]:
     """Arguments that `parallelize` refuses: (message, untouched)."""
     if shape:
         kwargs["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    model = tiny.build(family)
+    model = tiny.build(family, **(fields or {}))
     before = dict(model.named_parameters())
     message = _message(lambda: parallelize(model, **kwargs))
     return message, all(p is before[n] for n, p in model.named_parameters())
@@ -310,6 +416,8 @@ def user_mesh(shape: tuple[int, ...], names: tuple[str, ...], ep: int) -> Report
     model = tiny.build("mixtral")
     parallel = parallelize(tiny.build("mixtral"), mesh=mesh, ep=ep)
     compare_once_of_equal_batches(report, tiny.reference(model), parallel)
+    norms = [torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1) for one in (model, parallel)]
+    report.compare("norm", whole(norms[1]), norms[0])
     return report
 
 

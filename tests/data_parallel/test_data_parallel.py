@@ -25,6 +25,11 @@ def test_inputs(case):
     assert_parity(pool(4).run("data_parallel.jobs:inputs", case=case))
 
 
+@CASES
+def test_between_steps(case):
+    assert_parity(pool(4).run("data_parallel.jobs:between_steps", case=case))
+
+
 def test_a_vocabulary_that_no_degree_divides():
     case = Case("llama", data=2, model_kwargs=(("vocab_size", 97),))
     assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
@@ -63,6 +68,21 @@ def test_optimizer_state_of_any_split(tmp_path):
     assert_parity(reports, tol=0)
 
 
+@pytest.mark.parametrize(("ep", "total"), [(1, 2), (2, 2), (4, 4)])
+def test_load_of_one_token(ep, total):
+    """Of one sequence of one token, or of both groups': each counts for its two experts."""
+    case = Case("mixtral", data=2, parallelize=(("ep", ep),))
+    for layers in pool(4).run("data_parallel.jobs:single_token_load", case=case):
+        assert layers == [total, total]
+
+
+def test_groups_drop_other_places():
+    for losses in pool(4).run("data_parallel.jobs:dropped"):
+        assert losses[0] == losses[1]
+        assert losses[2] == losses[3]
+        assert abs(losses[0] - losses[2]) > 1e-3
+
+
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_load(ep):
     """Of this group's batch, or of all batches where experts have the tokens of all."""
@@ -85,6 +105,7 @@ def test_weights_of_the_first_rank():
         ((2, 2), ("dp_shard", "tp"), 4),
         ((2, 1, 2), ("dp_replicate", "dp_shard", "tp"), 2),
         ((1, 2, 2), ("dp_replicate", "dp_shard", "tp"), 4),
+        ((1, 2, 2), ("pp", "dp_shard", "tp"), 4),
     ],
 )
 def test_mesh_of_the_user(shape, names, ep):
@@ -166,6 +187,32 @@ def test_bytes_alive():
 # --- refusals -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("gradient", "gradients of its whole parameters"),
+        ("options", "asked for different things"),
+        ("layers", "asked for different things"),
+    ],
+)
+def test_ranks_that_differ_refuse_together(kind, part):
+    for message, untouched in pool(4).run("data_parallel.jobs:ranks_differ", kind=kind):
+        assert untouched
+        assert message is not None
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("batch", "tp rank 1 of group 1"), ("kinds", "inputs of different kinds")]
+)
+def test_batches_that_differ_are_refused_on_all_ranks(kind, part):
+    answers = pool(4).run("data_parallel.jobs:batch_differs", kind=kind)
+    for message, _ in answers:
+        assert message is not None
+        assert part in message
+    assert_parity([report for _, report in answers])
+
+
 def test_what_is_not_built(tmp_path):
     parts = {
         "adapters before": "adapters are not built for data parallel ranks",
@@ -173,6 +220,8 @@ def test_what_is_not_built(tmp_path):
         "Trainer": "for training loops of one's own",
         "Accelerator": "for training loops of one's own",
         "a module alone": "called outside the model's forward",
+        "a layer alone": "called by itself",
+        "dtypes": "trained weights of one FSDP group have different dtypes",
     }
     for found in pool(4).run("data_parallel.jobs:refusals", folder=str(tmp_path)):
         assert not found.pop("touched")
@@ -183,14 +232,19 @@ def test_what_is_not_built(tmp_path):
 
 
 AXES = ("dp_replicate", "dp_shard", "tp")
+_TWO = ["ep=4 cannot be used", "experts=2, 2 % 4 = 2", "legal:  ep = 1, 2"]
 
 
 @pytest.mark.parametrize(
     ("family", "kwargs", "parts"),
     [
         ("llama", {"tp": 2}, ["tp=2 does not make up the world", "tp=4, or dp_shard=2"]),
-        ("llama", {"tp": 2, "dp_shard": 3}, ["dp_shard=3, tp=2 do not", "dp_shard=2"]),
-        ("llama", {"dp_shard": 3}, ["do not make up the world", "got:    4 ranks"]),
+        ("llama", {"tp": 2, "dp_shard": 3}, ["dp_shard=3, tp=2 do not", "legal:  dp_shard=2"]),
+        ("llama", {"dp_shard": 3}, ["dp_shard=3 does not", "legal:  dp_shard=1, 2, 4"]),
+        ("llama", {"dp_replicate": 3}, ["dp_replicate=3 does not", "whose product divides"]),
+        ("mixtral", {"tp": 2, "dp_shard": 2, "ep": 4, "fields": {"num_local_experts": 2}}, _TWO),
+        ("llama", {"shape": (2, 1, 2), "names": ("dp_shard", "dp_replicate", "tp")}, ["in this"]),
+        ("mixtral", {"shape": (1, 4), "names": ("tp", "dp_shard"), "ep": 4}, ["in this order"]),
         ("llama", {"dp_shard": 0}, ["dp_shard must be a positive integer"]),
         ("llama", {"dp_replicate": True}, ["dp_replicate must be a positive integer"]),
         ("mixtral", {"dp_shard": 4, "ep": 2}, ["ep=2, tp=1, dp_shard=4", "ep = 1, 4"]),
