@@ -51,6 +51,7 @@ def main() -> None:
     state = parallel_state(model)
     groups, group = state.data, state.everyone.rank // state.tp
     first = state.everyone.rank == 0
+    set_seed(args.seed + group)  # dropout: alike in a group, other places in each
     device = next(model.parameters()).device
     rows = blocks(tokenizer, args.train_file, args.seq_length).to(device)
     # Shuffled alike on all ranks; each group takes every groups-th batch.
