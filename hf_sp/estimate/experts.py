@@ -8,7 +8,8 @@ Terms, per row, a token at one of its k experts:
     4f          gate and up, 16 bit (4f/t where features are split)
     w + 4       the routing weight, in 16 bit or as Mixtral's router makes it, and the row's place
     4           its place among the rows that arrive, where tokens travel
-and per token the router's float32 probabilities and int64 choices: 4E + 8k.
+and per token the router's float32 probabilities and int64 choices: 4E + 8k, and 4k + 4 where the
+routing weights are normalized.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ExpertsShape:
         experts: their number E.
         choices: experts of one token, k.
         routing_weight: bytes w of one: 2, or 4 where the router leaves it in float32 (Mixtral).
+        normalized: whether a token's routing weights are divided by their sum.
     """
 
     hidden: int
@@ -33,11 +35,13 @@ class ExpertsShape:
     experts: int
     choices: int
     routing_weight: int = 2
+    normalized: bool = False
 
     @property
     def router_bytes(self) -> int:
-        """Probabilities and choices of one token."""
-        return 4 * self.experts + 8 * self.choices
+        """Probabilities and choices of one token; the chosen ones and their sum before division."""
+        divided = 4 * self.choices + 4 if self.normalized else 0
+        return 4 * self.experts + 8 * self.choices + divided
 
 
 def split_experts_bytes_per_token(shape: ExpertsShape, tp: int) -> float:

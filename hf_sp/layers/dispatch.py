@@ -9,6 +9,7 @@ R rows (token, choice) of this rank's tokens, Q rows that arrive here, H hidden,
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_sp.collectives import Axis
 from hf_sp.layers.experts import Order, Place, Weights, experts_backward, experts_forward
 from hf_sp.layers.grouped import Groups, grouped_input_gradient, grouped_weight_gradient
 from hf_sp.once import once_differentiable
+from hf_sp.torch_private import is_fake
 
 
 @dataclass(slots=True)
@@ -53,14 +55,16 @@ class Route:
         mine = order.counts()
         ones = [local] * axis.size
         theirs = comm.all_to_all(mine, ones, ones, axis)
-        sent, got = torch.stack([mine, theirs]).tolist()
+        # The estimate's tensors have no values: an even router then.
+        even = [[order.rows.shape[0] // len(mine)] * len(mine)] * 2
+        sent, got = even if is_fake(index_Tk) else torch.stack([mine, theirs]).tolist()
         starts = range(0, len(sent), local)
         send, receive = ([sum(n[i : i + local]) for i in starts] for n in (sent, got))
         order.keep(sum(send))
         experts = torch.arange(local, device=theirs.device).repeat(axis.size)
         experts = experts.repeat_interleave(theirs, output_size=sum(receive))
         ends = theirs.view(axis.size, local).sum(0).cumsum(0).to(torch.int32)
-        host = torch.tensor(got).view(axis.size, local).sum(0).cumsum(0).tolist()
+        host = list(itertools.accumulate(sum(got[i::local]) for i in range(local)))
         return cls(order, torch.argsort(experts, stable=True), Groups(ends, host), send, receive)
 
     def launch_there(self, rows: Tensor, axis: Axis) -> Tensor:
