@@ -27,7 +27,7 @@ from hf_sp.errors import ConfigError
 from hf_sp.layers.entry import Entry
 from hf_sp.layers.lazy import LazyTensor
 from hf_sp.once import once_differentiable
-from hf_sp.torch_private import version
+from hf_sp.torch_private import graph_task, version
 
 
 @dataclass(eq=False)
@@ -90,6 +90,7 @@ class Crossing:
     token: Tensor | None = field(default=None, repr=False)
     flying: Tensor | None = field(default=None, repr=False)
     gradient: Tensor | None = field(default=None, repr=False)
+    task: int = -1
 
     def depart(self, partial_1SH: Tensor) -> None:
         """Launch the reduction of ``[1, tp * T, H]``."""
@@ -104,8 +105,14 @@ class Crossing:
     def launch(self) -> None:
         """Start the gather of the output's gradient, if it is here and has not been started."""
         gradient, self.gradient = self.gradient, None
-        if gradient is not None:
+        # One that is left over is of a backward that came to no end.
+        if gradient is not None and self.task == graph_task():
             self.flying = comm.launch_all_gather(gradient, self.axis)
+
+    def settle(self) -> None:
+        """Wait for what is in flight, which may still land."""
+        if self.flying is not None:
+            comm.wait(self.flying)
 
     def landed(self) -> Tensor:
         """What was launched."""
@@ -138,7 +145,9 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         # Of an earlier backward that has not come to its end nothing is left.
+        ctx.crossing.settle()
         ctx.crossing.flying, ctx.crossing.gradient = None, grads[0].unsqueeze(1)
+        ctx.crossing.task = graph_task()
         return grads[0].new_zeros(0), None
 
 

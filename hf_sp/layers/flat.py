@@ -33,7 +33,7 @@ class FlatEntry(Entry):
         copy: the block writes into its input (jitter noise), which must not be its caller's.
 
     Where tokens travel, what may run meanwhile is known here: ``waiting`` in forward, ``beside`` in
-    backward.
+    backward; ``grad`` is whether autograd was on at the block's entry.
     """
 
     own: bool = False
@@ -45,11 +45,14 @@ class FlatEntry(Entry):
     waiting: LazyShared | None = field(default=None, repr=False)
     beside: Crossing | None = field(default=None, repr=False)
     arriving: list[Callable[[], Tensor]] = field(default_factory=list, repr=False)
+    grad: bool = field(default_factory=torch.is_grad_enabled)
 
     def begin(self) -> None:
-        """Forget what an earlier backward has left, also what it has not waited for."""
+        """Forget what an earlier backward has left, one that ended before the entry."""
         if graph_task() != self.task:
-            self.arriving = []
+            arriving, self.arriving = self.arriving, []
+            for land in arriving:
+                land()  # whatever was launched is waited for
         super().begin()
 
     def buffer_order(self, x: Tensor) -> Tensor:
@@ -138,8 +141,9 @@ class FlatEntry(Entry):
         """The block has run."""
         super().close()
         if self.waiting is not None:
-            # It may never run now, or much later.
+            # It may never run now, or much later; nobody may read what it has made.
             self.waiting.entry.settle()
+            self.waiting.crossing.settle()
         self.full = self.recipe = self.waiting = None
 
     def mark(self, x: Any) -> None:

@@ -84,10 +84,18 @@ class SharedBoundary(BlockBoundary):
         around = self.around.current()
         return (
             not torch.compiler.is_compiling()
-            and self.waits
             and self.state.sharded
             and around is not None
             and around.waiting is None
+            # Else an autograd Function around it (a reentrant checkpoint) will hand out its output.
+            and around.grad == torch.is_grad_enabled()
+            and self.unseen(module)
+        )
+
+    def unseen(self, module: nn.Module) -> bool:
+        """Whether nobody has hooks, or a forward of their own, that would notice."""
+        return (
+            self.waits
             and module.__dict__.get("forward") is self.forward
             and not self._watched(module)
             and not has_global_hooks()
@@ -125,7 +133,17 @@ class SharedForward:
         around.wait_later(output)
         return output
 
+    def unseen(self) -> bool:
+        """Whether it may run later, as far as hooks decide it: each rank for itself."""
+        return self.boundary.unseen(self.module)
+
     def _now(self, *args: Any, **kwargs: Any) -> Any:
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def late_shared_experts(model: nn.Module) -> list[bool]:
+    """Which shared experts may run later than they are called; the ranks have to be of one mind."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return [forward.unseen() for forward in forwards if isinstance(forward, SharedForward)]

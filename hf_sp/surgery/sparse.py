@@ -227,8 +227,12 @@ class ExpertsForward:
         """Send the tokens, run what waits for that, and have the experts' output back."""
         axis, around = self.boundary.state.expert_axis, self.boundary.current()
         sent = send(x, index, scale, weights.down.shape[0], axis)
-        if around is not None:
-            around.run_beside()
+        try:
+            if around is not None:
+                around.run_beside()
+        except BaseException:
+            sent.land()  # whatever was launched is waited for
+            raise
         return travelling_experts(x, sent, scale, weights, place, axis)
 
 

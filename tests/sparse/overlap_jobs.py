@@ -15,6 +15,7 @@ from harness.compare import compare_gradients, compare_once, evaluating, fresh, 
 from harness.parity import Case, pair
 from harness.report import Report
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from hf_sp import parallel_state, parallelize
 from hf_sp.errors import ConfigError
@@ -166,6 +167,43 @@ def hands(kind: str, checkpoint: bool) -> Report:
     return report
 
 
+class _Reentrant(nn.Module):
+    """A module in a reentrant checkpoint of its own: its forward runs without autograd."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint_function(self.inner, x, use_reentrant=True)
+
+
+def in_a_checkpoint_of_its_own() -> Report:
+    """The stand-in would have no gradient path there: it runs when it is called."""
+    report = Report("a reentrant checkpoint", dist.get_rank(), "float64")
+    with in_flight(), _count_late() as found:
+        model, parallel = pair(Case("qwen2_moe", parallelize=(("ep", dist.get_world_size()),)))
+        for one in (model, parallel):
+            for layer in one.model.layers:
+                layer.mlp.shared_expert = _Reentrant(layer.mlp.shared_expert)
+        compare_once(report, model, parallel, batches.plain(2, 17))
+    if found:
+        report.problems.append(f"{len(found)} shared experts ran later")
+    return report
+
+
+def hooks_on_one_rank() -> str:
+    """Somebody looks at one rank's shared expert: the ranks would launch in different orders."""
+    parallel = parallelize(tiny.build("qwen2_moe"), ep=dist.get_world_size())
+    if dist.get_rank() == 0:
+        parallel.model.layers[1].mlp.shared_expert.register_forward_hook(lambda *_: None)
+    try:
+        parallel(**batches.plain(2, 17))
+    except ConfigError as error:
+        return str(error)
+    return "nothing was refused"
+
+
 def lora(targets: tuple[str, ...]) -> Report:
     """`sparse.jobs:adapters`, with collectives in flight."""
     from sparse.jobs import adapters
@@ -246,8 +284,7 @@ def interrupted(where: str) -> Report:
     block = parallel.model.layers[0].mlp
     module = {"router": block.gate, "shared": block.shared_expert.down_proj}[where]
     handle = module.register_forward_hook(stop)
-    # What the shared expert's products interrupt are the tokens on their way: nobody takes those.
-    with in_flight(finish=where == "router"):
+    with in_flight():
         for _ in range(2):
             try:
                 parallel(**batches.plain(2, 17))

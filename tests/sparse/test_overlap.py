@@ -143,6 +143,15 @@ def test_hands_on_the_shared_expert(kind, checkpoint):
     assert_parity(pool(2).run("sparse.overlap_jobs:hands", kind=kind, checkpoint=checkpoint))
 
 
+def test_in_a_checkpoint_of_its_own():
+    assert_parity(pool(2).run("sparse.overlap_jobs:in_a_checkpoint_of_its_own"))
+
+
+def test_hooks_on_one_rank():
+    for message in pool(2).run("sparse.overlap_jobs:hooks_on_one_rank"):
+        assert "different hooks in a block with a shared expert" in message
+
+
 @pytest.mark.parametrize(
     "targets", [("gate_proj", "up_proj", "down_proj"), ("up_proj", "shared_expert_gate")]
 )
