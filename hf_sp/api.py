@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_sp.checks import (
     agree,
     check_arguments,
+    check_data_parallel,
     check_devices,
     check_environment,
     check_model,
@@ -27,9 +28,10 @@ from hf_sp.checks import (
 )
 from hf_sp.collectives import Axis
 from hf_sp.errors import HfSpError
-from hf_sp.mesh import build_mesh, resolve_tp
+from hf_sp.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
+from hf_sp.surgery.data_parallel import shard_over_data
 from hf_sp.surgery.install import install_hooks
 from hf_sp.surgery.sparse_forms import check_sparse_blocks
 from hf_sp.surgery.swap import agree_on_weights, placements, swap_leaves
@@ -70,13 +72,13 @@ def parallelize(
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
     Call it on every rank, with the same whole model on each, before the optimizer and the Trainer
-    are made. Ranks that built different weights get those of tp rank 0, as under DDP.
+    are made. Ranks that built different weights get those of the first rank, as under DDP.
 
     Args:
         model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU,
             or a ``PeftModel`` with LoRA adapters over one.
         tp: tensor parallel degree. Default: accelerate's ``PARALLELISM_CONFIG_TP_SIZE``, else all
-            ranks.
+            ranks that the data parallel degrees leave.
         sp: shard hidden states between the blocks along the sequence, over the same tp ranks.
             ``False`` is plain Megatron tensor parallelism.
         cp: context parallel degree; 1 in this release.
@@ -84,10 +86,14 @@ def parallelize(
         ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
             features of every expert and the blocks gather and scatter as dense ones do. ``ep=tp``:
             each rank has ``E / ep`` whole experts, and every token of its sequence shard travels
-            to its k experts and back. Other values are not built yet.
-        dp_shard: FSDP degree; None or 1 in this release.
-        dp_replicate: data parallel replicas; 1 in this release.
-        mesh: a DeviceMesh with an axis named ``tp`` to use instead of building one.
+            to its k experts and back. ``ep=tp*dp_shard``: experts are split over the data parallel
+            ranks too, and tokens travel among all ranks. Other values are refused.
+        dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2
+            shards weights, gradients and optimizer state; applied here, for training loops of
+            one's own. Gradients are the mean over the groups.
+        dp_replicate: groups of these that hold the same weights (hybrid sharding).
+        mesh: a DeviceMesh to use instead of building one, with axes named ``tp`` and, before it,
+            ``dp_shard`` and ``dp_replicate``.
         plan: plan strings to use instead of ``model.tp_plan``, e.g.
             ``{"model.layers.*.self_attn.q_proj": "colwise", ...}``.
         keep_logits: return whole logits from training forwards with labels too. By default the
@@ -108,41 +114,50 @@ def parallelize(
             pass each, no matrix product and no collective.
 
     Returns:
-        The same object. Its parameters are DTensors on a mesh axis named ``tp``; their names are
-        unchanged, and ``full_tensor()`` of one or of its gradient is the unsharded model's.
+        The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data
+        parallel axes); their names are unchanged, and ``full_tensor()`` of one or of its gradient
+        is the unsharded model's.
 
     Collectives per decoder layer and step with ``sp``: 6 all-gathers and 4 reduce-scatters, and one
-    small all-reduce for each weight whose gradient is partial. Without ``sp``: 4 all-reduces.
+    small all-reduce for each weight whose gradient is partial. Without ``sp``: 4 all-reduces. With
+    data parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter.
 
     Raises:
         ConfigError: an argument, the environment or the model's state does not allow it.
         PlanError: the model cannot be split, or not by this tp; legal values are listed.
     """
-    degrees = {"cp": cp, "dp_shard": dp_shard or 1, "dp_replicate": dp_replicate}
     resolved: Plan | None = None
+    degrees: Degrees | None = None
     problem: HfSpError | None = None
     try:
-        check_arguments(tp, cp_mode, degrees, loss_chunk, ep)
+        sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
+        check_arguments(sizes, cp_mode, loss_chunk)
         check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
         check_environment()
         check_model(model)
         for check in also_check:
             check(model)
+        degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
+        reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
         with _plain(model) as whole:
-            resolved = derive_plan(whole, resolve_tp(tp, mesh), sp, plan, ep)
+            resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
+        check_data_parallel(model, resolved, degrees)
         check_optimizers(model)
     except HfSpError as error:
         problem = error
-    options = f"{keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
+    options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
     agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
     assert resolved is not None
-    tp_mesh = build_mesh(resolved.tp, mesh)
-    check_devices(model, tp_mesh)
+    assert degrees is not None
+    ranks = build_mesh(degrees, mesh)
+    check_devices(model, ranks.tp)
     state = ParallelState(
-        mesh=tp_mesh,
-        axis=Axis.of(tp_mesh),
+        mesh=ranks.tp,
+        axis=Axis.of(ranks.tp),
+        whole=ranks.whole,
+        everyone=ranks.everyone,
         sp=sp,
         plan=resolved,
         keep_logits=keep_logits,
@@ -152,16 +167,18 @@ def parallelize(
     )
     with _plain(model) as whole:
         _shard(whole, resolved, state)
-    if state.rank == 0:
+        if ranks.data is not None:
+            shard_over_data(whole, state, ranks.data)
+    if state.everyone.rank == 0:
         logger.info("%s", resolved)
     return model
 
 
 def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    taken = agree_on_weights(model, state.mesh)
-    if taken and state.rank == 0:
+    taken = agree_on_weights(model, state.everyone, state.mesh.device_type)
+    if taken and state.everyone.rank == 0:
         logger.warning(
-            "%d tensors differed between the ranks; all ranks now have those of tp rank 0: %s%s",
+            "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
             len(taken),
             ", ".join(taken[:3]),
             ", ..." if len(taken) > 3 else "",

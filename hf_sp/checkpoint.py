@@ -245,18 +245,18 @@ def gather_state_dict(
     values = dict(model.state_dict() if state_dict is None else state_dict)
     if state is None:
         return values if keep else {}
-    group = state.group
+    group, ranks = state.all_ranks, state.everyone.size
     mine = [k for k, v in values.items() if isinstance(v, DTensor)]
     names = [mine]
-    if state.tp > 1:
+    if ranks > 1:
         dist.broadcast_object_list(names, src=dist.get_global_rank(group, 0), group=group)
-        absent: list[Any] = [None] * state.tp
+        absent: list[Any] = [None] * ranks
         dist.all_gather_object(absent, sorted(set(names[0]) - set(mine)), group=group)
         if any(absent):
             raise CheckpointError(
                 "the ranks were asked to save different parameters",
                 got=listing(f"rank {r} lacks {k}" for r, keys in enumerate(absent) for k in keys),
-                rule="every rank of a tensor-parallel group saves the same names",
+                rule="all ranks save the same names",
             )
     identity = {k: id(p) for k, p in model.named_parameters(remove_duplicate=False)}
     done: dict[int, Tensor | None] = {}

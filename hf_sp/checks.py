@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import ConfigError, HfSpError
-from hf_sp.mesh import launched_world, start_distributed
+from hf_sp.mesh import Degrees, launched_world, spans_world, start_distributed
+from hf_sp.plan import Plan
 from hf_sp.state import Recompute, parallel_state
 
 
@@ -36,26 +37,24 @@ def check_switches(switches: dict[str, bool], recompute: str | None) -> None:
         )
 
 
-def check_arguments(
-    tp: int | None, cp_mode: str, degrees: dict[str, int], loss_chunk: int, ep: int = 1
-) -> None:
+def check_arguments(degrees: dict[str, int | None], cp_mode: str, loss_chunk: int) -> None:
     """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
-    sizes = {"loss_chunk": loss_chunk, "ep": ep, **degrees, **({} if tp is None else {"tp": tp})}
-    for name, size in sizes.items():
+    for name, size in {"loss_chunk": loss_chunk, **degrees}.items():
+        if size is None and name in ("tp", "dp_shard"):
+            continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
                 f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
             )
     if cp_mode not in ("ulysses", "ring", "hybrid"):
         raise ConfigError("unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'")
-    for name, size in degrees.items():
-        if size != 1:
-            raise ConfigError(
-                f"{name} is not built yet",
-                got=f"{name}={size}",
-                rule="this release has tensor and sequence parallelism over one axis",
-                legal=f"{name}=1",
-            )
+    if degrees["cp"] != 1:
+        raise ConfigError(
+            "cp is not built yet",
+            got=f"cp={degrees['cp']}",
+            rule="this release shards the sequence over the tp ranks",
+            legal="cp=1",
+        )
 
 
 def check_environment() -> None:
@@ -139,6 +138,43 @@ def _is_packed(p: nn.Parameter) -> bool:
     return other or not (p.is_floating_point() or p.is_complex())
 
 
+def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
+    """Refuse what FSDP cannot take, or would not find."""
+    if degrees.data == 1:
+        return
+    if hasattr(model, "peft_config"):
+        raise no_adapters(type(model).__name__, degrees.data)
+    experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
+    seen: dict[str, tuple[str, torch.dtype]] = {}
+    for name, p in model.named_parameters():
+        spread = plan.ep > plan.tp and any(name.startswith(path) for path in experts)
+        if spread or not p.requires_grad:
+            continue
+        layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
+        first, dtype = seen.setdefault(layer, (name, p.dtype))
+        if p.dtype != dtype:
+            raise ConfigError(
+                "trained weights of one FSDP group have different dtypes",
+                where=f"{first}\n{name}",
+                got=f"{dtype} and {p.dtype}",
+                rule="FSDP reduces the gradients of a layer, and of what surrounds the layers, in "
+                "one buffer each",
+                remedy="cast them alike: model.to(torch.bfloat16), or train in float32 under "
+                "autocast; or freeze the odd ones",
+            )
+
+
+def no_adapters(where: str, data: int) -> ConfigError:
+    """The refusal of adapters beside data parallel ranks, before or after ``parallelize``."""
+    return ConfigError(
+        "adapters are not built for data parallel ranks",
+        where=where,
+        got=f"{data} groups of tp ranks",
+        rule="FSDP would shard the factors again, or leave out those that come later",
+        legal="dp_shard=1, dp_replicate=1",
+    )
+
+
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse a model on an accelerator that the process group cannot reach."""
     away = {p.device.type for p in model.parameters()} - {"cpu", "meta", mesh.device_type}
@@ -204,7 +240,7 @@ def agree(
     axis_known = mesh is None or "tp" in (mesh.mesh_dim_names or ())
     if not alone and axis_known:
         start_distributed()
-        group = None if mesh is None else mesh.get_group("tp")
+        group = None if mesh is None or spans_world(mesh) else mesh.get_group("tp")
         if dist.get_backend(group) != "fake":
             mine = (None if problem is None else str(problem), {"plan": plan, **settings})
             everyone: list = [None] * dist.get_world_size(group)

@@ -126,10 +126,10 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
                 problems.append(f"param_groups[{len(document['groups'])}].{key}: {error}")
         document["groups"].append({"names": names, "options": options})
     state = parallel_state(model)
-    if state is not None and state.tp > 1:
+    if state is not None and state.everyone.size > 1:
         # A shard can have the whole's shape on one rank only; all ranks have to agree to refuse.
-        told: list[Any] = [None] * state.tp
-        dist.all_gather_object(told, problems, group=state.group)
+        told: list[Any] = [None] * state.everyone.size
+        dist.all_gather_object(told, problems, group=state.all_ranks)
         problems = sorted({p for rank in told for p in rank})
     if problems:
         raise CheckpointError(

@@ -27,8 +27,9 @@ def packed_dims(model: nn.Module) -> dict[str, int]:
     return dims
 
 
-def _placements(x: DTensor) -> tuple[Placement, ...]:
-    return tuple(Shard(p.dim) if is_packed(p) else p for p in x.placements)
+def _placements(x: DTensor, dim: int) -> tuple[Placement, ...]:
+    # FSDP's own strided sharding, of another dim, stays what it is.
+    return tuple(Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements)
 
 
 def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         DTensor.from_local(
             part.contiguous(),
             x.device_mesh,
-            _placements(x),
+            _placements(x, dim),
             run_check=False,
             shape=torch.Size(shape),
             stride=stride,

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_sp import collectives as comm
 from hf_sp.collectives import Axis
 from hf_sp.plan.schema import Plan
-from hf_sp.torch_private import has_gradient_hooks, same_storage, version
+from hf_sp.torch_private import has_gradient_hooks, process_group, same_storage, version
 
 CHECKS = 8
 """Forwards of each kind whose inputs are compared over the tp ranks."""
@@ -41,6 +41,8 @@ class ParallelState:
     Args:
         mesh: 1-D mesh whose axis is named ``tp``.
         axis: the same axis as plain data, for the collectives.
+        whole: mesh of all ranks that hold a part of the model: of tp, and of data parallelism.
+        everyone: these ranks as one axis.
         sp: whether hidden states between blocks are sequence shards.
         plan: what was done to the model.
         keep_logits: whether a training forward with labels also returns logits.
@@ -61,6 +63,8 @@ class ParallelState:
 
     mesh: DeviceMesh
     axis: Axis
+    whole: DeviceMesh
+    everyone: Axis
     sp: bool
     plan: Plan
     keep_logits: bool = False
@@ -88,9 +92,29 @@ class ParallelState:
         return self.axis.rank
 
     @property
+    def data(self) -> int:
+        """Data parallel degree: groups of tp ranks with a batch of their own."""
+        return self.everyone.size // self.axis.size
+
+    @property
+    def spread(self) -> bool:
+        """Whether experts are split over data parallel ranks too."""
+        return self.plan.ep > self.tp
+
+    @property
+    def expert_axis(self) -> Axis:
+        """The ranks that whole experts are split over."""
+        return self.everyone if self.spread else self.axis
+
+    @property
     def group(self) -> ProcessGroup:
         """The tp process group."""
         return self.mesh.get_group()
+
+    @property
+    def all_ranks(self) -> ProcessGroup:
+        """The process group of ``everyone``."""
+        return process_group(self.everyone.group)
 
     @property
     def fused(self) -> bool:
@@ -108,11 +132,14 @@ class ParallelState:
         To be called on every rank. Padding up to a multiple of tp is not counted; what the
         attention mask hides is, as it is routed too.
 
+        With data parallel ranks: those of this rank's batch, or of all batches if ep spans them.
+
         Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer.
         """
         if self.plan.ep == 1:
             return {path: counts.clone() for path, counts in self.load.items()}
-        return {path: comm.all_reduce(counts, self.axis) for path, counts in self.load.items()}
+        axis = self.expert_axis
+        return {path: comm.all_reduce(counts, axis) for path, counts in self.load.items()}
 
     @contextlib.contextmanager
     def no_logits(self) -> Iterator[None]:

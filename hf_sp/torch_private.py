@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
 
@@ -61,6 +62,12 @@ def is_fake(x: Tensor) -> bool:
 def real_tensors() -> AbstractContextManager[Any]:
     """Make real tensors inside, under FakeTensorMode too: a mesh reads its table of ranks back."""
     return unset_fake_temporarily()
+
+
+def flatten(mesh: DeviceMesh) -> None:
+    """Let DTensor reduce over all axes of a mesh at once (the norm of gradients)."""
+    if mesh.ndim > 1:
+        mesh._flatten()
 
 
 def same_storage(x: Tensor, y: Tensor) -> bool:

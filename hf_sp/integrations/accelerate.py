@@ -51,14 +51,15 @@ def _current_is_ours() -> bool:
 
 
 def check_world(state: ParallelState, where: str) -> None:
-    """Refuse ranks beyond the tp group: nobody would average their gradients."""
+    """Refuse ranks beyond the tp group: Trainer and accelerate would give them the same batch."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world != state.tp:
         raise ConfigError(
             f"tp={state.tp} does not make up the {world} processes: data parallel is not supported",
             where=where,
-            got=f"world size {world}, tp {state.tp}",
-            rule="all processes are tensor parallel: nobody averages gradients over others",
+            got=f"world size {world}, tp {state.tp}, {state.data} data parallel group(s)",
+            rule="under transformers and accelerate all processes are tensor parallel in this "
+            "release; dp_shard and dp_replicate are for training loops of one's own",
             legal=f"{state.tp} processes, or parallelize(model, tp={world})",
         )
 

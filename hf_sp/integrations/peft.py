@@ -98,7 +98,9 @@ def adopt(model: nn.Module) -> None:
     whole = [(o, n, p) for m in layers for o, n, p in _own(m) if not isinstance(p, DTensor)]
     copies = [c for w in wrappers for c in w.modules_to_save.values() if _COPY not in c.__dict__]
     plain = [p for c in copies for p in c.parameters() if not isinstance(p, DTensor)]
-    taken = agree_on_weights(nn.ParameterList([p for _, _, p in whole] + plain), state.mesh)
+    taken = agree_on_weights(
+        nn.ParameterList([p for _, _, p in whole] + plain), state.axis, state.mesh.device_type
+    )
     if taken and state.rank == 0:
         logger.warning(
             "%d of %d adapter tensors differed between the ranks; all ranks now have those of tp "

@@ -15,9 +15,11 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from hf_sp.checks import no_adapters
 from hf_sp.errors import ConfigError
 from hf_sp.layers.embedding import VocabParallelEmbedding
 from hf_sp.layers.head import VocabParallelHead
+from hf_sp.state import parallel_state
 
 _INITS = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that do not look at the base weights."""
@@ -74,6 +76,9 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
         ConfigError: nothing has been changed then.
     """
     where = f"adapter {name!r}"
+    state = parallel_state(model)
+    if state is not None and state.data > 1:
+        raise no_adapters(where, state.data)
     check_config(config, where, after=True)
     if low_cpu_mem_usage:
         raise ConfigError(

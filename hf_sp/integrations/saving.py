@@ -42,7 +42,7 @@ def save_whole_tensors(
         )
     state = parallel_state(self)
     assert state is not None
-    meet(state.group, "save_pretrained")
+    meet(state.all_ranks, "save_pretrained")
     writes = self.should_save_on_this_rank(is_main_process)
     whole = gather_state_dict(self, state_dict, keep=writes)
     return original(

@@ -163,10 +163,18 @@ class Place:
     entry: FlatEntry | None = None
     slot: int = 0
 
-    def leave(self, dx_TH: Tensor, make: Callable[[Tensor], Tensor]) -> None:
-        """Hand over the input gradient, and what makes gate_up's from the tokens ``[T, H]``."""
+    def leave(self, dx_TH: Tensor | Callable[[], Tensor], make: Callable[[Tensor], Tensor]) -> None:
+        """Hand over the input gradient, and what makes gate_up's from the tokens ``[T, H]``.
+
+        Args:
+            dx_TH: the input gradient, or what waits for it.
+            make: makes gate_up's.
+        """
         assert self.entry is not None
-        self.entry.receive_rows(dx_TH)
+        if isinstance(dx_TH, Tensor):
+            self.entry.receive_rows(dx_TH)
+        else:
+            self.entry.receive_later(dx_TH)
         if self.entry.trains[self.slot]:
             self.entry.later.append((self.slot, make))
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hf_sp import collectives as comm
+from hf_sp.layers.beside import Crossing, LazyShared
 from hf_sp.layers.entered import Member, mark_entered
 from hf_sp.layers.entry import Entry, open_entry
 from hf_sp.layers.recipe import Recipe, leave_recipe, recipe_of
-from hf_sp.torch_private import has_gradient_hooks, same_storage, version
+from hf_sp.torch_private import graph_task, has_gradient_hooks, same_storage, version
 
 
 @dataclass(eq=False)
@@ -30,6 +31,9 @@ class FlatEntry(Entry):
         own: the block stays on this rank's tokens: nothing is gathered, and what its modules send
             back is the whole input gradient already.
         copy: the block writes into its input (jitter noise), which must not be its caller's.
+
+    Where tokens travel, what may run meanwhile is known here: ``waiting`` in forward, ``beside`` in
+    backward; ``grad`` is whether autograd was on at the block's entry.
     """
 
     own: bool = False
@@ -38,6 +42,18 @@ class FlatEntry(Entry):
     full: Tensor | None = field(default=None, repr=False)
     made: tuple[Any, int | None] = (None, None)
     recipe: Recipe | None = field(default=None, repr=False)
+    waiting: LazyShared | None = field(default=None, repr=False)
+    beside: Crossing | None = field(default=None, repr=False)
+    arriving: list[Callable[[], Tensor]] = field(default_factory=list, repr=False)
+    grad: bool = field(default_factory=torch.is_grad_enabled)
+
+    def begin(self) -> None:
+        """Forget what an earlier backward has left, one that ended before the entry."""
+        if graph_task() != self.task:
+            arriving, self.arriving = self.arriving, []
+            for land in arriving:
+                land()  # whatever was launched is waited for
+        super().begin()
 
     def buffer_order(self, x: Tensor) -> Tensor:
         """Batch-major everywhere inside; the collectives' order is made at the border."""
@@ -68,9 +84,32 @@ class FlatEntry(Entry):
         self.begin()
         self.dx = dx_TH if self.dx is None else self.dx.add_(dx_TH)
 
+    def receive_later(self, land: Callable[[], Tensor]) -> None:
+        """A part of the block's input gradient that is on its way; ``land`` waits for it."""
+        self.begin()
+        self.arriving.append(land)
+
+    def wait_later(self, output: LazyShared) -> None:
+        """A block's output that may be made while the rows of the experts travel."""
+        self.waiting, self.beside = output, output.crossing
+
+    def run_beside(self) -> None:
+        """The experts' rows have been launched: run what has waited for that."""
+        if self.waiting is not None:
+            self.waiting.begin()
+
+    def launch_beside(self) -> None:
+        """The same in backward, where what runs beside is the next node's."""
+        if self.beside is not None:
+            self.beside.launch()
+
     def take_input_gradient(self, extra_BSH: Tensor | None) -> Tensor | None:
         """The block's summed input gradient, in the order of its collective; forgets it."""
         dx, self.dx = self.dx, None
+        arriving, self.arriving = self.arriving, []
+        for land in arriving:
+            rows = land()
+            dx = rows if dx is None else dx.add_(rows)
         if extra_BSH is not None:
             extra = extra_BSH.reshape(-1, extra_BSH.shape[-1])
             dx = extra if dx is None else dx.add_(extra)
@@ -101,7 +140,11 @@ class FlatEntry(Entry):
     def close(self) -> None:
         """The block has run."""
         super().close()
-        self.full = self.recipe = None
+        if self.waiting is not None:
+            # It may never run now, or much later; nobody may read what it has made.
+            self.waiting.entry.settle()
+            self.waiting.crossing.settle()
+        self.full = self.recipe = self.waiting = None
 
     def mark(self, x: Any) -> None:
         """Mark ``x`` if it is what was gathered, flattened: HF's ``view`` makes a new tensor."""

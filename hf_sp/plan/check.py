@@ -34,10 +34,6 @@ def legal_tps(divisors: list[Divisor]) -> list[int]:
     return [tp for tp in range(1, largest + 1) if all(d.allows(tp) for d in divisors)]
 
 
-def _has(divisors: list[Divisor], name: str) -> bool:
-    return any(d.name == name for d in divisors)
-
-
 def check_divisible(model: str, tp: int, divisors: list[Divisor]) -> None:
     """Refuse a ``tp`` that does not divide, naming each size once and the legal values.
 
@@ -55,7 +51,6 @@ def check_divisible(model: str, tp: int, divisors: list[Divisor]) -> None:
         where="\n".join(bad.values()),
         got="\n".join(f"{name}={size}, {size} % {tp} = {size % tp}" for name, size in bad),
         rule="tp must divide the query heads and the intermediate size, and divide the key/value "
-        "heads or be a multiple of them"
-        + ("; ep = tp must divide the number of experts" if _has(divisors, "experts") else ""),
+        "heads or be a multiple of them",
         legal="tp = " + ", ".join(map(str, legal_tps(divisors))),
     )

@@ -39,6 +39,7 @@ def derive_plan(
     sp: bool,
     styles: Mapping[str, str] | None = None,
     ep: int = 1,
+    dp_shard: int = 1,
 ) -> Plan:
     """Read a model's plan and check that hf_sp can carry it out whole at this ``tp``.
 
@@ -48,6 +49,7 @@ def derive_plan(
         sp: whether hidden states are sharded along the sequence.
         styles: plan strings to use instead of ``model.tp_plan``.
         ep: expert parallel degree.
+        dp_shard: data parallel ranks that ep may span beside tp.
 
     Raises:
         PlanError: no plan, an unknown style, a key that matches nothing, a weight that no key
@@ -107,7 +109,7 @@ def derive_plan(
     head = find_head(model, modules)
     norm = find_final_norm(model, modules, decoder, container, embedding)
     replicated = find_outside(modules, decoder, {embedding, norm, head})
-    check_ep(name, tp, sp, ep, blocks)
+    check_ep(name, tp, sp, ep, blocks, dp_shard)
     check_divisible(name, tp, divisors)
     tied = head is not None and modules[head].weight is modules[embedding].weight
     return Plan(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hf_sp.plan.schema import Block, Leaf
 
 
-def describe_block(block: Block, tp: int, sp: bool) -> Iterator[tuple[str, str]]:
+def describe_block(block: Block, tp: int, sp: bool, ep: int = 1) -> Iterator[tuple[str, str]]:
     """Pairs of a module path and what becomes of it."""
     entry, leave = ("all-gather", "reduce-scatter") if sp else ("-", "all-reduce")
     experts = block.experts
@@ -21,10 +21,11 @@ def describe_block(block: Block, tp: int, sp: bool) -> Iterator[tuple[str, str]]
         yield block.path, f"{kind}: {entry} on entry, {leave} on exit"
     if experts is not None:
         count, f, h = experts.count, experts.intermediate, experts.hidden
-        part = (count // tp, f) if travel else (count, f // tp)
+        part = (count // ep, f) if travel else (count, f // tp)
         sizes = f"[{count}, 2*{f}, {h}] -> [{part[0]}, 2*{part[1]}, {h}]"
         yield "  " + experts.router, "router: replicated, gradient summed over tp"
         how = "experts: all-to-all there and back" if travel else "experts: features split"
+        how += " over tp and dp_shard" if ep > tp else ""
         yield "  " + experts.path, f"{how}, {sizes}"
         if experts.shared and travel:
             yield "  " + experts.shared, "TP block: all-gather on entry, reduce-scatter on exit"

@@ -76,7 +76,7 @@ def experts_block(
         experts: its experts.
         dense: what the plan says of the same child in a dense layer: relative path -> style.
         ep: expert parallel degree; above 1 whole experts are split, else their features.
-        divisors: gets the sizes that tp or ep has to divide.
+        divisors: gets the sizes that tp has to divide.
 
     Raises:
         PlanError: the block owns weights that are understood neither as its router nor as a shared
@@ -85,8 +85,6 @@ def experts_block(
     count, width, hidden = modules[experts].get_parameter("gate_up_proj").shape
     if ep == 1:
         divisors.append(Divisor("expert features", width // 2, experts))
-    else:
-        divisors.append(Divisor("experts", count, experts))
     router, shared, leaves = "", "", []
     for other, module in modules.items():
         own = {n: p for n, p in module.named_parameters(recurse=False) if p is not None}
@@ -137,8 +135,16 @@ def _unknown(where: str, got: str) -> PlanError:
     )
 
 
-def check_ep(name: str, tp: int, sp: bool, ep: int, blocks: list[Block]) -> None:
+def check_ep(name: str, tp: int, sp: bool, ep: int, blocks: list[Block], dp_shard: int = 1) -> None:
     """Refuse an expert parallel degree that this model or this release does not have.
+
+    Args:
+        name: of the model.
+        tp: tensor parallel degree.
+        sp: whether tokens are sharded over tp.
+        ep: the degree that was asked for.
+        blocks: the model's.
+        dp_shard: data parallel ranks that ep may span beside tp.
 
     Raises:
         PlanError: with the legal values.
@@ -146,16 +152,24 @@ def check_ep(name: str, tp: int, sp: bool, ep: int, blocks: list[Block]) -> None
     if ep == 1:
         return
     sparse = [block.experts for block in blocks if block.experts is not None]
-    problem, rule, legal = "", "", "ep = 1"
+    problem, rule, degrees = "", "", {1}
     if not sparse:
         problem, rule = "no layer has experts", "ep splits the experts of sparse layers"
-    elif ep != tp:
-        problem = f"ep={ep}, tp={tp}"
-        rule = "experts are split over the ranks of the tp axis; other axes are not built yet"
-        legal = f"ep = 1, {tp}" if tp > 1 else "ep = 1"
+    elif ep not in (tp, tp * dp_shard):
+        problem = f"ep={ep}, tp={tp}" + (f", dp_shard={dp_shard}" if dp_shard > 1 else "")
+        rule = "experts are split over the ranks of the tp axis, or over those of tp and dp_shard "
+        rule += "together (with dp_replicate=1)"
+        degrees = {1, tp, tp * dp_shard}
     elif not sp:
         problem = "sp=False"
         rule = "each rank sends its own tokens to the experts: without sequence shards every rank "
         rule += "holds all tokens and would send each tp times"
+    elif any(experts.count % ep for experts in sparse):
+        count = next(experts.count for experts in sparse if experts.count % ep)
+        problem = f"experts={count}, {count} % {ep} = {count % ep}"
+        rule = "ep must divide the number of experts"
+        degrees = {1, tp, tp * dp_shard}
+    degrees = {d for d in degrees if not any(experts.count % d for experts in sparse)}
+    legal = "ep = " + ", ".join(map(str, sorted(degrees)))
     if problem:
         raise PlanError(f"ep={ep} cannot be used with {name}", got=problem, rule=rule, legal=legal)

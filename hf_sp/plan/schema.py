@@ -102,7 +102,7 @@ class Plan:
             ``sp`` each rank sees its sequence shard only, so that their gradients are partial.
         replicated: modules outside the decoder, computed alike on all ranks.
         tied: whether head and embedding share one weight.
-        ep: expert parallel degree; 1 or tp.
+        ep: expert parallel degree; 1, tp, or tp times the data parallel ranks it spans.
     """
 
     family: str
@@ -136,7 +136,7 @@ class Plan:
             if len(kinds) > 1:
                 lines.append(f"  layers {', '.join(layer.rpartition('.')[2] for layer in same)}:")
             for block in (b for b in self.blocks if b.path.startswith(same[0] + ".")):
-                for path, what in describe_block(block, self.tp, self.sp):
+                for path, what in describe_block(block, self.tp, self.sp, self.ep):
                     row(path, what)
             for path in (n for n in self.shard_norms if n.startswith(same[0] + ".")):
                 row(path, f"replicated, {partial}")
@@ -155,7 +155,9 @@ class Plan:
         kinds: dict[object, list[str]] = {}
         for layer in self.layers:
             blocks = [b for b in self.blocks if b.path.startswith(layer + ".")]
-            lines = [row for block in blocks for row in describe_block(block, self.tp, self.sp)]
+            lines = [
+                row for block in blocks for row in describe_block(block, self.tp, self.sp, self.ep)
+            ]
             key = tuple((path.replace(layer + ".", ""), what) for path, what in lines)
             kinds.setdefault(key, []).append(layer)
         return list(kinds.values())

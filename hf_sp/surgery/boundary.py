@@ -51,7 +51,7 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
     return None if positions is None else positions.shape[-1]
 
 
-def _readers(module: Any) -> list[EntryReader]:
+def readers(module: Any) -> list[EntryReader]:
     """Adapters among a block's children; they come and go, so they are looked up each time."""
     return [child for child in module.children() if hasattr(type(child), "entry_factors")]
 
@@ -141,7 +141,7 @@ class BlockBoundary:
             sharded=self.state.sharded,
             length=length,
             batch_major=self.attention,
-            readers=_readers(module),
+            readers=readers(module),
         )
         self.entries.append(entry)
         if (
@@ -173,7 +173,8 @@ class LocalDropout:
 
     Ranks hold different heads but, seeded alike by Trainer, would drop the same places of each.
     One number is drawn from the default generator, on all ranks alike, and a generator state of
-    ``number + rank`` is used inside the block. Checkpointing restores the default generator before
+    ``number + rank`` is used inside the block, the rank among all: data parallel groups that were
+    seeded alike drop other places, too. Checkpointing restores the default generator before
     it recomputes, so that the same number is drawn and the same masks come back.
     """
 
@@ -185,17 +186,17 @@ class LocalDropout:
         """Switch the default generator of ``like``'s device to this rank's stream."""
         # Left over if the block was interrupted: the shared stream has to come back first.
         self.stop()
-        if self.state.tp == 1:
+        if self.state.everyone.size == 1:
             return
         seed = int(torch.randint(2**62, ()))
         device = like.device
         if device.type == "cpu":
             self._saved = (device, torch.get_rng_state())
-            torch.default_generator.manual_seed(seed + self.state.rank)
+            torch.default_generator.manual_seed(seed + self.state.everyone.rank)
         else:
             module = torch.get_device_module(device)
             self._saved = (device, module.get_rng_state(device))
-            module.manual_seed(seed + self.state.rank)
+            module.manual_seed(seed + self.state.everyone.rank)
 
     def stop(self) -> None:
         """Give the shared stream back."""

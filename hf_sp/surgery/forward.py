@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sp import collectives as comm
 from hf_sp.layers.head import CausalLMLoss
@@ -68,7 +68,8 @@ class DecoderBoundary:
         sharded = state.sharded
         routed = output.get("router_logits") if hasattr(output, "get") else None
         if routed is not None and length is not None:
-            output["router_logits"] = leave_router_logits(routed, state, self._batch)
+            routed = leave_router_logits(routed, state, self._batch)
+            output["router_logits"] = tuple(self._no_view(x) for x in routed)
         state.length, state.single_token = None, False
         as_tuple, self._as_tuple = self._as_tuple, False
         if not hasattr(output, "get") or length is None:
@@ -82,7 +83,9 @@ class DecoderBoundary:
             hidden = tuple(last if h is lazy else h for h in hidden)
         if hidden is not None and sharded:
             output["hidden_states"] = tuple(
-                h if h is None or h is last else comm.allgather_scatter(h, length, state.axis)
+                h
+                if h is None or h is last
+                else self._no_view(comm.allgather_scatter(h, length, state.axis))
                 for h in hidden
             )
         attentions = output.get("attentions")
@@ -92,6 +95,11 @@ class DecoderBoundary:
                 for a in attentions
             )
         return output.to_tuple() if as_tuple else output
+
+    def _no_view(self, x: Tensor) -> Tensor:
+        # FSDP hangs hooks on what leaves the model. On a view an in-place operation would drop
+        # them: it warns of each.
+        return x.clone() if self.state.data > 1 else x
 
 
 class ModelBoundary:

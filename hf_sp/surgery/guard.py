@@ -18,12 +18,16 @@ from torch.distributed.tensor import DTensor
 from hf_sp import collectives as comm
 from hf_sp.errors import BatchMismatchError, ConfigError
 from hf_sp.state import ParallelState
+from hf_sp.surgery.shared import late_shared_experts
 
 
 def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]) -> None:
     """Compare this forward's inputs over the tp ranks, on the first forwards.
 
-    Collectives: 1 all-gather of 32 bytes a rank, and a synchronisation, while checks are left.
+    With data parallel groups all ranks learn of it if one group's batches differ; and that all
+    groups train the same parameters: ids or embeddings, with or without labels.
+
+    Collectives: 1 all-gather of 48 bytes a rank, and a synchronisation, while checks are left.
 
     Raises:
         BatchMismatchError: on every rank, naming the inputs that differ.
@@ -33,31 +37,54 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
     decoding = tokens is not None and tokens.shape[1:2] == (1,) and not torch.is_grad_enabled()
+    # Groups whose prompts have other lengths have to count alike.
+    decoding = decoding and state.data == 1
     kind = "training" if model.training else "decoding" if decoding else "evaluation"
     if state.checks_left[kind] <= 0 or not all(type(t) is Tensor for t in tensors.values()):
         return
     state.checks_left[kind] -= 1
     _check_parameters(model)
-    if state.tp == 1 or dist.get_backend(state.group) == "fake":
+    if state.everyone.size == 1 or dist.get_backend(state.group) == "fake":
         return
     structure, summary = _structure(tensors, inputs), _values(tensors)
-    mine = torch.tensor([zlib.crc32(structure.encode()), _random(model, state)])
+    roles = sum(2**i for i, n in enumerate(_ROLES) if inputs.get(n) is not None)
+    late = zlib.crc32(repr(late_shared_experts(model)).encode())
+    mine = torch.tensor([roles, late, zlib.crc32(structure.encode()), _random(model, state)])
     mine = torch.cat([mine.to(summary.device), summary]).to(state.mesh.device_type)
-    everyone = comm.all_gather(mine[None], state.axis)
-    if bool((everyone[:, 1] != everyone[0, 1]).any()):
+    everyone = comm.all_gather(mine[None], state.everyone).view(state.data, state.tp, -1)
+    roles_of, lates, structures, generators, digests, sums = everyone.unbind(-1)
+    if bool((lates != lates[0, 0]).any()):
+        raise ConfigError(
+            "the ranks have different hooks in a block with a shared expert",
+            where="a shared expert, its router or its experts",
+            rule="hooks there decide whether it runs beside the way of the tokens, and so the "
+            "order of its collectives",
+            remedy="register the same hooks on every rank, and return at once on the others",
+        )
+    if bool((generators != generators[:, :1]).any()):
         raise ConfigError(
             "the ranks' random generators differ",
             where=", ".join(n for n, m in model.named_modules() if _drops(m)),
             rule="dropout on what all ranks hold alike has to drop the same places on each",
             remedy="seed all ranks alike (transformers.set_seed; Trainer does it by itself)",
         )
-    everyone = torch.cat([everyone[:, :1], everyone[:, 2:]], 1)
-    sums = everyone[:, 2].contiguous().view(torch.float64)
+    same = all(bool((x == x[:, :1]).all()) for x in (structures, digests))
     # Float inputs (inputs_embeds) may differ in their last bits where their kernels do.
-    close = torch.allclose(sums, sums[0].expand_as(sums), rtol=1e-3, equal_nan=True)
-    if bool((everyone[:, :2] == everyone[0, :2]).all()) and close:
-        return
-    _raise_mismatch(tensors, inputs, state)
+    totals = sums.contiguous().view(torch.float64)
+    close = torch.allclose(totals, totals[:, :1].expand_as(totals), rtol=1e-3, equal_nan=True)
+    if not (same and close):
+        _raise_mismatch(tensors, inputs, state)
+    if model.training and bool((roles_of != roles_of[0, 0]).any()):
+        raise ConfigError(
+            "data parallel groups were given inputs of different kinds",
+            where=", ".join(_ROLES),
+            got=f"here {[n for n in _ROLES if inputs.get(n) is not None]}",
+            rule="FSDP reduces the gradients of the same parameters on all of them",
+            remedy="give all groups ids or all embeddings, and all or none labels",
+        )
+
+
+_ROLES = ("input_ids", "inputs_embeds", "labels")
 
 
 def _drops(module: nn.Module) -> bool:
@@ -111,14 +138,17 @@ def _raise_mismatch(
     mine = {k: _describe(t) for k, t in tensors.items()}
     mine |= _scalars(inputs)
     mine |= {k: "given" for k, v in inputs.items() if v is not None and k not in mine}
-    everyone: list[dict[str, str]] = [{} for _ in range(state.tp)]
-    dist.all_gather_object(everyone, mine, group=state.group)
+    everyone: list[dict[str, str]] = [{} for _ in range(state.everyone.size)]
+    dist.all_gather_object(everyone, mine, group=state.all_ranks)
     names = sorted({k for rank in everyone for k in rank})
     rows = []
-    for name in names:
-        seen = [rank.get(name, "missing") for rank in everyone]
-        if len(set(seen)) > 1:
-            rows += [f"{name}, tp rank {i}: {text}" for i, text in enumerate(seen)]
+    for group in range(state.data):
+        ranks = everyone[group * state.tp : (group + 1) * state.tp]
+        of = f" of group {group}" if state.data > 1 else ""
+        for name in names:
+            seen = [rank.get(name, "missing") for rank in ranks]
+            if len(set(seen)) > 1:
+                rows += [f"{name}, tp rank {i}{of}: {text}" for i, text in enumerate(seen)]
     raise BatchMismatchError(
         "the ranks of one tensor-parallel group were given different batches",
         where="\n".join(rows) or "float inputs whose sums differ",
@@ -142,7 +172,7 @@ def _check_parameters(model: nn.Module) -> None:
         raise ConfigError(
             "the model was given parameters after parallelize",
             where="\n".join(plain[:5]) + ("\n..." if len(plain) > 5 else ""),
-            rule="every parameter is a DTensor on the tp mesh; a plain one would be trained on "
-            "this rank's part of the gradient",
+            rule="every parameter is a DTensor on the model's mesh; a plain one would be trained "
+            "on this rank's part of the gradient",
             remedy="build the whole model first, parallelize it last",
         )

@@ -16,7 +16,9 @@ from hf_sp.surgery.forward import DecoderBoundary, ModelBoundary
 from hf_sp.surgery.fused import GatedForward, NormForward
 from hf_sp.surgery.parameters import LocalParameters
 from hf_sp.surgery.recognise import gated_form, norm_form
-from hf_sp.surgery.sparse import SharedBoundary, SparseBoundary
+from hf_sp.surgery.shared import SharedBoundary
+from hf_sp.surgery.sparse import SparseBoundary
+from hf_sp.surgery.sparse_forms import shared_expert_waits
 
 
 def install_hooks(model: nn.Module, plan: Plan, state: ParallelState) -> None:
@@ -58,11 +60,12 @@ def _install_sparse(model: nn.Module, block: Block, state: ParallelState, fused:
     path = block.experts.shared
     leaves = tuple(leaf for leaf in block.leaves if leaf.path.startswith(path + "."))
     shared = model.get_submodule(path)
+    fused.gated(shared, Block(path, leaves))
     if boundary.own:
         modules = [model.get_submodule(leaf.path) for leaf in leaves]
         columns = [module for module in modules if isinstance(module, ColumnParallelLinear)]
-        SharedBoundary(state, columns, boundary).install(shared)
-    fused.gated(shared, Block(path, leaves))
+        waits = fused.shared_expert_waits(model.get_submodule(block.path), block)
+        SharedBoundary(state, columns, boundary, waits).install(shared)
 
 
 class _Fused:
@@ -98,6 +101,10 @@ class _Fused:
             recompute = self.state.recompute == "norm+act"
             forward = GatedForward(module, form, recompute=recompute, triton=self.state.kernels)
             setattr(module, "forward", forward)  # noqa: B010 (a method to mypy)
+
+    def shared_expert_waits(self, module: nn.Module, block: Block) -> bool:
+        """Whether a sparse block's shared expert may run later than it is called."""
+        return bool(self._ask(module, ("shared",), lambda: shared_expert_waits(module, block)))
 
     def _ask(self, module: nn.Module, names: tuple[str, ...], ask: Callable[[], Any]) -> Any:
         settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}

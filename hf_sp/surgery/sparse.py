@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_sp import collectives as comm
-from hf_sp.layers.dispatch import travelling_experts
+from hf_sp.layers.dispatch import send, travelling_experts
 from hf_sp.layers.entered import Member, entered
 from hf_sp.layers.entry import entered_linear
 from hf_sp.layers.experts import Place, Weights, local_experts
-from hf_sp.layers.flat import FlatEntry, enter_sparse, unsqueezed
+from hf_sp.layers.flat import FlatEntry, enter_sparse
 from hf_sp.layers.linear import ColumnParallelLinear
-from hf_sp.layers.local import cast_for_autocast, local
-from hf_sp.layers.recipe import leave_recipe, recipe_of
+from hf_sp.layers.local import cast_for_autocast, local, local_of_groups
 from hf_sp.plan.schema import Block, Experts
 from hf_sp.state import ParallelState
 from hf_sp.surgery.boundary import BlockBoundary, put_hidden, take_hidden
@@ -57,7 +56,7 @@ class SparseBoundary(BlockBoundary):
         ]
         self.members: list[tuple[object, Member]] = [
             (self.router, RouterMember(self.router, state)),
-            (self.experts, ExpertsMember(self.experts)),
+            (self.experts, ExpertsMember(self.experts, state)),
             *((linear, linear) for linear in columns),
         ]
         self.marked = [self.experts, *columns]
@@ -106,34 +105,6 @@ class SparseBoundary(BlockBoundary):
         return None
 
 
-class SharedBoundary(BlockBoundary):
-    """Entry and exit of a shared expert that is a TP block of its own, on flattened tokens.
-
-    The order of the tokens does not matter to it: it gathers the ranks' ``[T, H]`` as they lie.
-    """
-
-    def __init__(
-        self, state: ParallelState, linears: list[ColumnParallelLinear], around: SparseBoundary
-    ) -> None:
-        super().__init__(state, linears, attention=False)
-        self.around = around
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """All-gather ``[T, H]`` to ``[1, tp * T, H]``."""
-        self.around.mark(module, args)
-        x = take_hidden(args, kwargs)
-        recipe = recipe_of(x)
-        x_1TH = x.unsqueeze(0)
-        if recipe is not None:
-            leave_recipe(x_1TH, unsqueezed(recipe))
-        return super().enter(module, *put_hidden(args, kwargs, x_1TH))
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Reduce-scatter, back to ``[T, H]``."""
-        out = super().leave(module, args, output)
-        return out.squeeze(0) if isinstance(out, Tensor) else out
-
-
 class RouterMember:
     """The router's replicated weight; its gradient is partial, in tokens or in features."""
 
@@ -149,12 +120,22 @@ class RouterMember:
 class ExpertsMember:
     """The experts' packed gate and up projections."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, state: ParallelState) -> None:
+        self.module, self.state = module, state
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, None]:
         """This rank's features or experts."""
-        return cast_for_autocast(local(cast(Tensor, self.module.gate_up_proj)), like), None
+        return expert_weight(cast(Tensor, self.module.gate_up_proj), self.state, like), None
+
+
+def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
+    """This rank's part of an expert weight, cast for autocast.
+
+    Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
+    would have averaged over the groups.
+    """
+    mine = local_of_groups(p, state.data) if state.spread else local(p)
+    return cast_for_autocast(mine, like)
 
 
 class RouterWeight:
@@ -215,12 +196,12 @@ class ExpertsForward:
         x = cast_for_autocast(hidden_states, hidden_states)
         found = entered(hidden_states, module)
         if found is None:
-            place, gate_up = Place(), ExpertsMember(module).local_parameters(x)[0]
+            place, gate_up = Place(), ExpertsMember(module, state).local_parameters(x)[0]
         else:
             entry, slot = found
             assert isinstance(entry, FlatEntry)
             place, gate_up = Place(entry, slot), entry.parameters[slot][0]
-        down = cast_for_autocast(local(cast(Tensor, module.down_proj)), x)
+        down = expert_weight(cast(Tensor, module.down_proj), state, x)
         weights = Weights(gate_up, down, state.kernels)
         index = top_k_index
         if state.sharded and boundary.own:
@@ -229,11 +210,30 @@ class ExpertsForward:
         if not boundary.own:
             return local_experts(x, index, top_k_weights, weights, place)
         if state.sharded:
-            return travelling_experts(x, index, top_k_weights, weights, place, state.axis)
+            return self._travel(x, index, top_k_weights, weights, place)
+        if state.spread:
+            # One token of a generation, another on each data parallel rank: one tp rank sends it.
+            index = index if state.rank == 0 else torch.full_like(index, form.count)
+            out = self._travel(x, index, top_k_weights, weights, place)
+            return comm.allreduce_identity(out, state.axis)
         # One token of a generation, which every rank has: each adds what its experts make of it.
         first = state.rank * gate_up.shape[0]
         out = local_experts(x, index, top_k_weights, weights, place, first)
         return comm.allreduce_identity(out, state.axis)
+
+    def _travel(
+        self, x: Tensor, index: Tensor, scale: Tensor, weights: Weights, place: Place
+    ) -> Tensor:
+        """Send the tokens, run what waits for that, and have the experts' output back."""
+        axis, around = self.boundary.state.expert_axis, self.boundary.current()
+        sent = send(x, index, scale, weights.down.shape[0], axis)
+        try:
+            if around is not None:
+                around.run_beside()
+        except BaseException:
+            sent.land()  # whatever was launched is waited for
+            raise
+        return travelling_experts(x, sent, scale, weights, place, axis)
 
 
 def _length_here(state: ParallelState, s: int) -> int | None:
@@ -270,6 +270,8 @@ def _note_load(
     """Count the tokens of each expert, for whoever reads ``expert_load``."""
     if state.length is None or entry is None:
         return  # a recomputation in backward: counted before
+    if entry.own and not state.sharded and state.rank > 0:
+        index_Tk = torch.full_like(index_Tk, form.count)  # each rank has them: the first counts
     if state.sharded and not entry.own:
         batch, length, _ = entry.shape
         index_Tk = index_Tk.view(batch, length, -1)[:, : state.length]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp.errors import PlanError
+from hf_sp.layers.lazy import LazyTensor
 from hf_sp.plan.schema import Block, Experts, Plan
 from hf_sp.surgery.recognise import agrees, probe_of
 
@@ -55,6 +56,17 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
             rule = "router, experts and shared expert see the tokens as they are, and the output "
             rule += "is linear in what the experts return, token by token"
             raise _refused(block.path, module, rule)
+
+
+def shared_expert_waits(module: nn.Module, block: Block) -> bool:
+    """Whether a block leaves its shared expert's output alone until its experts have run.
+
+    And whether its gradient comes back to where it was made, which autograd Functions between would
+    not let it: asked with a stand-in of the kind that the shared expert will return.
+    """
+    form = block.experts
+    assert form is not None
+    return agrees(lambda: _leaves_alone(module, _names(block, form), form.hidden))
 
 
 def _refused(where: str, module: nn.Module, rule: str) -> PlanError:
@@ -150,6 +162,39 @@ class _Stub(nn.Module):
         """Note the arguments."""
         self.seen.append(args)
         return self.answer
+
+
+class _Late(LazyTensor):
+    """A stand-in that has no gradient itself: only what is made has."""
+
+    @staticmethod
+    def __new__(cls, made: Tensor) -> _Late:
+        """A tensor without storage."""
+        return cls._stand_in(tuple(made.shape), made, lambda: made, made.detach(), torch.zeros_like)
+
+
+def _leaves_alone(module: nn.Module, names: tuple[str, str, str, str], hidden: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=_DTYPE)
+
+    router, experts, shared, gate = names
+    x, routed, opened = random(2, _TOKENS // 2, hidden), random(_TOKENS, hidden), random(_TOKENS, 1)
+    routing = (random(_TOKENS, 4), random(_TOKENS, _CHOICES), torch.ones(_TOKENS, _CHOICES).long())
+    always, dy = random(_TOKENS, hidden).requires_grad_(), random(*x.shape)
+    others = {k: m for k, m in module._modules.items() if k not in names and m is not None}
+
+    def run(answer: Tensor, of_experts: _Stub) -> tuple[Tensor, Tensor]:
+        stubs = {router: _Stub(routing), experts: of_experts, shared: _Stub(answer)}
+        stubs |= {gate: _Stub(opened)} if gate else {}
+        y = _forward(module, probe_of(module, {}, {**others, **stubs}), x.clone())
+        return y, torch.autograd.grad(y, always, dy)[0]
+
+    late, of_experts, touched = _Late(always), _Stub(routed), []
+    of_experts.register_forward_hook(lambda *_: touched.append(late.made))
+    pairs = zip(run(always, _Stub(routed)), run(late, of_experts), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs) and touched == [False]
 
 
 def _linear_block(module: nn.Module, names: tuple[str, str, str, str], hidden: int) -> bool:

@@ -24,7 +24,7 @@ from hf_sp.layers.head import VocabParallelHead
 from hf_sp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.plan.schema import Leaf, Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake, is_packed, packed_halves
+from hf_sp.torch_private import is_fake, is_packed, packed_halves, process_group
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -61,28 +61,28 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
     return placed
 
 
-def agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """Make every rank's parameters and buffers those of tp rank 0, as DDP does.
+def agree_on_weights(model: nn.Module, axis: Axis, device_type: str) -> list[str]:
+    """Make every rank's parameters and buffers those of the first rank, as DDP does.
 
     Ranks that built the model from different seeds would each shard another model. Digests are
     compared first, so that equal weights (the usual case) cost one small all-gather.
 
     Returns:
-        Names of the tensors that differed and were taken from tp rank 0.
+        Names of the tensors that differed and were taken from the first rank.
     """
-    group = mesh.get_group()
+    group = process_group(axis.group)
     tensors = [(n, t) for n, t in _named_tensors(model) if t.numel()]
     symbolic = any(is_fake(t) for _, t in tensors)
-    if mesh.size() == 1 or symbolic or dist.get_backend(group) == "fake":
+    if axis.size == 1 or symbolic or dist.get_backend(group) == "fake":
         return []
     digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])
-    everyone = comm.all_gather(digests.to(mesh.device_type)[None], Axis.of(mesh))
+    everyone = comm.all_gather(digests.to(device_type)[None], axis)
     differ = (everyone != everyone[0]).any(0).tolist()
     source = dist.get_global_rank(group, 0)
     names = []
     for (name, tensor), different in zip(tensors, differ, strict=True):
         if different:
-            buffer = tensor.detach().to(mesh.device_type).contiguous()
+            buffer = tensor.detach().to(device_type).contiguous()
             dist.broadcast(buffer, src=source, group=group)
             tensor.detach().copy_(buffer)
             names.append(name)
@@ -99,12 +99,14 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     placed = placements(model, plan)
     device = _device(state.mesh)
     made: dict[int, nn.Parameter] = {}
+    travelling = {id(p) for p in spread_experts(model, state)}
     for module in list(model.modules()):
         for name, p in list(module._parameters.items()):
             if p is None:
                 continue
             if id(p) not in made:
-                made[id(p)] = shard_parameter(p, placed[id(p)][1], state, device)
+                shard = _shard_experts if id(p) in travelling else shard_parameter
+                made[id(p)] = shard(p, placed[id(p)][1], state, device)
             module._parameters[name] = made[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device.type:
@@ -123,6 +125,24 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         head = model.get_submodule(plan.head)
         assert isinstance(head, nn.Linear)
         VocabParallelHead.take_over(head, state)
+
+
+def spread_experts(model: nn.Module, state: ParallelState) -> list[nn.Parameter]:
+    """Parameters of experts that are split over data parallel ranks too: FSDP leaves them alone."""
+    if not state.spread:
+        return []
+    paths = [block.experts.path for block in state.plan.blocks if block.experts is not None]
+    return [p for path in paths for p in model.get_submodule(path).parameters(recurse=False)]
+
+
+def _shard_experts(
+    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+) -> nn.Parameter:
+    """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
+    rows = p.shape[0] // state.everyone.size
+    piece = p.detach().narrow(0, state.everyone.rank * rows, rows)
+    piece = piece.to(device, copy=True).contiguous()
+    return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
 
 
 def _device(mesh: DeviceMesh) -> torch.device:
@@ -148,10 +168,16 @@ def shard_parameter(
         piece = data.to(device, copy=True).contiguous()
     else:
         piece = data.to(device).contiguous()
+    return _as_parameter(piece, p, state.mesh, (placement,))
+
+
+def _as_parameter(
+    piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> nn.Parameter:
     tensor = DTensor.from_local(
         piece,
-        state.mesh,
-        (placement,),
+        mesh,
+        placements,
         run_check=False,
         shape=p.shape,
         stride=p.contiguous().stride() if not p.is_contiguous() else p.stride(),

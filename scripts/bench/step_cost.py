@@ -6,7 +6,9 @@ hf_sp along its memory frontier, side by side with the closed form.
 
 A row is what a third layer adds to a model of two, so that embedding, head and loss drop out; the
 first layer's peak may differ by a buffer. The models are whole LlamaForCausalLMs in bfloat16, run
-as rank 0 of a fake world on fake tensors: no GPU, no memory, the same numbers on every machine.
+as rank 0 of a fake world on fake tensors: no GPU, no memory, the same numbers on every machine. At
+the end Mixtral and Qwen3-MoE, with experts split by features and whole (an even router); what of
+it is the experts' and when which wins is in moe_cost.py.
 
     python scripts/bench/step_cost.py            # all shapes, writes scripts/bench/results/
     python scripts/bench/step_cost.py --quick    # the small shape at tp 2, writes nothing
@@ -58,6 +60,7 @@ from hf_sp.estimate import (
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
+from scripts.bench import moe_cost
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -76,6 +79,9 @@ CASES: tuple[tuple[str, int, int], ...] = (
     ("small", 4, 1024),
     ("Llama-3.1-8B", 8, 8192),
     ("Llama-3.1-70B", 8, 8192),
+)
+SPARSE_CASES: tuple[tuple[str, int, int], ...] = tuple(
+    (name, 8, moe_cost.SEQ) for name in moe_cost.SHAPES
 )
 QUICK: tuple[tuple[str, int, int], ...] = (("small", 2, 128),)
 
@@ -186,7 +192,7 @@ class Row:
     bytes_per_token: float
     formula: float
     to_formula: float
-    to_native: float
+    to_native: float | None
     peak_bytes: int
     peak_three_layers: int
     forward: str
@@ -244,9 +250,22 @@ def measure(case: tuple[str, int, int]) -> list[Row]:
     return rows
 
 
+def measure_sparse(case: tuple[str, int, int]) -> list[Row]:
+    """Count a layer with experts, in both splits."""
+    name, tp, seq = case
+    rows = []
+    for layout, ep in (("hf_sp sp=True", 1), ("hf_sp sp=True ep=tp", tp)):
+        layer, model = moe_cost.count_layer(name, tp, ep)
+        alive, formula = layer.alive_bytes, moe_cost.layer_bytes_per_token(name, tp, ep)
+        kept = (alive, alive / seq, formula, round(alive / seq / formula, 4), None)
+        wire = (spell(layer.forward), spell(layer.backward), layer.payload_bytes, layer.wire_bytes)
+        rows.append(Row(name, tp, seq, layout, *kept, layer.peak_bytes, model.peak_bytes, *wire))
+    return rows
+
+
 def spell(counts: Mapping[str, CollectiveCount]) -> str:
     """Spell collectives out: `2 AG + 2 RS`."""
-    short = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR"}
+    short = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "all_to_all": "A2A"}
     return " + ".join(f"{c.calls} {short.get(k, k)}" for k, c in sorted(counts.items())) or "-"
 
 
@@ -260,13 +279,14 @@ def cells(row: Row) -> tuple[str, ...]:
     alive, *peaks = (f"{size / MIB:.1f}" for size in sizes)
     wire = (f"{row.payload_bytes / MIB:.1f}", f"{row.wire_bytes / MIB:.1f}")
     tokens = (alive, f"{row.bytes_per_token:.0f}", f"{row.formula:.0f}")
-    ratios = (f"{row.to_formula:.3f}", f"{row.to_native:.3f}")
+    ratios = (f"{row.to_formula:.3f}", "-" if row.to_native is None else f"{row.to_native:.3f}")
     case = (row.shape, str(row.tp), str(row.seq), row.layout)
     return (*case, *tokens, *ratios, *peaks, row.forward, row.backward, *wire)
 
 
 NOTES = """\
-Per rank and per decoder layer, bfloat16, B = 1; AG all-gather, RS reduce-scatter, AR all-reduce.
+Per rank and per decoder layer, bfloat16, B = 1; AG all-gather, RS reduce-scatter, AR all-reduce,
+A2A all-to-all (the rows' and their weights', and in forward one of E integers).
 `alive` is what the forward leaves for the backward
 (`B/token` the same per token of the whole sequence, `formula` its closed form,
 `hf_sp/estimate/formulas.py`). `peak` is what one more layer adds to the most live bytes over
@@ -303,6 +323,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console() if Console().is_terminal else Console(width=200)
     rows = [row for case in (QUICK if options.quick else CASES) for row in measure(case)]
+    rows += [row for case in SPARSE_CASES if not options.quick for row in measure_sparse(case)]
     table = Table(*HEADER, title="one decoder layer, one rank, one training step")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and (before.shape, before.tp) != (row.shape, row.tp):

@@ -39,19 +39,25 @@ def generation(case: Case) -> dict[str, Report]:
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **options}
         # generate() casts logits to float32.
         report.dtype = "float32"
-        want, got = (
-            one.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-                **options,
-            )
-            for one in (model, parallel)
-        )
-        report.compare("tokens", got.sequences, want.sequences)
-        for step, (one, other) in enumerate(zip(got.logits, want.logits, strict=True)):
-            report.compare(f"logits of step {step}", one, other)
+        compare_generation(report, model, parallel, ids, attention_mask=mask, **options)
 
     return each(case, prompts, run)
+
+
+def compare_generation(
+    report: Report, model: Any, parallel: Any, ids: torch.Tensor, **options: Any
+) -> None:
+    """Tokens and logits of each step."""
+    want, got = (
+        one.generate(
+            input_ids=ids,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        for one in (model, parallel)
+    )
+    report.compare("tokens", got.sequences, want.sequences)
+    for step, (one, other) in enumerate(zip(got.logits, want.logits, strict=True)):
+        report.compare(f"logits of step {step}", one, other)

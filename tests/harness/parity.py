@@ -45,7 +45,9 @@ __all__ = ["Case", "assert_parity", "each", "pair", "train", "train_all"]
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the parity matrix; tp is the world it runs on.
+    """One cell of the parity matrix; tp is the world it runs on, divided by `data`.
+
+    `data` groups of tp ranks have batches of their own; the truth is the mean of their losses.
 
     `around` names a context manager factory ("module:function", no arguments) entered for the life
     of the parallel model only, on every rank: the place for a mutant. `model_kwargs` are
@@ -64,6 +66,7 @@ class Case:
     # Far below the norms here (0.5 to 5), so that clipping is active; checked.
     max_norm: float = 0.1
     seed: int = 0
+    data: int = 1
     around: str | None = None
     parallelize: tuple[tuple[str, Any], ...] = ()
     model_kwargs: tuple[tuple[str, Any], ...] = ()
@@ -72,7 +75,18 @@ class Case:
         on = "sp" if self.sp else "tp-only"
         return (
             f"{self.family}-{on}-{self.checkpoint}-accum{self.accum}-{self.optimizer}-{self.dtype}"
+            + (f"-data{self.data}" if self.data > 1 else "")
         )
+
+    @property
+    def tp(self) -> int:
+        """Tensor parallel degree on this world."""
+        return dist.get_world_size() // self.data
+
+    @property
+    def group(self) -> int:
+        """The group of this rank."""
+        return dist.get_rank() // self.tp
 
 
 def train(case: Case) -> Report:
@@ -85,8 +99,8 @@ def train(case: Case) -> Report:
         check_contract(report, parallel, model)
         watch = _WatchLength(parallel)
         got = _run(parallel, case, report)
-        watch.check(report, case.sp)
-    _compare_runs(report, got, want)
+        watch.check(report, case)
+    _compare_runs(report, got, want, case.group)
     check_replicas(report, parallel)
     return report
 
@@ -103,7 +117,9 @@ def pair(case: Case) -> tuple[nn.Module, nn.Module]:
     dtype = getattr(torch, case.dtype)
     model = tiny.build(case.family, dtype, case.seed, case.attn, **dict(case.model_kwargs))
     parallel = copy.deepcopy(model)
-    parallel = parallelize(parallel, tp=dist.get_world_size(), sp=case.sp, **dict(case.parallelize))
+    degrees = {} if case.data == 1 else {"dp_shard": case.data}
+    kwargs = {"tp": case.tp, "sp": case.sp, **degrees, **dict(case.parallelize)}
+    parallel = parallelize(parallel, **kwargs)
     return tiny.reference(model), parallel
 
 
@@ -120,7 +136,8 @@ def each(case: Case, names: Iterable[str], run: Callable[[Report, str], None]) -
 
 @dataclass
 class _Step:
-    losses: list[Tensor]
+    # Of each micro-batch, by the group whose it is.
+    losses: list[dict[int, Tensor]]
     gradients: dict[str, Tensor]
     norm: Tensor
 
@@ -147,14 +164,18 @@ def _run(model: nn.Module, case: Case, report: Report | None) -> _Run:
     optimizer = _optimizer(model, case.optimizer)
     before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
     steps = []
+    groups = range(case.data) if report is None else [case.group]
     for step in range(case.steps):
-        losses = []
-        for batch in batches.micro_batches(case.accum, model.config.vocab_size, seed=step):
-            loss = model(**fresh(batch)).loss
-            loss.backward()
-            losses.append(loss.detach())
-            if report is not None and type(loss) is not Tensor:
-                report.problems.append(f"loss is a {type(loss).__name__}, want a plain tensor")
+        losses: list[dict[int, Tensor]] = [{} for _ in range(case.accum)]
+        for group in groups:
+            seed = step * case.data + group
+            made = batches.micro_batches(case.accum, model.config.vocab_size, seed=seed)
+            for micro, batch in enumerate(made):
+                loss = model(**fresh(batch)).loss
+                (loss if report is not None else loss / case.data).backward()
+                losses[micro][group] = loss.detach()
+                if report is not None and type(loss) is not Tensor:
+                    report.problems.append(f"loss is a {type(loss).__name__}, want a plain tensor")
         found = gradients(model, report)
         trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
         unclipped = {name: local(p.grad).clone() for name, p in trained.items()}
@@ -192,16 +213,18 @@ def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5, weight_decay=0.1)
 
 
-def _compare_runs(report: Report, got: _Run, want: _Run) -> None:
-    numbers = []
+def _compare_runs(report: Report, got: _Run, want: _Run, group: int) -> None:
+    numbers, norms = [], []
     for index, (mine, theirs) in enumerate(zip(got.steps, want.steps, strict=True), 1):
         for micro, (one, other) in enumerate(zip(mine.losses, theirs.losses, strict=True), 1):
-            report.compare(f"step {index} micro {micro} loss", one, other)
+            report.compare(f"step {index} micro {micro} loss", one[group], other[group])
         compare_gradients(report, mine.gradients, theirs.gradients, f"step {index} ")
         report.compare(f"step {index} gradient norm", mine.norm, theirs.norm)
-        numbers.append([float(x).hex() for x in (*mine.losses, mine.norm)])
-    everyone = gather_objects(numbers)
-    if any(other != everyone[0] for other in everyone):
+        numbers.append([float(x[group]).hex() for x in mine.losses])
+        norms.append(float(mine.norm).hex())
+    everyone = gather_objects((group, numbers, norms))
+    same = [other for other in everyone if other[0] == group]
+    if any(other[1] != numbers for other in same) or any(other[2] != norms for other in everyone):
         report.problems.append(f"losses or gradient norms differ between the ranks: {everyone}")
     eps = torch.finfo(getattr(torch, report.dtype)).eps
     for name, before in want.before.items():
@@ -234,12 +257,12 @@ class _WatchLength:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.seen.add((self.whole, hidden.shape[1]))
 
-    def check(self, report: Report, sp: bool) -> None:
-        tp = dist.get_world_size() if sp else 1
+    def check(self, report: Report, case: Case) -> None:
+        tp = case.tp if case.sp else 1
         wrong = [pair for pair in self.seen if pair[1] != -(-pair[0] // tp)]
         if wrong or not self.seen:
             report.problems.append(
-                f"sp={sp}: (whole, local) sequence lengths between blocks were {sorted(self.seen)}"
+                f"sp={case.sp}: (whole, local) lengths between blocks were {sorted(self.seen)}"
             )
 
 

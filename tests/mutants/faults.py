@@ -530,5 +530,6 @@ def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
     return [(boundary.StackEntry, "__call__", wrong)]
 
 
-# Registers its own; at the end, because it needs what is above.
+# They register their own; at the end, because they need what is above.
+import mutants.data_faults  # noqa: E402
 import mutants.sparse_faults  # noqa: E402, F401

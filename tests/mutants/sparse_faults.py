@@ -9,10 +9,10 @@ from harness.parity import Case
 from torch.distributed.tensor import Shard
 
 from hf_sp import collectives as comm
-from hf_sp.layers import dispatch, experts, flat
+from hf_sp.layers import beside, dispatch, experts, flat
 from hf_sp.layers.local import local
 from hf_sp.surgery import forward, sparse, swap
-from mutants.faults import Patch, _backward, fault
+from mutants.faults import Patch, _backward, _own_copies, _own_part, fault
 
 TRAVEL = (("ep", 2),)
 
@@ -201,19 +201,19 @@ def tokens_meet_the_wrong_expert() -> list[Patch]:
 
 @fault(Case("mixtral", parallelize=TRAVEL))
 def results_come_back_in_another_order() -> list[Patch]:
-    right = dispatch.Route.back
-    return [(dispatch.Route, "back", lambda self, x, axis: right(self, x, axis).flip(0))]
+    right = dispatch.Route.launch_back
+    return [(dispatch.Route, "launch_back", lambda self, x, axis: right(self, x, axis).flip(0))]
 
 
 @fault(Case("mixtral", parallelize=TRAVEL))
 def routing_weights_of_other_tokens() -> list[Patch]:
-    right = dispatch.Route.there
+    right = dispatch.Route.land_there
 
-    def there(self, rows, axis):
-        arrived = right(self, rows, axis)
-        return arrived.roll(1, 0) if rows.dim() == 1 else arrived
+    def land_there(self, launched):
+        arrived = right(self, launched)
+        return arrived.roll(1, 0) if arrived.dim() == 1 else arrived
 
-    return [(dispatch.Route, "there", there)]
+    return [(dispatch.Route, "land_there", land_there)]
 
 
 @fault(Case("qwen2_moe", parallelize=TRAVEL))
@@ -230,3 +230,51 @@ def real_tokens_stay_at_home() -> list[Patch]:
         return index
 
     return [(sparse, "_real_tokens_only", keep)]
+
+
+# --- meanwhile ----------------------------------------------------------------------------------
+
+
+@fault(Case("mixtral", parallelize=TRAVEL))
+def input_gradient_on_its_way_is_left_out() -> list[Patch]:
+    right = flat.FlatEntry.receive_later
+    wrong = lambda self, land: right(self, lambda: land() * 0)  # noqa: E731
+    return [(flat.FlatEntry, "receive_later", wrong)]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def gradient_of_a_late_shared_expert_is_lost() -> list[Patch]:
+    right = beside._Depart.backward
+    return [_backward(beside._Depart, lambda ctx, grad: (right(ctx, grad)[0] * 0, None))]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def late_shared_expert_is_not_reduced() -> list[Patch]:
+    def forward(ctx, partial, crossing):
+        ctx.crossing = crossing
+        crossing.flying = _own_part(partial.transpose(0, 1), crossing.axis)
+        return partial.new_empty(0)
+
+    return [(beside._Depart, "forward", staticmethod(forward))]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def late_shared_expert_gets_the_gradient_of_its_own_tokens() -> list[Patch]:
+    def launch(self):
+        gradient, self.gradient = self.gradient, None
+        if gradient is not None:
+            self.flying = _own_copies(gradient, self.axis)
+
+    return [(beside.Crossing, "launch", launch)]
+
+
+@fault(Case("qwen2_moe", parallelize=TRAVEL))
+def late_shared_expert_sees_its_own_tokens() -> list[Patch]:
+    right = beside.EarlyEntry.gather
+
+    def gather(self, x):
+        right(self, x)
+        self.gathered = _own_copies(x.transpose(0, 1), self.axis)
+        return self.gathered.transpose(0, 1)
+
+    return [(beside.EarlyEntry, "gather", gather)]

@@ -101,6 +101,33 @@ def test_accelerate_loop(local, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+def test_torchrun_loop(local, tmp_path):
+    """Two groups of two ranks print what one process does that accumulates their batches.
+
+    float32 sums in another order: 1e-5; five and four places are printed.
+    """
+    own = ["--model_name_or_path", str(local / "model"), "--train_file", "LICENSE"]
+    own += ["--seq_length", "33", "--max_steps", "3", "--learning_rate", "1e-2"]
+    one = ["--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
+    four = ["--tp", "2", "--dp_shard", "2", "--output_dir", str(tmp_path / "four")]
+    script = "recipes/torchrun_loop.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    found = []
+    for command in ([script, *own, *one], [*torchrun, script, *own, *four]):
+        lines = [x for x in _run([sys.executable, *command]).splitlines() if "grad norm" in x]
+        assert len(lines) == 3
+        found.append([(float(x.split()[3]), float(x.split()[6])) for x in lines])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=2e-4)
+    single, grouped = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "four")
+    )
+    for (name, p), q in zip(single.named_parameters(), grouped.parameters(), strict=True):
+        # AdamW's first steps are of the learning rate's size whatever the gradient's: where that
+        # is rounding noise, the sign of a step may be another.
+        assert ((p - q).abs() > 1e-3).float().mean() < 0.01, name
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
 def test_recipe_is_short(script):
     assert len(script.read_text().splitlines()) < 120

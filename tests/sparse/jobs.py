@@ -20,6 +20,7 @@ from harness.compare import (
     gradients,
     whole,
 )
+from harness.generation import compare_generation
 from harness.noise import noise
 from harness.parity import Case, pair
 from harness.report import Report
@@ -136,6 +137,15 @@ def load(family: str, ep: int) -> list[tuple[list[int], list[int]]]:
     return [(a.tolist(), b.tolist()) for a, b in zip(found.values(), wanted, strict=True)]
 
 
+# With a cache HF's auxiliary loss fails, in the unsharded model too.
+DECODING = {
+    "max_new_tokens": 8,
+    "min_new_tokens": 8,
+    "pad_token_id": 0,
+    "output_router_logits": False,
+}
+
+
 def generates(family: str, ep: int, sp: bool = True) -> Report:
     """Greedy decoding with a cache: prompts on shards, then single tokens on whole ones."""
     report = _report(f"{family} ep={ep} generate", "float32")
@@ -144,23 +154,7 @@ def generates(family: str, ep: int, sp: bool = True) -> Report:
     model.eval(), parallel.eval()
     for batch, length in ((1, 1), (3, 9)):
         ids = batches.plain(batch, length)["input_ids"]
-        want, got = (
-            one.generate(
-                input_ids=ids,
-                do_sample=False,
-                max_new_tokens=8,
-                min_new_tokens=8,
-                pad_token_id=0,
-                # With a cache HF's auxiliary loss fails, in the unsharded model too.
-                output_router_logits=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            for one in (model, parallel)
-        )
-        report.compare("tokens", got.sequences, want.sequences)
-        for one, other in zip(got.logits, want.logits, strict=True):
-            report.compare("logits", one, other)
+        compare_generation(report, model, parallel, ids, **DECODING)
     return report
 
 
@@ -241,19 +235,30 @@ def saves(family: str, ep: int, folder: str) -> Report:
     target = Path(folder) / f"{family}-{ep}"
     parallel.save_pretrained(target)
     dist.barrier()
-    plain = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
+    plain = compare_files(report, model, target)
+    zero(parallel)
+    parallel.load_state_dict(plain.state_dict())
+    for name, p in parallel.named_parameters():
+        report.compare(name, whole(p), model.get_parameter(name))
+    return report
+
+
+def compare_files(report: Report, model: nn.Module, folder: Path | str) -> nn.Module:
+    """What was saved, read by plain transformers: every bit the model's."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     for (name, one), (other, two) in zip(
         plain.named_parameters(), model.named_parameters(), strict=True
     ):
         if name != other or not torch.equal(one, two):
             report.problems.append(f"{name} differs in the file")
+    return plain
+
+
+def zero(parallel: nn.Module) -> None:
+    """Forget every weight."""
     with torch.no_grad():
         for p in parallel.parameters():
             p.to_local().zero_()
-    parallel.load_state_dict(plain.state_dict())
-    for name, p in parallel.named_parameters():
-        report.compare(name, whole(p), model.get_parameter(name))
-    return report
 
 
 def optimizer_states(folder: str) -> Report:
@@ -290,7 +295,7 @@ def optimizer_states(folder: str) -> Report:
     return report
 
 
-class _Sends(TorchDispatchMode):
+class Sends(TorchDispatchMode):
     """Bytes that this rank puts into all-to-alls, by phase and shape of a row."""
 
     def __init__(self) -> None:
@@ -303,7 +308,7 @@ class _Sends(TorchDispatchMode):
         if name.startswith("_c10d_functional.all_to_all"):
             x, _, send = args[:3]
             away = sum(n for r, n in enumerate(send) if r != dist.get_rank())
-            self.calls.append((tuple(x.shape), x.dtype, x.shape[0], away))
+            self.calls.append((x.shape, x.dtype, x.shape[0], away))
         if name.startswith("_c10d_functional") and "wait" not in name:
             self.kinds.append(name.split(".")[1])
         return func(*args, **(kwargs or {}))
@@ -320,10 +325,10 @@ def traffic(frozen: bool) -> dict[str, Any]:
     batch = {**batches.plain(2, 37), "output_router_logits": False}
     while parallel_state(parallel).checks_left["training"]:
         parallel(**batch)
-    with _Sends() as forward:
+    with Sends() as forward:
         loss = parallel(**batch).loss
     load = parallel_state(parallel).load["model.layers.0.mlp.experts"].sum().item()
-    with _Sends() as backward:
+    with Sends() as backward:
         loss.backward()
     return {"forward": forward.calls, "backward": backward.calls, "rows": load}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_sp import torch_private as private
@@ -151,3 +153,14 @@ def test_packed_halves():
         assert torch.zeros_like(found).placements == (placement,)
     assert private.is_packed(placement)
     assert not private.is_packed(Shard(1))
+
+
+def test_flattened_axes_are_known_to_the_mesh():
+    """DTensor reduces over all axes at once where the mesh has them as one."""
+    with fake_world(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        private.flatten(mesh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # for users: keep what _flatten returns
+            assert mesh["dp_shard_tp"].size() == 4
+        private.flatten(mesh["tp"])

@@ -1,0 +1,39 @@
+"""Deliberate faults in what data parallel ranks add. Imported by ``mutants.faults``."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from harness.parity import Case
+
+from hf_sp import api
+from hf_sp.layers.local import cast_for_autocast, local, local_of_groups
+from hf_sp.surgery import sparse
+from mutants.faults import Patch, fault
+
+SPREAD = Case("mixtral", data=2, parallelize=(("ep", 4),))
+
+
+@fault(SPREAD, tp=4)
+def experts_of_all_groups_summed() -> list[Patch]:
+    return [(sparse, "local_of_groups", lambda x, count: x.to_local())]
+
+
+@fault(SPREAD, tp=4)
+def experts_averaged_over_ranks_instead_of_groups() -> list[Patch]:
+    return [(sparse, "local_of_groups", lambda x, count: local_of_groups(x, 2 * count))]
+
+
+@fault(Case("qwen2_moe", data=2, parallelize=(("ep", 2),)), tp=4)
+def experts_averaged_by_fsdp_and_by_us() -> list[Patch]:
+    def averaged(p, state, like):
+        mine = local_of_groups(local(cast(torch.Tensor, p)), state.data)
+        return cast_for_autocast(mine, like)
+
+    return [(sparse, "expert_weight", averaged)]
+
+
+@fault(Case("llama", data=2), tp=4)
+def groups_train_for_themselves() -> list[Patch]:
+    return [(api, "shard_over_data", lambda *args: None)]
