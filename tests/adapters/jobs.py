@@ -152,7 +152,7 @@ def train(lora: Lora) -> Report:
         if case.checkpoint == "reentrant":
             parallel.enable_input_require_grads()
         got = _run(parallel, case, report)
-    _compare_runs(report, got, want)
+    _compare_runs(report, got, want, case.group)
     check_replicas(report, parallel)
     adapters = [n for n in want.steps[0].gradients if "lora_" in n]
     if not adapters or any(not want.steps[0].gradients[n].any() for n in adapters):
