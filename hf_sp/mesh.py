@@ -156,7 +156,7 @@ def _check_axes(mesh: DeviceMesh) -> None:
     spread = used not in ([], ["tp"])
     if any(n not in AXES for n in used) or (spread and known != sorted(known, key=AXES.index)):
         raise ConfigError(
-            "the mesh has other axes beside tp",
+            "the mesh has other axes beside tp, or in another order",
             where="parallelize(mesh=...)",
             got=", ".join(f"{n}={mesh.size(i)}" for i, n in enumerate(names)),
             rule="hf_sp knows dp_replicate, dp_shard and tp, in this order",

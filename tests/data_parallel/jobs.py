@@ -35,7 +35,6 @@ from transformers import Trainer, TrainingArguments
 from hf_sp import parallel_state, parallelize
 from hf_sp.errors import HfSpError
 from hf_sp.estimate import count_step
-from hf_sp.optimizer_state import load_optimizer, save_optimizer
 
 
 def _report(case: Case) -> Report:
@@ -127,36 +126,6 @@ def saves(case: Case, folder: str) -> Report:
     for name, p in whole_experts.items():
         kept[name].copy_(p)
     compare("dcp")
-    return report
-
-
-def optimizer_states(cases: tuple[Case, ...], folder: str) -> Report:
-    """AdamW state of each case's split, written once and read by every other."""
-    report = Report("optimizer state", dist.get_rank())
-    made = []
-    for number, case in enumerate(cases):
-        _, parallel = pair(case)
-        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-5)
-        parallel(**batches.plain(2, 17)).loss.backward()
-        optimizer.step()
-        state = {
-            (name, kind): whole(value).clone()
-            for name, p in parallel.named_parameters()
-            for kind, value in optimizer.state[p].items()
-            if value.dim()
-        }
-        save_optimizer(parallel, optimizer, Path(folder) / str(number))
-        dist.barrier()
-        made.append((parallel, optimizer, state))
-    for number, (*_, state) in enumerate(made):
-        for parallel, optimizer, _ in made:
-            load_optimizer(parallel, optimizer, Path(folder) / str(number))
-            for name, p in parallel.named_parameters():
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    value = optimizer.state[p][kind]
-                    if value.placements != p.placements:
-                        report.problems.append(f"{name}.{kind} is {value.placements}")
-                    report.compare(f"{number} {name} {kind}", whole(value), state[name, kind])
     return report
 
 

@@ -63,7 +63,7 @@ def test_optimizer_state_of_any_split(tmp_path):
     ways = [{"ep": 1}, {"ep": 2}, {"ep": 4}]
     cases = tuple(Case("qwen2_moe", data=2, parallelize=tuple(way.items())) for way in ways)
     reports = pool(4).run(
-        "data_parallel.jobs:optimizer_states", cases=(plain, *cases), folder=str(tmp_path)
+        "sparse.jobs:optimizer_states", cases=(plain, *cases), folder=str(tmp_path)
     )
     assert_parity(reports, tol=0)
 

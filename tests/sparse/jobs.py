@@ -261,37 +261,33 @@ def zero(parallel: nn.Module) -> None:
             p.to_local().zero_()
 
 
-def optimizer_states(folder: str) -> Report:
-    """AdamW state of every split, written once and read by every split."""
-    report = _report("optimizer state")
-    states = {}
-    splits = {"tp": {"ep": 1}, "ep": {"ep": dist.get_world_size()}}
-    models = {}
-    for name, kwargs in splits.items():
-        parallel = parallelize(tiny.build("qwen2_moe"), **kwargs)
+def optimizer_states(cases: tuple[Case, ...], folder: str) -> Report:
+    """AdamW state of each case's split, written once and read by every other."""
+    report = Report("optimizer state", dist.get_rank())
+    made = []
+    for number, case in enumerate(cases):
+        _, parallel = pair(case)
         optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-5)
         parallel(**batches.plain(2, 17)).loss.backward()
         optimizer.step()
-        models[name] = (parallel, optimizer)
-        states[name] = {
-            (key, kind): whole(value).clone()
-            for key, p in parallel.named_parameters()
+        state = {
+            (name, kind): whole(value).clone()
+            for name, p in parallel.named_parameters()
             for kind, value in optimizer.state[p].items()
             if value.dim()
         }
-        save_optimizer(parallel, optimizer, Path(folder) / name)
+        save_optimizer(parallel, optimizer, Path(folder) / str(number))
         dist.barrier()
-    for source in splits:
-        for parallel, optimizer in models.values():
-            load_optimizer(parallel, optimizer, Path(folder) / source)
-            for key, p in parallel.named_parameters():
+        made.append((parallel, optimizer, state))
+    for number, (*_, state) in enumerate(made):
+        for parallel, optimizer, _ in made:
+            load_optimizer(parallel, optimizer, Path(folder) / str(number))
+            for name, p in parallel.named_parameters():
                 for kind in ("exp_avg", "exp_avg_sq"):
                     value = optimizer.state[p][kind]
                     if value.placements != p.placements:
-                        report.problems.append(f"{key}.{kind} is {value.placements}")
-                    report.compare(
-                        f"{source} {key} {kind}", whole(value), states[source][key, kind]
-                    )
+                        report.problems.append(f"{name}.{kind} is {value.placements}")
+                    report.compare(f"{number} {name} {kind}", whole(value), state[name, kind])
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import tiny
+from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
 
@@ -72,7 +73,9 @@ def test_saving(family, ep, tmp_path):
 
 
 def test_optimizer_state_of_any_split(tmp_path):
-    assert_parity(pool(2).run("sparse.jobs:optimizer_states", folder=str(tmp_path)), tol=0)
+    cases = tuple(Case("qwen2_moe", parallelize=(("ep", ep),)) for ep in (1, 2))
+    reports = pool(2).run("sparse.jobs:optimizer_states", cases=cases, folder=str(tmp_path))
+    assert_parity(reports, tol=0)
 
 
 def test_copies():
