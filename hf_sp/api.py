@@ -26,15 +26,15 @@ from hf_sp.checks import (
     check_switches,
     describe_tensors,
 )
-from hf_sp.collectives import Axis
+from hf_sp.comm.collectives import Axis
+from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
-from hf_sp.mesh import Degrees, build_mesh, resolve_degrees
+from hf_sp.install import install_hooks
+from hf_sp.model.fsdp import shard_over_data
+from hf_sp.model.shard import agree_on_weights, placements, swap_leaves
 from hf_sp.plan import Plan, derive_plan
+from hf_sp.plan.sparse_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
-from hf_sp.surgery.data_parallel import shard_over_data
-from hf_sp.surgery.install import install_hooks
-from hf_sp.surgery.sparse_forms import check_sparse_blocks
-from hf_sp.surgery.swap import agree_on_weights, placements, swap_leaves
 
 logger = logging.getLogger(__name__)
 

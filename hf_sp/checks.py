@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from hf_sp.comm.mesh import Degrees, launched_world, spans_world, start_distributed
 from hf_sp.errors import ConfigError, HfSpError
-from hf_sp.mesh import Degrees, launched_world, spans_world, start_distributed
 from hf_sp.plan import Plan
 from hf_sp.state import Recompute, parallel_state
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_sp import collectives as comm
-from hf_sp.collectives import Axis
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.collectives import Axis
 from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import has_gradient_hooks, process_group, same_storage, version
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from hf_sp.checkpoint import install_load_hook
+from hf_sp.checkpoint.weights import install_load_hook
 from hf_sp.state import parallel_state
 
 
@@ -36,7 +36,7 @@ def install(model: nn.Module) -> None:
     accelerate.remember(model)
     install_load_hook(model)
     if has_peft():
-        from hf_sp.integrations import peft
+        from hf_sp.adapters import peft
 
         peft.LAYER_PATCHES.apply()
         peft.PATCHES.apply()
@@ -50,7 +50,7 @@ def has_peft() -> bool:
 def check_adapters(model: nn.Module) -> None:
     """Refuse adapters that cannot be sharded."""
     if hasattr(model, "peft_config") and has_peft():
-        from hf_sp.integrations import peft_checks
+        from hf_sp.adapters import checks as peft_checks
 
         peft_checks.check_adapters(model)
 
@@ -58,7 +58,7 @@ def check_adapters(model: nn.Module) -> None:
 def without_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """The model without its adapters, for as long as it is sharded."""
     if hasattr(model, "peft_config") and has_peft():
-        from hf_sp.integrations import peft
+        from hf_sp.adapters import peft
 
         return peft.without_adapters(model)
     return _itself(model)

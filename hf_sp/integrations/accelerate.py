@@ -23,10 +23,10 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_sp.checkpoint import gather_state_dict
+from hf_sp.checkpoint.weights import gather_state_dict
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.patching import Patch, Patches
-from hf_sp.layers.lazy import LazyLogits
+from hf_sp.model.lazy import LazyLogits
+from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
 _MARK = "_hf_sp"

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sp.checkpoint import gather_state_dict, meet
+from hf_sp.checkpoint.weights import gather_state_dict, meet
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.patching import Patch, Patches
+from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
 PATCHES = Patches(lambda model: parallel_state(model) is not None)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import seed_worker
 from hf_sp.errors import ConfigError
 from hf_sp.integrations import accelerate as our_accelerate
 from hf_sp.integrations import trl
-from hf_sp.integrations.patching import Patch, Patches
+from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
 logger = logging.getLogger(__name__)

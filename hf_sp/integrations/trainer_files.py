@@ -18,16 +18,16 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
-from hf_sp.checkpoint import gather_state_dict
-from hf_sp.errors import CheckpointError
-from hf_sp.integrations.patching import Patch, Patches
-from hf_sp.integrations.trainer import state_of
-from hf_sp.optimizer_state import (
+from hf_sp.checkpoint.optimizer import (
     OPTIMIZER_DIRECTORY,
     load_full_optimizer,
     load_optimizer,
     save_optimizer,
 )
+from hf_sp.checkpoint.weights import gather_state_dict
+from hf_sp.errors import CheckpointError
+from hf_sp.integrations.trainer import state_of
+from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.patching import Patch, Patches
 from hf_sp.kernels.vocab import check_ids, vocab_range
-from hf_sp.layers.head import VocabParallelHead
-from hf_sp.layers.local import cast_for_autocast
-from hf_sp.layers.logprobs import FIELDS, Spec, TokenStatistics, token_statistics
+from hf_sp.model.head import VocabParallelHead
+from hf_sp.model.local import cast_for_autocast
+from hf_sp.model.logprobs import FIELDS, Spec, TokenStatistics, token_statistics
+from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer")

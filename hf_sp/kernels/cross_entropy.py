@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_sp import collectives as comm
-from hf_sp.collectives import Axis
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.autograd import once_differentiable
+from hf_sp.comm.collectives import Axis
 from hf_sp.errors import ConfigError, ShapeError
 from hf_sp.kernels.cross_entropy_steps import (
     Combined,
@@ -27,7 +28,6 @@ from hf_sp.kernels.cross_entropy_steps import (
     write_gradient,
 )
 from hf_sp.kernels.vocab import check_ids, vocab_range
-from hf_sp.once import once_differentiable
 from hf_sp.torch_private import process_group
 
 Group = Axis | DeviceMesh | dist.ProcessGroup | str | None

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, cast, overload
 import torch
 from torch import Tensor
 
-from hf_sp.kernels import dispatch, reference
+from hf_sp.comm.autograd import once_differentiable
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import reference
 from hf_sp.kernels.arguments import check_norm, check_out
 from hf_sp.kernels.blocks import Results, by_blocks
 from hf_sp.kernels.reference import Casting, rms_norm_dtype
-from hf_sp.once import once_differentiable
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sp.kernels import dispatch, table
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import table
 from hf_sp.kernels.layout import has_rows, readable, rows_of
 from hf_sp.kernels.reference import Casting, rms_norm_dtype
 from hf_sp.kernels.table import LaunchConfig

@@ -4,7 +4,7 @@ Owns schemas, fakes and gradients. Importing this module registers them; nothing
 :func:`hf_sp.kernels.rms_norm` and :func:`hf_sp.kernels.swiglu` are plain torch operations when they
 are compiled, which a compiler can fuse. Must not know modules or ranks: a caller sums ``dweight``.
 
-Each takes the Triton path where :mod:`hf_sp.kernels.dispatch` allows it, and torch elsewhere. They
+Each takes the Triton path where :mod:`hf_sp.kernels.launch` allows it, and torch elsewhere. They
 change no input; results are contiguous and share memory with nothing.
 
 ========================= ==================================================================

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hf_sp.comm.autograd import once_differentiable
 from hf_sp.errors import ShapeError
-from hf_sp.kernels import dispatch, reference
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import reference
 from hf_sp.kernels.blocks import Results, by_blocks
-from hf_sp.once import once_differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_sp.collectives import Axis
+from hf_sp.comm.collectives import Axis
 from hf_sp.errors import ShapeError
 from hf_sp.torch_private import device_assert
 

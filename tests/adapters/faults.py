@@ -12,10 +12,11 @@ import torch
 from harness.parity import Case
 
 from adapters.jobs import Lora
-from hf_sp import collectives as comm
-from hf_sp.integrations import peft_layers as layers
-from hf_sp.integrations import peft_vocab as vocab
-from hf_sp.layers import entry, factors, lora
+from hf_sp.adapters import lora_linear as layers
+from hf_sp.adapters import lora_vocab as vocab
+from hf_sp.comm import collectives as comm
+from hf_sp.model import columns as entry
+from hf_sp.model import factors, lora
 
 Patch = tuple[Any, str, Any]
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
-from hf_sp.layers import factors
+from hf_sp.model import factors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from harness.report import Report
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_sp import collectives as comm
+from hf_sp.comm import collectives as comm
 from hf_sp.kernels.vocab import vocab_range
-from hf_sp.layers.logprobs import FIELDS, Spec, token_statistics
+from hf_sp.model.logprobs import FIELDS, Spec, token_statistics
 
 
 def statistics(

@@ -7,8 +7,9 @@ import inspect
 import pytest
 from integrations.test_names import check
 
-from hf_sp.integrations import peft, trl
-from hf_sp.integrations.adapter_names import NAMES
+from hf_sp.adapters import peft
+from hf_sp.adapters.names import NAMES
+from hf_sp.integrations import trl
 
 TABLES = [peft.PATCHES, peft.LAYER_PATCHES, trl.patches()]
 

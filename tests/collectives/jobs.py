@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_sp import collectives as comm
-from hf_sp.collectives import Axis
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.collectives import Axis
 
 
 def concat_slice(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

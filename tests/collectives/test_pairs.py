@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed import _local_tensor as lt
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_sp import collectives as comm
-from hf_sp.collectives import Axis
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.collectives import Axis
 from hf_sp.estimate.simulate import fake_world
 
 B, H = 2, 3

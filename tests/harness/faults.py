@@ -12,7 +12,7 @@ from unittest import mock
 
 from torch import Tensor
 
-_SUM = "hf_sp.surgery.fused.sum_over_ranks"
+_SUM = "hf_sp.model.norm.sum_over_ranks"
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def partial_gradients_not_summed() -> Iterator[None]:
 @contextlib.contextmanager
 def partial_gradients_averaged() -> Iterator[None]:
     """Their mean over the ranks instead of their sum."""
-    from hf_sp.collectives import all_reduce
+    from hf_sp.comm.collectives import all_reduce
 
     def averaged(dw: Tensor, axis: Any) -> Tensor:
         return all_reduce(dw, axis) / axis.size

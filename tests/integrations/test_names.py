@@ -8,8 +8,8 @@ import inspect
 import pytest
 
 from hf_sp.integrations import accelerate, saving, trainer, trainer_files
-from hf_sp.integrations.names import NAMES, Name
-from hf_sp.integrations.patching import Patches
+from hf_sp.integrations.private_names import NAMES
+from hf_sp.patching import Name, Patches
 
 TABLES = [
     accelerate.PATCHES,

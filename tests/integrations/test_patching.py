@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 
-from hf_sp.integrations.patching import Patches
+from hf_sp.patching import Patches
 
 
 def _module():

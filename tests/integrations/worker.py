@@ -458,7 +458,7 @@ def job_optimizer():
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     from hf_sp import parallel_state
-    from hf_sp.optimizer_state import load_optimizer, save_optimizer
+    from hf_sp.checkpoint.optimizer import load_optimizer, save_optimizer
 
     mesh = parallel_state(tiny()).mesh
 
@@ -681,7 +681,7 @@ def job_trainer_saves():
         "files": sorted(p.name for p in (OUT / MODE / "user" / "checkpoint-1").iterdir()),
     }
     made = []
-    from hf_sp.layers.lazy import LazyLogits
+    from hf_sp.model.lazy import LazyLogits
 
     original = LazyLogits.materialize
 
@@ -747,8 +747,8 @@ def job_patches_needed():
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils.operations import ConvertOutputsToFp32
 
-    from hf_sp.integrations.patching import original_of
-    from hf_sp.layers.lazy import LazyLogits
+    from hf_sp.model.lazy import LazyLogits
+    from hf_sp.patching import original_of
 
     tiny()
     known = json.loads((OUT / "plain-0.json").read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_sp.kernels import dispatch
+from hf_sp.kernels import launch as dispatch
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from hf_sp.kernels import dispatch
+from hf_sp.kernels import launch as dispatch
 from hf_sp.kernels.cross_entropy_triton import launch_gradient, launch_statistics
 from tests.kernels.sm_90 import POINTERS, compile_launch, resources
 

@@ -11,7 +11,7 @@ from harness.compare import compare_gradients, compare_loss, gradients
 from harness.parity import Case, pair
 from harness.report import Report
 
-from hf_sp.kernels import dispatch
+from hf_sp.kernels import launch as dispatch
 
 
 def step(family: str, sp: bool, dtype: str) -> tuple[Report, dict[str, int]]:

@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_sp.kernels import dispatch, norm_triton, swiglu_triton
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import norm_triton, swiglu_triton
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_sp.kernels import dispatch, layout, rms_norm, table
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import layout, rms_norm, table
 from tests.kernels.bare import BARE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ class Nothing:
 sys.meta_path.insert(0, Nothing())
 import torch
 before = {name for name in sys.modules if name.startswith("triton")}
-import hf_sp.kernels, hf_sp.kernels.dispatch, hf_sp.kernels.ops
+import hf_sp.kernels, hf_sp.kernels.launch, hf_sp.kernels.ops
 y = hf_sp.kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
 z = hf_sp.kernels.swiglu(y, y)
 assert not {n for n in sys.modules if n.startswith(("triton", "hf_sp.kernels.norm_t"))} - before

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sp.kernels import dispatch
+from hf_sp.kernels import launch as dispatch
 from tests.kernels.bare import BARE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ mode = sys.argv[1]
 if mode == "set before":
     os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from hf_sp.kernels import dispatch, norm_triton
+from hf_sp.kernels import launch as dispatch, norm_triton
 os.environ["TRITON_INTERPRET"] = "1"
 x, w = torch.randn(5, 64).bfloat16(), torch.ones(64).bfloat16()
 y, s, rstd = norm_triton.rms_norm(x, None, w, 1e-6, 0.0, "llama")

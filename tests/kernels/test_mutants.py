@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import hf_sp.kernels
-from hf_sp.kernels import dispatch, norm, rms_norm, swiglu
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import norm, rms_norm, swiglu
 from tests.kernels import exact
 from tests.kernels.exact import check_norm, like, random_case
 from tests.kernels.hugging_face import NORMS

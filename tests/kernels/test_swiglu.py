@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sp.errors import ShapeError
-from hf_sp.kernels import dispatch, swiglu, swiglu_triton
+from hf_sp.kernels import launch as dispatch
+from hf_sp.kernels import swiglu, swiglu_triton
 from hf_sp.kernels.swiglu import swiglu_backward, swiglu_forward
 from tests.kernels.exact import U, assert_within, like, tiny
 

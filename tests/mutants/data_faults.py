@@ -8,8 +8,8 @@ import torch
 from harness.parity import Case
 
 from hf_sp import api
-from hf_sp.layers.local import cast_for_autocast, local, local_of_groups
-from hf_sp.surgery import sparse
+from hf_sp.model.local import cast_for_autocast, local, local_of_groups
+from hf_sp.moe import block as sparse
 from mutants.faults import Patch, fault
 
 SPREAD = Case("mixtral", data=2, parallelize=(("ep", 4),))

@@ -17,10 +17,14 @@ from unittest import mock
 import torch
 from harness.parity import Case
 
-from hf_sp import collectives as comm
+from hf_sp.comm import collectives as comm
 from hf_sp.kernels import cross_entropy_steps as steps
-from hf_sp.layers import embedding, entry, gated, head, lazy, loss
-from hf_sp.surgery import boundary, fused, parameters, swap
+from hf_sp.model import block as boundary
+from hf_sp.model import columns as entry
+from hf_sp.model import embedding, head, lazy, loss, parameters
+from hf_sp.model import mlp as gated
+from hf_sp.model import norm as fused
+from hf_sp.model import shard as swap
 
 Patch = tuple[Any, str, Any]
 Factory = Callable[[], contextlib.AbstractContextManager]

@@ -8,10 +8,13 @@ import torch
 from harness.parity import Case
 from torch.distributed.tensor import Shard
 
-from hf_sp import collectives as comm
-from hf_sp.layers import beside, dispatch, experts, flat
-from hf_sp.layers.local import local
-from hf_sp.surgery import forward, sparse, swap
+from hf_sp.comm import collectives as comm
+from hf_sp.model import forward
+from hf_sp.model import shard as swap
+from hf_sp.model.local import local
+from hf_sp.moe import beside, experts, flat
+from hf_sp.moe import block as sparse
+from hf_sp.moe import dispatcher as dispatch
 from mutants.faults import Patch, _backward, _own_copies, _own_part, fault
 
 TRAVEL = (("ep", 2),)

@@ -18,12 +18,12 @@ from harness.report import Report
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_sp import collectives as comm
 from hf_sp import parallel_state, parallelize
+from hf_sp.comm import collectives as comm
 from hf_sp.kernels import vocab_parallel_cross_entropy
 from hf_sp.kernels.vocab import vocab_range, vocab_sizes
-from hf_sp.layers.lazy import LazyHidden, LazyTensor
-from hf_sp.layers.loss import linear_vocab_parallel_cross_entropy
+from hf_sp.model.lazy import LazyHidden, LazyTensor
+from hf_sp.model.loss import linear_vocab_parallel_cross_entropy
 
 
 @contextlib.contextmanager

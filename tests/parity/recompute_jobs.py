@@ -14,7 +14,7 @@ from harness.report import Report
 from torch import Tensor, nn
 
 from hf_sp import parallelize
-from hf_sp.surgery.fused import GatedForward, NormForward
+from hf_sp.model.norm import GatedForward, NormForward
 
 CASE = Case("llama_bias")
 

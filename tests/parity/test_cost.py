@@ -32,7 +32,7 @@ from hf_sp.estimate import (
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
-from hf_sp.layers.loss import linear_vocab_parallel_cross_entropy
+from hf_sp.model.loss import linear_vocab_parallel_cross_entropy
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
 AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)

@@ -8,7 +8,7 @@ from harness import tiny
 from harness.pool import pool
 from harness.report import assert_parity
 
-from hf_sp.layers.lazy import LazyLogits
+from hf_sp.model.lazy import LazyLogits
 from parity.loss_jobs import FORWARDS, WATCHERS
 
 

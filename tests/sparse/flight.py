@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_sp import collectives as comm
+from hf_sp.comm import collectives as comm
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hf_sp import parallel_state, parallelize
+from hf_sp.checkpoint.optimizer import load_optimizer, save_optimizer
 from hf_sp.errors import ConfigError
-from hf_sp.optimizer_state import load_optimizer, save_optimizer
 
 
 def _report(name: str, dtype: str = "float64") -> Report:

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint as checkpoint_function
 from hf_sp import parallel_state, parallelize
 from hf_sp.errors import ConfigError
 from hf_sp.estimate import count_step
-from hf_sp.layers import beside, dispatch
-from hf_sp.layers.flat import FlatEntry
-from hf_sp.surgery.shared import SharedBoundary
+from hf_sp.moe import beside
+from hf_sp.moe import dispatcher as dispatch
+from hf_sp.moe.flat import FlatEntry
+from hf_sp.moe.shared import SharedBoundary
 from sparse.flight import Products, in_flight
 
 

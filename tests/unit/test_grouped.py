@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sp.layers import grouped
+from hf_sp.moe import grouped
 
 
 def _operands(rows: list[int], inside: int, outside: int, dtype: torch.dtype):

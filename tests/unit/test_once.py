@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_sp.comm.autograd import once_differentiable
 from hf_sp.errors import ConfigError
-from hf_sp.once import once_differentiable
 
 
 class _Square(torch.autograd.Function):

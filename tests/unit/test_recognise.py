@@ -31,7 +31,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from hf_sp.kernels.norm import rms_norm
-from hf_sp.surgery.recognise import GatedForm, NormForm, gated_form, norm_form
+from hf_sp.plan.recognise import GatedForm, NormForm, gated_form, norm_form
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48}
 

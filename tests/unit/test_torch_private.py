@@ -17,7 +17,7 @@ from hf_sp.estimate import fake_world
 
 PACKAGE = Path(private.__file__).parent
 # Apart, each with the reason in the module: the estimate's simulation, and the rendezvous store.
-ELSEWHERE = {"estimate/accounting.py", "estimate/simulate.py", "checkpoint.py"}
+ELSEWHERE = {"estimate/accounting.py", "estimate/simulate.py", "checkpoint/weights.py"}
 
 
 @pytest.mark.parametrize(

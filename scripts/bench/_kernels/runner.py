@@ -222,7 +222,7 @@ def _poison(data: Data) -> None:
 
 
 def _launches() -> int:
-    from hf_sp.kernels import dispatch
+    from hf_sp.kernels import launch as dispatch
 
     return dispatch.launches.total()
 

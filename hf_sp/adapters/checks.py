@@ -1,0 +1,215 @@
+"""Which adapters a parallelized model can have; all others are refused before it is touched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from peft import PeftModel, PeftType
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from hf_sp.checks import no_adapters
+from hf_sp.errors import ConfigError
+from hf_sp.model.embedding import VocabParallelEmbedding
+from hf_sp.model.head import VocabParallelHead
+from hf_sp.state import parallel_state
+
+_INITS = (True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that do not look at the base weights."""
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that are there before ``parallelize`` and cannot be sharded.
+
+    Raises:
+        ConfigError: the first of them that is met.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        check_config(config, f"adapter {name!r}", after=False)
+    if "peft" in type(model).__module__.split(".") and not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be parallelized",
+            rule="PeftModel and its subclasses are understood",
+            remedy="get_peft_model(model, LoraConfig(...))",
+        )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            _check_layer(path, module)
+            if module is head and getattr(module, "lora_magnitude_vector", None):
+                raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            if not isinstance(module, ModulesToSaveWrapper):
+                raise _refuse(f"{type(module).__name__}", path, "modules_to_save is understood")
+            _check_saved(path, module.original_module)
+
+
+def _check_layer(path: str, layer: Any) -> None:
+    if type(layer) not in (LoraLinear, LoraEmbedding):
+        raise _refuse(type(layer).__name__, path, "LoRA over nn.Linear and nn.Embedding")
+    if isinstance(layer.base_layer, BaseTunerLayer):
+        raise _refuse("adapters in adapters", path, "one tuner layer over each module")
+    if layer.merged:
+        raise ConfigError(
+            "an adapter is merged",
+            where=path,
+            got=", ".join(layer.merged_adapters),
+            rule="a merged weight is sharded as it is, and could not be unmerged exactly",
+            remedy="unmerge_adapter() first, or merge_and_unload()",
+        )
+    if layer.lora_magnitude_vector and type(layer) is not LoraLinear:
+        raise _refuse("DoRA on an embedding", path, "DoRA is understood on linears of the layers")
+
+
+def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usage: bool) -> None:
+    """Refuse an adapter that is about to be added to a parallelized model.
+
+    Raises:
+        ConfigError: nothing has been changed then.
+    """
+    where = f"adapter {name!r}"
+    state = parallel_state(model)
+    if state is not None and state.data > 1:
+        raise no_adapters(where, state.data)
+    check_config(config, where, after=True)
+    if low_cpu_mem_usage:
+        raise ConfigError(
+            "low_cpu_mem_usage=True is not supported for a parallelized model",
+            where=where,
+            rule="factors are compared over the ranks and sharded when they are made",
+            legal="low_cpu_mem_usage=False",
+        )
+    _check_experts(model, config, where)
+    saved = getattr(config, "modules_to_save", None) or ()
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        if any(path == key or path.endswith(f".{key}") for key in saved):
+            _check_saved(path, module)
+        if config.use_dora and isinstance(module, VocabParallelHead | VocabParallelEmbedding):
+            targeted = config.target_modules != "all-linear" and check_target_module_exists(
+                config, path
+            )
+            if targeted:
+                raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
+
+
+def _check_experts(model: Any, config: Any, where: str) -> None:
+    """Refuse what PEFT makes of the names of old checkpoints' experts, "all-linear" among them."""
+    wanted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(
+            wanted, model=model, conversions=get_model_conversion_mapping(model)
+        )
+    except ValueError:
+        return  # PEFT says it better
+    if wanted.target_parameters:
+        raise ConfigError(
+            "LoRA on experts is not supported for a parallelized model",
+            where=where,
+            got=f"target_modules={config.target_modules!r}, which PEFT takes for "
+            + ", ".join(sorted(wanted.target_parameters)),
+            rule="PEFT replaces the experts' packed weights for each forward, which the block's "
+            "entry would not see",
+            legal="linears, by name: q_proj, k_proj, v_proj, o_proj",
+        )
+
+
+def _check_saved(path: str, module: nn.Module) -> None:
+    if next(module.children(), None) is not None:
+        raise ConfigError(
+            "modules_to_save holds a module with children",
+            where=path,
+            got=type(module).__name__,
+            rule="a copy of a block or of a layer would run without its collectives",
+            legal="single linears, norms, the embedding, the head, a classifier",
+            remedy="name the modules inside it that should train",
+        )
+    matrices = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    if matrices and not isinstance(module, nn.Linear | nn.Embedding):
+        raise ConfigError(
+            "modules_to_save holds a router or experts",
+            where=path,
+            got=type(module).__name__,
+            rule="their weights belong to the block's entry; a copy's would not be used",
+            legal="single linears, norms, the embedding, the head, a classifier",
+            remedy="train them by requires_grad_(True) on the model itself",
+        )
+
+
+def check_config(config: Any, where: str, *, after: bool) -> None:
+    """Refuse what a config asks for and hf_sp does not do.
+
+    Args:
+        config: a PEFT config.
+        where: which adapter, for the message.
+        after: whether the model is parallelized already.
+
+    Raises:
+        ConfigError: the first of them that is met.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise _refuse(f"{getattr(config.peft_type, 'value', config.peft_type)}", where, "LORA")
+    init = config.init_lora_weights
+    if after and init not in _INITS:
+        raise ConfigError(
+            f"init_lora_weights={init!r} needs the whole base weights",
+            where=where,
+            rule="each rank holds a shard, whose singular vectors are not the weight's",
+            legal=", ".join(map(repr, _INITS)),
+            remedy="get_peft_model first, parallelize second: adapters of any init are sharded",
+        )
+    variants = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+    others = [name for name in variants if name != "use_dora"]
+    others += [init] if init == "mica" else []
+    if others:
+        raise _refuse(", ".join(others), where, "plain LoRA, rsLoRA, DoRA")
+    if config.use_dora and config.lora_dropout:
+        raise ConfigError(
+            "DoRA with lora_dropout is not supported for a parallelized model",
+            where=where,
+            got=f"lora_dropout={config.lora_dropout}",
+            rule="it runs the base layer a second time, on the dropped input",
+            legal="lora_dropout=0",
+        )
+    unsupported = {
+        "lora_bias": "the bias of a row linear's factor would be added once on every rank",
+        "target_parameters": "it replaces the experts' packed weights for each forward, which the "
+        "block's entry would not see",
+        "trainable_token_indices": "it replaces rows of an embedding whose rows live on other "
+        "ranks",
+        "layer_replication": "a layer that stands in several places cannot be sharded once",
+        "ensure_weight_tying": "copies of tied modules are sharded one by one",
+        "megatron_config": "PEFT would build Megatron's own parallel layers",
+    }
+    for field, rule in unsupported.items():
+        value = getattr(config, field, None)
+        if value:
+            raise ConfigError(
+                f"{field} is not supported for a parallelized model",
+                where=where,
+                got=f"{field}={value!r}",
+                rule=rule,
+                remedy=f"leave {field} out",
+            )
+
+
+def _refuse(what: str, where: str, legal: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is not supported for a parallelized model",
+        where=where,
+        rule="a factor whose gradient is partial would silently be trained on a part of it",
+        legal=legal,
+    )

@@ -1,0 +1,327 @@
+"""PEFT and a parallelized model: adapters before ``parallelize``, after it, in and out of files.
+
+One mechanism for both orders. PEFT makes *whole* factors (the same ones as in one process, drawn
+from the same random state), they are compared over the ranks, sharded, and the layer's class is
+changed: ``adopt``. Adapters that are there first are set aside while the base is sharded
+(``without_adapters``); those that come later are adopted at the end of ``inject_adapter``.
+
+Versions named here: peft 0.21.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import hotswap, save_and_load
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hf_sp.adapters.checks import check_config, check_new_adapter
+from hf_sp.adapters.lora_vocab import class_for, placements_of
+from hf_sp.checkpoint.weights import gather_state_dict, install_load_hook, meet
+from hf_sp.errors import ConfigError
+from hf_sp.model.head import VocabParallelHead
+from hf_sp.model.linear import ParallelLinear
+from hf_sp.model.shard import agree_on_weights, shard_parameter
+from hf_sp.patching import Patch, Patches
+from hf_sp.state import ParallelState, parallel_state
+
+logger = logging.getLogger(__name__)
+
+_COPY = "_hf_sp_adopted"
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a ``PeftModel``; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# --- adapters that are there before parallelize -------------------------------------------------
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The plain model inside, with its adapters set aside; they are put back on the way out.
+
+    If the model has been parallelized meanwhile, its adapters are sharded then.
+    """
+    base = base_model(model)
+    parked: list[tuple[nn.Module, str, Any]] = []
+    _park(base, parked)
+    try:
+        yield base
+    finally:
+        for parent, name, wrapper in parked:
+            parent._modules[name] = wrapper
+        if parallel_state(base) is not None:
+            adopt(base)
+
+
+def _park(module: Any, parked: list[tuple[nn.Module, str, Any]]) -> None:
+    for name, child in list(module._modules.items()):
+        if isinstance(child, BaseTunerLayer):
+            parked.append((module, name, child))
+            module._modules[name] = child.get_base_layer()
+        elif isinstance(child, AuxiliaryTrainingWrapper):
+            parked.append((module, name, child))
+            module._modules[name] = child.original_module
+        elif child is not None:
+            _park(child, parked)
+
+
+# --- sharding adapters --------------------------------------------------------------------------
+
+
+def adopt(model: nn.Module) -> None:
+    """Shard what is still whole of a parallelized model's adapters. Can be called again.
+
+    Collectives: as ``parallelize`` compares weights: 1 small all-gather, and a broadcast of each
+    factor that differs between the ranks (seeds that differ draw other factors).
+    """
+    state = parallel_state(model)
+    assert state is not None
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    whole = [(o, n, p) for m in layers for o, n, p in _own(m) if not isinstance(p, DTensor)]
+    copies = [c for w in wrappers for c in w.modules_to_save.values() if _COPY not in c.__dict__]
+    plain = [p for c in copies for p in c.parameters() if not isinstance(p, DTensor)]
+    taken = agree_on_weights(
+        nn.ParameterList([p for _, _, p in whole] + plain), state.axis, state.mesh.device_type
+    )
+    if taken and state.rank == 0:
+        logger.warning(
+            "%d of %d adapter tensors differed between the ranks; all ranks now have those of tp "
+            "rank 0",
+            len(taken),
+            len(whole) + len(plain),
+        )
+    for layer in layers:
+        kind = class_for(layer)
+        if kind is not None:
+            kind.take_over(layer)
+        if not hasattr(layer, "placements"):
+            raise ConfigError(
+                "an adapter over this module is not supported for a parallelized model",
+                where=type(layer.get_base_layer()).__name__,
+                rule="LoRA over linears of the layers, the embedding, the head and a classifier",
+                remedy="name the linears in target_modules",
+            )
+        _shard_layer(layer, state)
+    for wrapper in wrappers:
+        for name in list(wrapper.modules_to_save):
+            _shard_copy(wrapper, name, state)
+
+
+def _own(layer: Any) -> Iterator[tuple[Any, str, nn.Parameter]]:
+    """``(owner, name, parameter)`` of a LoRA layer's own parameters, in a fixed order."""
+    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        for module in getattr(layer, kind).values():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    yield module, name, p
+    for kind in ("lora_embedding_A", "lora_embedding_B"):
+        table = getattr(layer, kind)
+        for name in table:
+            yield table, name, table[name]
+
+
+def _shard_layer(layer: Any, state: ParallelState) -> None:
+    A, B, magnitude = placements_of(layer)
+    device = local_device(layer)
+    place = {id(m): A for m in layer.lora_A.values()}
+    place |= {id(m): B for m in layer.lora_B.values()}
+    place |= {id(m): magnitude for m in layer.lora_magnitude_vector.values()}
+    place |= {id(layer.lora_embedding_A): A, id(layer.lora_embedding_B): B}
+    for owner, name, p in list(_own(layer)):
+        if isinstance(p, DTensor):
+            continue
+        new = shard_parameter(p, place[id(owner)], state, device)
+        if isinstance(owner, nn.ParameterDict):
+            owner[name] = new
+        else:
+            owner._parameters[name] = new
+
+
+def local_device(layer: Any) -> torch.device:
+    """Where a layer's base weight lives."""
+    return layer.get_base_layer().weight.device
+
+
+def _shard_copy(wrapper: Any, name: str, state: ParallelState) -> None:
+    """A trainable copy of a module: made parallel as the original is, with its own values."""
+    old = wrapper.modules_to_save[name]
+    if _COPY in old.__dict__:
+        return
+    # PEFT copies the module alone, and the model's state with it; ours shares the state.
+    new = copy.deepcopy(wrapper.original_module, {id(state): state})
+    values = dict(old.named_parameters())
+    for key, like in list(new._parameters.items()):
+        if like is None:
+            continue
+        value = values[key]
+        if not isinstance(value, DTensor):
+            value = shard_parameter(value, like.placements[0], state, like.device)
+        new._parameters[key] = nn.Parameter(value.detach().clone(), values[key].requires_grad)
+    new.train(old.training)
+    new.__dict__[_COPY] = True
+    wrapper.modules_to_save[name] = new
+
+
+# --- patches: PEFT on a parallelized model ------------------------------------------------------
+
+PATCHES = Patches(lambda model: parallel_state(model) is not None)
+"""Patches that act on tuners and PeftModels over a parallelized model, and on such models."""
+
+LAYER_PATCHES = Patches(lambda _: True)
+"""Patches that look at the layer."""
+
+
+@LAYER_PATCHES.on(LoraLayer, "_get_in_out_features")
+def whole_sizes(original: Patch, self: Any, module: nn.Module) -> tuple[int, int]:
+    """PEFT sizes factors by a linear's shard; whole ones are drawn as in one process."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, ParallelLinear | VocabParallelHead) and isinstance(weight, DTensor):
+        return weight.shape[1], weight.shape[0]
+    return original(self, module)
+
+
+@LAYER_PATCHES.on(DoraLinearLayer, "update_layer")
+def whole_magnitude(original: Patch, self: Any, *, base_layer: Any, **kwargs: Any) -> None:
+    """DoRA's magnitude starts as the norms of the whole weight's rows; PEFT mixes whole and shard.
+
+    One weight is whole at a time.
+    """
+    weight = getattr(base_layer, "weight", None)
+    if isinstance(base_layer, ParallelLinear) and isinstance(weight, DTensor):
+        whole = nn.Linear(1, 1, bias=False, device="meta")
+        full: Any = weight.detach()
+        whole.weight = nn.Parameter(full.full_tensor(), requires_grad=False)
+        base_layer = whole
+    original(self, base_layer=base_layer, **kwargs)
+
+
+@PATCHES.on(BaseTuner, "inject_adapter")
+def shard_new_adapters(
+    original: Patch, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """Refuse what would be wrong before the model is touched; shard what PEFT has made."""
+    low = kwargs.get("low_cpu_mem_usage", args[1] if len(args) > 1 else False)
+    low = bool(low) or _makes_empty_weights()
+    check_new_adapter(model, self.peft_config[adapter_name], adapter_name, low)
+    original(self, model, adapter_name, *args, **kwargs)
+    adopt(model)
+    install_load_hook(model)
+
+
+def _makes_empty_weights() -> bool:
+    # ``get_peft_model(low_cpu_mem_usage=True)`` says so by a context of accelerate's alone.
+    probe = nn.Module()
+    probe.register_parameter("p", nn.Parameter(torch.empty(0, device="cpu")))
+    return bool(probe.p.is_meta)
+
+
+@PATCHES.on(PeftModel, "add_adapter")
+def check_prompt_learning(
+    original: Patch, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Prompt learning comes this way and not through ``inject_adapter``."""
+    check_config(peft_config, f"adapter {adapter_name!r}", after=True)
+    return original(self, adapter_name, peft_config, *args, **kwargs)
+
+
+@PATCHES.on(LoraModel, "add_weighted_adapter")
+def refuse_weighted_adapters(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT writes whole tensors, or those of a decomposition, into the factors' data."""
+    raise ConfigError(
+        "add_weighted_adapter is not supported for a parallelized model",
+        where="LoraModel.add_weighted_adapter",
+        rule="the factors are sharded; new ones are made by injecting an adapter",
+        remedy="combine them in one process, save, and load the result here; or set_adapter "
+        "with several names",
+    )
+
+
+@PATCHES.on(hotswap, "hotswap_adapter_from_state_dict")
+def refuse_hotswap(original: Patch, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """PEFT copies whole tensors over the shards, one factor after the other."""
+    raise ConfigError(
+        "hotswap_adapter is not supported for a parallelized model",
+        where=type(model).__name__,
+        rule="the factors are shards of what the file holds",
+        remedy="load_adapter under another name, then set_adapter",
+    )
+
+
+@PATCHES.on(save_and_load, "_reshard_dtensor_values_for_load")
+def whole_tensors_only(original: Patch, model: nn.Module, state_dict: dict[str, Any]) -> Any:
+    """PEFT takes a tensor of a shard's shape for this rank's shard.
+
+    ``load_state_dict`` of a parallelized model cuts whole tensors itself and refuses others.
+    """
+    return state_dict
+
+
+@PATCHES.on(PeftModel, "save_pretrained")
+def save_adapters_alone(
+    original: Patch, self: Any, save_directory: Any, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT gathers the whole model on every rank, keeps a few tensors, and all ranks write.
+
+    Gathered here: what PEFT would write, one tensor at a time, for the rank that writes.
+    """
+    state = parallel_state(self)
+    assert state is not None
+    meet(state.group, "PeftModel.save_pretrained")
+    names = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
+    kwargs |= dict(zip(names, args, strict=False))
+    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion is not for a parallelized model",
+            where="PeftModel.save_pretrained",
+            rule="PEFT loads the initial adapter into the model, on the writing rank alone",
+            remedy="save without it, and convert in one process",
+        )
+    writes = bool(kwargs.get("is_main_process", True)) and state.rank == 0
+    given = kwargs.pop("state_dict", None)
+    everything = self.state_dict() if given is None else given
+    chosen = kwargs.get("selected_adapters") or list(self.peft_config)
+    embeddings = kwargs.get("save_embedding_layers", "auto")
+    wanted = _saved_names(self, everything, chosen, embeddings)
+    whole = gather_state_dict(self, {k: everything[k] for k in wanted}, keep=writes)
+    if writes:
+        original(self, save_directory, state_dict=whole, **kwargs)
+    if state.tp > 1:
+        dist.barrier(group=state.group)
+
+
+def _saved_names(
+    model: Any, state_dict: dict[str, Any], adapters: list[str], how: Any
+) -> list[str]:
+    """Names in ``state_dict`` of what PEFT writes for these adapters, in order."""
+    found: set[str] = set()
+    with warnings.catch_warnings():
+        # PEFT says the same when it writes.
+        warnings.simplefilter("ignore")
+        for adapter in adapters:
+            # Each tensor's name stands in for it.
+            picked = save_and_load.get_peft_model_state_dict(
+                model,
+                state_dict={name: name for name in state_dict},
+                adapter_name=adapter,
+                save_embedding_layers=how,
+            )
+            found |= set(picked.values())
+    return [name for name in state_dict if name in found]

@@ -1,0 +1,1 @@
+"""Weights and optimizer state, to disk and back."""

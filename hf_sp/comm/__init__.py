@@ -1,0 +1,1 @@
+"""Collectives, meshes, and what autograd Functions share."""

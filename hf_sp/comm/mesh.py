@@ -1,0 +1,254 @@
+"""The mesh: taken from the user or built over the launcher's ranks.
+
+One axis named ``tp``; with data parallel ranks, ``dp_shard`` before it, and ``dp_replicate`` before
+that (accelerate's names and order). Starts ``torch.distributed`` where nobody has. Holds nothing
+global.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from hf_sp.comm.collectives import Axis
+from hf_sp.errors import ConfigError
+from hf_sp.torch_private import flatten, real_tensors
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """How many ranks of each kind; their product is the number of ranks.
+
+    Args:
+        tp: tensor parallel.
+        dp_shard: data parallel, each with a part of the weights (FSDP).
+        dp_replicate: data parallel, each with the same weights.
+    """
+
+    tp: int
+    dp_shard: int = 1
+    dp_replicate: int = 1
+
+    @property
+    def data(self) -> int:
+        """Groups of tp ranks with a batch of their own."""
+        return self.dp_shard * self.dp_replicate
+
+    def __str__(self) -> str:
+        sizes = (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard), ("tp", self.tp))
+        return ", ".join(f"{name}={size}" for name, size in sizes if size > 1 or name == "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks of one model.
+
+    Args:
+        tp: 1-D, axis ``tp``.
+        data: the data parallel axes, in FSDP's order (replicate, shard); None without them.
+        whole: all of them; ``tp`` without data parallel ranks.
+        everyone: all ranks as one axis, in the order of ``whole``.
+    """
+
+    tp: DeviceMesh
+    data: DeviceMesh | None
+    whole: DeviceMesh
+    everyone: Axis
+
+
+def launched_world() -> int:
+    """Number of ranks: of the running process group, else what the launcher announces."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def resolve_degrees(
+    tp: int | None, dp_shard: int | None, dp_replicate: int, mesh: DeviceMesh | None
+) -> Degrees:
+    """The degrees: arguments, mesh, accelerate's environment; tp takes the ranks that are left.
+
+    Args:
+        tp: the user's argument.
+        dp_shard: the user's argument.
+        dp_replicate: the user's argument; 1 says nothing where a mesh is given.
+        mesh: the user's mesh.
+
+    Raises:
+        ConfigError: they do not make up the world, or contradict the mesh or accelerate.
+    """
+    if mesh is not None:
+        return _degrees_of(mesh, {"tp": tp, "dp_shard": dp_shard}, dp_replicate)
+    world = launched_world()
+    announced = os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "")
+    configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
+    if tp is not None and configured not in (None, 1, tp):
+        raise ConfigError(
+            "tp contradicts accelerate's configuration",
+            got=f"tp={tp}, PARALLELISM_CONFIG_TP_SIZE={configured}",
+            rule="they must be equal; tp may be left out under accelerate launch",
+        )
+    tp = tp or configured
+    data = (dp_shard or 1) * dp_replicate
+    if world % data or (tp is not None and tp * data != world):
+        given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+        asked = [f"{n}={size}" for n, size in given.items() if size is not None and size > 1]
+        asked = asked or [f"tp={tp}"]
+        ranks = (tp or 1) * data
+        raise ConfigError(
+            f"{', '.join(asked)} {'do' if len(asked) > 1 else 'does'} not make up the world",
+            got=f"{world} rank{'s' if world > 1 else ''}",
+            rule="tp * dp_shard * dp_replicate is the number of ranks",
+            legal=_fitting(world, tp, data, dp_replicate),
+            remedy=f"start {ranks} ranks: torchrun --nproc_per_node {ranks} script.py",
+        )
+    return Degrees(tp or world // data, dp_shard or 1, dp_replicate)
+
+
+def _fitting(world: int, tp: int | None, data: int, dp_replicate: int) -> str:
+    """What may be asked for instead, one degree being changed."""
+    rest = (tp or 1) * dp_replicate
+    ways = [f"tp={world // data}"] if world % data == 0 else []
+    if world % rest == 0 and (tp is None or world > rest):
+        sizes = [d for d in range(1, world // rest + 1) if world // rest % d == 0]
+        sizes = sizes if tp is None else sizes[-1:]
+        ways.append("dp_shard=" + ", ".join(map(str, sizes)))
+    if not ways:
+        ways.append("dp_shard and dp_replicate whose product divides the number of ranks")
+    return ", or ".join(ways)
+
+
+def _degrees_of(mesh: DeviceMesh, given: dict[str, int | None], dp_replicate: int) -> Degrees:
+    _check_axes(mesh)
+    names = mesh.mesh_dim_names or ()
+    sizes = {name: mesh.size(i) for i, name in enumerate(names) if name in AXES}
+    given = {**given, "dp_replicate": dp_replicate if dp_replicate > 1 else None}
+    wrong = [n for n, size in given.items() if size is not None and size != sizes.get(n, 1)]
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]} contradicts the mesh",
+            got=f"{wrong[0]}={given[wrong[0]]}, mesh axis {wrong[0]!r} of size "
+            f"{sizes.get(wrong[0], 1)}",
+            rule="they must be equal; degrees may be left out where a mesh is given",
+        )
+    return Degrees(**sizes)
+
+
+def _check_axes(mesh: DeviceMesh) -> None:
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names:
+        raise ConfigError(
+            "the mesh has no axis named 'tp'",
+            where="parallelize(mesh=...)",
+            got=f"axes {names}",
+            rule="the tensor parallel axis is named 'tp'",
+            remedy="init_device_mesh(device, (tp,), mesh_dim_names=('tp',))",
+        )
+    used = [name for i, name in enumerate(names) if mesh.size(i) > 1]
+    known = [name for name in names if name in AXES]
+    spread = used not in ([], ["tp"])
+    if any(n not in AXES for n in used) or (spread and known != sorted(known, key=AXES.index)):
+        raise ConfigError(
+            "the mesh has other axes beside tp, or in another order",
+            where="parallelize(mesh=...)",
+            got=", ".join(f"{n}={mesh.size(i)}" for i, n in enumerate(names)),
+            rule="hf_sp knows dp_replicate, dp_shard and tp, in this order",
+            legal=", ".join(AXES),
+            remedy="pass the 1-D submesh mesh['tp'] and reduce gradients over the rest yourself",
+        )
+    if not spread:
+        return
+    if "dp_shard" not in names:
+        raise ConfigError(
+            "the mesh has dp_replicate without dp_shard",
+            where="parallelize(mesh=...)",
+            got=f"axes {names}",
+            rule="FSDP, which keeps replicas equal, asks for an axis to shard over too",
+            remedy="give it one of size 1: "
+            "init_device_mesh(device, (dp_replicate, 1, tp), "
+            "mesh_dim_names=('dp_replicate', 'dp_shard', 'tp'))",
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != list(range(launched_world())):
+        raise ConfigError(
+            "the mesh does not have all ranks in their order",
+            where="parallelize(mesh=...)",
+            got=f"ranks {ranks} of {launched_world()}",
+            rule="with data parallel axes a mesh has ranks 0, 1, ... as init_device_mesh has them",
+            remedy="init_device_mesh(device, (dp_shard, tp), mesh_dim_names=('dp_shard', 'tp'))",
+        )
+
+
+def spans_world(mesh: DeviceMesh) -> bool:
+    """Whether a mesh of the user's has data parallel axes and all ranks."""
+    names = mesh.mesh_dim_names or ()
+    data = [i for i, name in enumerate(names) if name in AXES[:2] and mesh.size(i) > 1]
+    return bool(data) and mesh.size() == launched_world()
+
+
+def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
+    """The ranks as a mesh; starts torch.distributed from the launcher's environment."""
+    if mesh is None:
+        start_distributed()
+        sizes = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
+        names = [n for n, size in sizes.items() if size > 1]
+        # FSDP's replicated form shards too, be it over one rank.
+        names = ["dp_replicate", "dp_shard"] if "dp_replicate" in names else names
+        shape = (*(sizes[n] for n in names), degrees.tp)
+        # Estimates build the model, and so the mesh, under FakeTensorMode.
+        with real_tensors():
+            mesh = init_device_mesh(_device_type(), shape, mesh_dim_names=(*names, "tp"))
+            flatten(mesh)
+    names = [n for n in mesh.mesh_dim_names or () if n in AXES[:2]]
+    tp = mesh["tp"] if mesh.ndim > 1 else mesh
+    if degrees.data == 1:
+        return Mesh(tp, None, tp, Axis.of(tp))
+    group = dist.group.WORLD
+    assert group is not None
+    everyone = Axis(group.group_name, dist.get_world_size(), dist.get_rank())
+    data = mesh[tuple(names)] if len(names) > 1 else mesh[names[0]]
+    # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
+    whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
+    return Mesh(tp, data, whole, everyone)
+
+
+def _use_cuda() -> bool:
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not forced_cpu
+
+
+def start_distributed() -> None:
+    """Start torch.distributed from the launcher's environment, or as a world of one."""
+    if dist.is_initialized():
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "nccl" if _use_cuda() else "gloo"
+    if _use_cuda():
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # A world of one, started without a launcher.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    # Whoever starts it stops it: gloo's threads, still running at interpreter exit, abort the
+    # process after all work is done.
+    atexit.register(_stop)
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device_type() -> str:
+    backend = dist.get_backend()
+    if backend == "fake":
+        return "cpu"
+    return "cuda" if "nccl" in dist.get_backend_config() and _use_cuda() else "cpu"

@@ -1,0 +1,185 @@
+"""Every name of transformers and accelerate that the integrations replace or rely on.
+
+Data only. tests/integrations/test_names.py looks each up in the installed versions and compares
+signatures and the lines of source that the patches were written against: a release that changes
+one fails there, by name, and not in somebody's training run.
+"""
+
+from __future__ import annotations
+
+from hf_sp.patching import Name
+
+_TRAINER = "transformers.trainer:Trainer."
+_ACCELERATOR = "accelerate.accelerator:Accelerator."
+
+NAMES: tuple[Name, ...] = (
+    # transformers: replaced methods
+    Name(_TRAINER + "create_accelerator_and_postprocess", "(self)", ("self.accelerator = Acc",)),
+    Name(_TRAINER + "_build_accelerator_args", "(self, **kwargs)", ('args["parallelism_config"]',)),
+    Name(_TRAINER + "_validate_args", "(self)"),
+    Name(_TRAINER + "call_model_init", "(self, trial=None)"),
+    Name(
+        _TRAINER + "_get_train_sampler",
+        "(self, train_dataset=None)",
+        ("dp_size=world_size",),
+    ),
+    Name(
+        _TRAINER + "_get_dataloader",
+        "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, "
+        "dataloader_key=None)",
+        ("rank=self.args.process_index",),
+    ),
+    Name(
+        _TRAINER + "_get_num_items_in_batch",
+        "(self, batch_samples, device)",
+        ("if self.args.average_tokens_across_devices:", "Divide by number of devices with the"),
+    ),
+    Name(
+        _TRAINER + "_track_num_input_tokens",
+        "(self, inputs)",
+        ("self.accelerator.gather(input_tokens).sum()",),
+    ),
+    Name(_TRAINER + "store_flos", "(self)", ("distributed_broadcast_scalars([self.current_flos]",)),
+    Name(
+        _TRAINER + "prediction_step",
+        "(self, model, inputs, prediction_loss_only, ignore_keys=None)",
+        ("if prediction_loss_only:\n            return (loss, None, None)",),
+    ),
+    Name(
+        _TRAINER + "evaluation_loop",
+        "(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, "
+        "metric_key_prefix='eval')",
+        ("self.gather_function = self.accelerator.gather_for_metrics",),
+    ),
+    Name(_TRAINER + "log", "(self, logs, start_time=None)"),
+    Name(
+        _TRAINER + "predict",
+        "(self, test_dataset, ignore_keys=None, metric_key_prefix='test')",
+        ("self.args.eval_batch_size * self.args.world_size",),
+    ),
+    Name(
+        _TRAINER + "save_model",
+        "(self, output_dir=None, _internal_call=False)",
+        ('self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)',),
+    ),
+    Name(
+        _TRAINER + "_save",
+        "(self, output_dir=None, state_dict=None)",
+        ("self.model.save_pretrained(output_dir, state_dict=state_dict",),
+    ),
+    Name(
+        _TRAINER + "_save_checkpoint",
+        "(self, model, trial)",
+        (
+            "self.save_model(output_dir, _internal_call=True)",
+            "self._save_optimizer_and_scheduler(output_dir)",
+        ),
+    ),
+    Name(
+        _TRAINER + "_save_optimizer_and_scheduler",
+        "(self, output_dir)",
+        ("elif self.args.should_save:",),
+    ),
+    Name(_TRAINER + "_load_optimizer_and_scheduler", "(self, checkpoint)"),
+    Name(
+        _TRAINER + "_load_rng_state",
+        "(self, checkpoint)",
+        ('f"rng_state_{process_index}.pth"', '"rng_state.pth"'),
+    ),
+    Name(
+        _TRAINER + "_issue_warnings_after_load",
+        "(self, load_result)",
+        ("load_result.missing_keys",),
+    ),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+        None,
+        (
+            "if state_dict is None:",
+            "self.gather_sharded_state_dict_for_save(",
+            "self.should_save_on_this_rank(is_main_process)",
+            "self.barrier_after_gathered_checkpoint_save(distributed_config)",
+        ),
+    ),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
+        "(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True)",
+    ),
+    # transformers: used
+    Name(
+        _TRAINER + "_load_from_checkpoint",
+        None,
+        ("model.load_state_dict(state_dict, False)", "self._issue_warnings_after_load"),
+    ),
+    Name(_TRAINER + "_load_best_model", None, ("model.load_state_dict(state_dict, False)",)),
+    Name(_TRAINER + "get_tp_size", None, ('getattr(self.model, "_tp_size", None)',)),
+    Name("transformers.modeling_utils:PreTrainedModel.tp_size", None, ("self._tp_size",)),
+    Name("transformers.trainer:OPTIMIZER_NAME"),
+    Name("transformers.trainer:SCHEDULER_NAME"),
+    Name("transformers.trainer_pt_utils:BatchRebalanceSampler"),
+    Name("transformers.trainer_pt_utils:safe_globals"),
+    Name(
+        "transformers.trainer_utils:seed_worker",
+        "(worker_id, num_workers, rank)",
+        ("num_workers * rank",),
+    ),
+    Name("transformers.distributed.configuration_utils:DistributedConfig"),
+    # accelerate: replaced methods
+    Name(
+        "accelerate.parallelism_config:ParallelismConfig._validate_accelerator",
+        "(self, accelerator)",
+        ("accelerator.multi_device",),
+    ),
+    Name(_ACCELERATOR + "prepare", "(self, *args, device_placement=None)"),
+    Name(
+        _ACCELERATOR + "prepare_model",
+        "(self, model, device_placement=None, evaluation_mode=False)",
+    ),
+    Name(_ACCELERATOR + "_prepare_tp", "(self, *args)", ("data_ptr()",)),
+    Name(
+        _ACCELERATOR + "prepare_data_loader",
+        "(self, data_loader, device_placement=None, slice_fn_for_dispatch=None)",
+        ("torch_device_mesh=device_mesh",),
+    ),
+    Name(
+        _ACCELERATOR + "gather_for_metrics",
+        "(self, input_data, use_gather_object=False)",
+        ("self.gradient_state.end_of_dataloader", "self.gradient_state.remainder"),
+    ),
+    Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
+    Name(_ACCELERATOR + "save_state"),
+    Name(_ACCELERATOR + "load_state"),
+    Name(
+        "accelerate.data_loader:DataLoaderDispatcher.__len__",
+        "(self)",
+        ("whole_length / self.state.num_processes",),
+    ),
+    Name(
+        "accelerate.scheduler:AcceleratedScheduler.step",
+        "(self, *args, **kwargs)",
+        ("if self.split_batches:", "for _ in range(num_processes)"),
+    ),
+    Name(
+        "accelerate.utils.operations:ConvertOutputsToFp32.__call__",
+        "(self, *args, **kwargs)",
+        ("convert_to_fp32(self.model_forward(*args, **kwargs))",),
+    ),
+    # accelerate: used
+    Name("accelerate.state:AcceleratorState._shared_state"),
+    Name(
+        "accelerate.parallelism_config:ParallelismConfig.get_device_mesh",
+        None,
+        ("if self.device_mesh is None:",),
+    ),
+    Name(
+        "accelerate.data_loader:prepare_data_loader",
+        None,
+        ("num_processes = submesh_fsdp_size * submesh_dp_size",),
+    ),
+    Name("accelerate.data_loader:DataLoaderShard", None, ("self.rng_types = rng_types",)),
+    Name("accelerate.data_loader:DataLoaderDispatcher._fetch_batches", None, ("self.submesh_tp",)),
+    Name("accelerate.utils:synchronize_rng_states"),
+    Name("accelerate.utils:recursively_apply"),
+    # torch
+    Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
+)

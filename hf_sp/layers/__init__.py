@@ -1,1 +1,0 @@
-"""Parallel layers over the collectives: linears, embedding, head and loss."""

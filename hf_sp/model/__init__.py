@@ -1,0 +1,1 @@
+"""The dense model: linears, blocks, norms, MLPs, embedding, head and loss."""

@@ -1,0 +1,206 @@
+"""Full parameters to DTensors, and HF modules to parallel ones, in place.
+
+Owns the placement of every parameter. Modules keep their identity, name and hooks; parameters keep
+their names and stay tied. Nothing here communicates but ``agree_on_weights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.collectives import Axis
+from hf_sp.errors import PlanError
+from hf_sp.kernels.vocab import vocab_range
+from hf_sp.model.embedding import VocabParallelEmbedding
+from hf_sp.model.head import VocabParallelHead
+from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
+from hf_sp.plan.schema import Leaf, Plan
+from hf_sp.state import ParallelState
+from hf_sp.torch_private import is_fake, is_packed, packed_halves, process_group
+
+
+def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
+    """``id(parameter) -> (name, placement)`` for every parameter of the model.
+
+    Raises:
+        PlanError: one tied parameter would have to be split in two ways.
+    """
+    wanted: dict[str, Placement] = {}
+    for block in plan.blocks:
+        for leaf in block.leaves:
+            if leaf.style == "column":
+                wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = Shard(0)
+            elif leaf.style == "row":
+                wanted[f"{leaf.path}.weight"] = Shard(1)
+        experts = block.experts
+        if experts is not None:
+            features = experts.split == "features"
+            wanted[f"{experts.path}.gate_up_proj"] = packed_halves(1) if features else Shard(0)
+            wanted[f"{experts.path}.down_proj"] = Shard(2 if features else 0)
+    for path in filter(None, (plan.embedding, plan.head)):
+        wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)
+    placed: dict[int, tuple[str, Placement]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        placement = wanted.get(name, Replicate())
+        first, earlier = placed.setdefault(id(p), (name, placement))
+        if earlier != placement:
+            raise PlanError(
+                "a tied weight would have to be split in two ways",
+                where=f"{first} and {name}",
+                got=f"{earlier} and {placement}",
+                rule="tied weights stay one tensor",
+            )
+    return placed
+
+
+def agree_on_weights(model: nn.Module, axis: Axis, device_type: str) -> list[str]:
+    """Make every rank's parameters and buffers those of the first rank, as DDP does.
+
+    Ranks that built the model from different seeds would each shard another model. Digests are
+    compared first, so that equal weights (the usual case) cost one small all-gather.
+
+    Returns:
+        Names of the tensors that differed and were taken from the first rank.
+    """
+    group = process_group(axis.group)
+    tensors = [(n, t) for n, t in _named_tensors(model) if t.numel()]
+    symbolic = any(is_fake(t) for _, t in tensors)
+    if axis.size == 1 or symbolic or dist.get_backend(group) == "fake":
+        return []
+    digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])
+    everyone = comm.all_gather(digests.to(device_type)[None], axis)
+    differ = (everyone != everyone[0]).any(0).tolist()
+    source = dist.get_global_rank(group, 0)
+    names = []
+    for (name, tensor), different in zip(tensors, differ, strict=True):
+        if different:
+            buffer = tensor.detach().to(device_type).contiguous()
+            dist.broadcast(buffer, src=source, group=group)
+            tensor.detach().copy_(buffer)
+            names.append(name)
+    return names
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+    """Turn the plan's modules into parallel ones and every parameter into a DTensor."""
+    placed = placements(model, plan)
+    device = _device(state.mesh)
+    made: dict[int, nn.Parameter] = {}
+    travelling = {id(p) for p in spread_experts(model, state)}
+    for module in list(model.modules()):
+        for name, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if id(p) not in made:
+                shard = _shard_experts if id(p) in travelling else shard_parameter
+                made[id(p)] = shard(p, placed[id(p)][1], state, device)
+            module._parameters[name] = made[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = buffer.to(device)
+    for block in plan.blocks:
+        for leaf in block.leaves:
+            # A sparse block works on flattened tokens, batch-major.
+            sp = state.sp and block.experts is None
+            _swap_linear(model.get_submodule(leaf.path), leaf, state, sp)
+        if block.attention:
+            _set_local_groups(model.get_submodule(block.path), block.leaves, state.axis)
+    embedding = model.get_submodule(plan.embedding)
+    assert isinstance(embedding, nn.Embedding)
+    VocabParallelEmbedding.take_over(embedding, state.axis)
+    if plan.head is not None:
+        head = model.get_submodule(plan.head)
+        assert isinstance(head, nn.Linear)
+        VocabParallelHead.take_over(head, state)
+
+
+def spread_experts(model: nn.Module, state: ParallelState) -> list[nn.Parameter]:
+    """Parameters of experts that are split over data parallel ranks too: FSDP leaves them alone."""
+    if not state.spread:
+        return []
+    paths = [block.experts.path for block in state.plan.blocks if block.experts is not None]
+    return [p for path in paths for p in model.get_submodule(path).parameters(recurse=False)]
+
+
+def _shard_experts(
+    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+) -> nn.Parameter:
+    """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
+    rows = p.shape[0] // state.everyone.size
+    piece = p.detach().narrow(0, state.everyone.rank * rows, rows)
+    piece = piece.to(device, copy=True).contiguous()
+    return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def shard_parameter(
+    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+) -> nn.Parameter:
+    """This rank's part of a full parameter, as a DTensor parameter."""
+    data = p.detach()
+    if is_packed(placement):
+        halves = [half.chunk(state.tp, placement.dim) for half in data.chunk(2, placement.dim)]
+        piece = torch.cat([half[state.rank].to(device) for half in halves], placement.dim)
+    elif isinstance(placement, Shard):
+        dim = placement.dim
+        # As DTensor's Shard lays uneven sizes out: ceil-sized pieces, the last ones short or empty.
+        start, stop = vocab_range(data.shape[dim], state.axis)
+        data = data.narrow(dim, start, stop - start)
+        # A copy of its own, so that the full storage is freed.
+        piece = data.to(device, copy=True).contiguous()
+    else:
+        piece = data.to(device).contiguous()
+    return _as_parameter(piece, p, state.mesh, (placement,))
+
+
+def _as_parameter(
+    piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> nn.Parameter:
+    tensor = DTensor.from_local(
+        piece,
+        mesh,
+        placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.contiguous().stride() if not p.is_contiguous() else p.stride(),
+    )
+    new = nn.Parameter(tensor, requires_grad=p.requires_grad)
+    # Marks that transformers leaves on parameters (already initialised, no weight decay).
+    new.__dict__.update(p.__dict__)
+    return new
+
+
+def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState, sp: bool) -> None:
+    assert isinstance(module, nn.Linear)
+    if leaf.style == "row":
+        RowParallelLinear.take_over(module, state.axis, sp=sp)
+    else:
+        shared = leaf.heads if leaf.style == "column_replicated" else 0
+        ColumnParallelLinear.take_over(module, state.axis, shared)
+
+
+def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], axis: Axis) -> None:
+    """Query heads per key/value head, as this rank sees them."""
+    query = next(leaf.heads for leaf in leaves if leaf.style == "row")
+    key_value = min(leaf.heads for leaf in leaves if leaf.style != "row")
+    if hasattr(block, "num_key_value_groups"):
+        groups = (query // axis.size) // max(1, key_value // axis.size)
+        setattr(block, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)

@@ -1,0 +1,86 @@
+"""How other packages' methods are wrapped: once, only for our models, without losing the original.
+
+A patch is a function ``(original, self, ...)`` in a ``Patches`` table. Its docstring says which
+defect of which version it covers. Must not know what is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+_ORIGINAL = "__hf_sp_original__"
+
+Patch = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """One name.
+
+    Args:
+        path: ``module:attribute``.
+        signature: parameters as the patch passes them on, None for what is not called.
+        lines: fragments that its source has as long as the patch is needed and right.
+    """
+
+    path: str
+    signature: str | None = None
+    lines: tuple[str, ...] = ()
+
+
+class Patches:
+    """A table of method patches that act on some instances only.
+
+    Args:
+        active: whether the patch acts on this instance; for any other the original runs.
+    """
+
+    def __init__(self, active: Callable[[Any], bool]) -> None:
+        self.active = active
+        self.entries: list[tuple[type | ModuleType, str, Patch]] = []
+
+    def on(self, owner: type | ModuleType, name: str) -> Callable[[Patch], Patch]:
+        """Decorator: ``owner.name`` becomes this function, with the original as first argument.
+
+        The owner is a class, or a module whose function takes the instance first, by position or
+        by its name.
+        """
+
+        def register(patch: Patch) -> Patch:
+            self.entries.append((owner, name, patch))
+            return patch
+
+        return register
+
+    def apply(self) -> None:
+        """Put every patch in place. Can be called again."""
+        for owner, name, patch in self.entries:
+            current = inspect.getattr_static(owner, name)
+            if not hasattr(current, _ORIGINAL):
+                setattr(owner, name, self._wrapped(current, patch))
+
+    def _wrapped(self, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        first = next(iter(inspect.signature(original).parameters))
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            instance = args[0] if args else kwargs.get(first)
+            if not self.active(instance):
+                return original(*args, **kwargs)
+            if not args:
+                args = (kwargs.pop(first),)
+            return patch(original, *args, **kwargs)
+
+        setattr(method, _ORIGINAL, original)
+        return method
+
+
+def original_of(owner: type, name: str) -> Callable[..., Any]:
+    """The method as its package wrote it, patched or not."""
+    current = inspect.getattr_static(owner, name)
+    return getattr(current, _ORIGINAL, current)
