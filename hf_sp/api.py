@@ -33,7 +33,7 @@ from hf_sp.install import install_hooks
 from hf_sp.model.fsdp import shard_over_data
 from hf_sp.model.shard import agree_on_weights, placements, swap_leaves
 from hf_sp.plan import Plan, derive_plan
-from hf_sp.plan.sparse_forms import check_sparse_blocks
+from hf_sp.plan.known_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)

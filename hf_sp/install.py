@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,9 +14,8 @@ from hf_sp.model.norm import GatedForward, NormForward
 from hf_sp.model.parameters import LocalParameters
 from hf_sp.moe.block import SparseBoundary
 from hf_sp.moe.shared import SharedBoundary
-from hf_sp.plan.recognise import gated_form, norm_form
+from hf_sp.plan.known_forms import gated_form, norm_form
 from hf_sp.plan.schema import Block, Plan
-from hf_sp.plan.sparse_forms import shared_expert_waits
 from hf_sp.state import ParallelState
 
 
@@ -64,25 +62,20 @@ def _install_sparse(model: nn.Module, block: Block, state: ParallelState, fused:
     if boundary.own:
         modules = [model.get_submodule(leaf.path) for leaf in leaves]
         columns = [module for module in modules if isinstance(module, ColumnParallelLinear)]
-        waits = fused.shared_expert_waits(model.get_submodule(block.path), block)
-        SharedBoundary(state, columns, boundary, waits).install(shared)
+        SharedBoundary(state, columns, boundary, False).install(shared)
 
 
 class _Fused:
-    """Gives norms and MLPs their stand-ins, where their maths is known and wanted.
-
-    Modules of one class, size and settings are asked once.
-    """
+    """Gives norms and MLPs their stand-ins, where their maths is known and wanted."""
 
     def __init__(self, state: ParallelState) -> None:
         self.state = state
-        self._forms: dict[Any, Any] = {}
 
     def norm(self, module: nn.Module, parameters: LocalParameters) -> None:
         """A norm on the hidden stream or on this rank's heads."""
         state = self.state
         recompute = state.recompute != "none"
-        form = self._ask(module, (), lambda: norm_form(module)) if state.fused else None
+        form = norm_form(module) if state.fused else None
         if form is None:
             parameters.install(module)
             return
@@ -96,23 +89,11 @@ class _Fused:
             return
         columns = [leaf.path for leaf in block.leaves if leaf.style != "row"]
         (row, *names) = (path.removeprefix(block.path + ".") for path in (*rows, *columns))
-        form = self._ask(module, (row, *names), lambda: gated_form(module, names, row))
+        form = gated_form(module, names, row)
         if form is not None:
             recompute = self.state.recompute == "norm+act"
             forward = GatedForward(module, form, recompute=recompute, triton=self.state.kernels)
             setattr(module, "forward", forward)  # noqa: B010 (a method to mypy)
-
-    def shared_expert_waits(self, module: nn.Module, block: Block) -> bool:
-        """Whether a sparse block's shared expert may run later than it is called."""
-        return bool(self._ask(module, ("shared",), lambda: shared_expert_waits(module, block)))
-
-    def _ask(self, module: nn.Module, names: tuple[str, ...], ask: Callable[[], Any]) -> Any:
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
-        shapes = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
-        key = (type(module), names, f"{settings} {shapes} {module!r}")
-        if key not in self._forms:
-            self._forms[key] = ask()
-        return self._forms[key]
 
 
 def _install_loss(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from hf_sp.model.local import local
 from hf_sp.model.mlp import gated_product
 from hf_sp.model.parameters import LocalParameters
 from hf_sp.model.recompute import Recipe, leave_recipe
-from hf_sp.plan.recognise import GatedForm, NormForm
+from hf_sp.plan.known_forms import GatedForm, NormForm
 
 
 def sum_over_ranks(dw_H: Tensor, axis: Axis) -> Tensor:
