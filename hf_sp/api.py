@@ -100,8 +100,8 @@ def parallelize(
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
         kernels: run RMS norms, gated SiLU MLPs and the loss in fused Triton kernels on a GPU (the
-            same numbers in torch operations elsewhere). They are recognised by what they compute;
-            a norm of another form keeps its own code. ``False``: no Triton.
+            same numbers in torch operations elsewhere). They are known by their forward's text; a
+            norm of another form keeps its own code. ``False``: no Triton.
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
             C for attention (``hf_sp.estimate.formulas``), t = tp, under ``sp``:
 

@@ -1,26 +1,21 @@
 """Norms, gated MLPs and mixture-of-experts blocks whose maths is known, by their forward's text.
 
 transformers copies a forward's text from model to model, so the text says what a module computes
-(``source.py`` says when two texts are one). No code of the model runs. A norm or MLP that matches
-no form keeps its own forward, which is always right; a sparse block is refused.
-
-Must not know tensor parallelism.
+(``source.py``: when two texts are one). A norm or MLP that matches no form keeps its own forward,
+which is always right; a sparse block is refused. Must not know tensor parallelism.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from dataclasses import dataclass
-from types import FunctionType, MethodType
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import nn
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
-from hf_sp.plan.source import text_of_form, text_of_method
+from hf_sp.plan.source import known
 
 Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
 
@@ -51,10 +46,7 @@ class GatedForm:
     down: str
 
 
-_UNIT = """
-def _norm(self, x):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-"""
+_UNIT = "def _norm(self, x): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)"
 _LLAMA = """
 def forward(self, x):
     dtype = x.dtype
@@ -114,16 +106,16 @@ def _norm(self, x):
     },
     "silu": {"silu": "def forward(self, x): return F.silu(x)"},
     "gated": {
-        "gated, named": """
-def forward(self, x):
-    y = self.down(self.act(self.gate(x)) * self.up(x))
-    return y
-""",
-        "gated": "def forward(self, x): return self.down(self.act(self.gate(x)) * self.up(x))",
-        "gated silu": "def forward(self, x): return self.down(F.silu(self.gate(x)) * self.up(x))",
+        "llama": "def forward(self, x):\n"
+        "    y = self.down(self.act(self.gate(x)) * self.up(x)); return y",
+        "qwen2": "def forward(self, x): return self.down(self.act(self.gate(x)) * self.up(x))",
+        "lfm2": "def forward(self, x): return self.down(F.silu(self.gate(x)) * self.up(x))",
     },
     # transformers counts a place for tokens of other ranks since 5.18.
-    "experts": {"gated": _EXPERTS, "gated, before 5.18": _EXPERTS.replace("count + 1", "count")},
+    "experts": {
+        "mixtral": _EXPERTS,
+        "mixtral, before 5.18": _EXPERTS.replace("count + 1", "count"),
+    },
     "router": {
         "qwen2_moe": """
 def forward(self, x):
@@ -217,16 +209,14 @@ def forward(self, x):
 _NORMS: dict[str, tuple[Casting, float, bool]] = {
     "llama": ("llama", 0.0, True),
     "gpt_oss": ("gpt_oss", 0.0, True),
-    "gpt_oss, weight cast": ("gpt_oss", 0.0, False),
     "gemma": ("gemma", 1.0, True),
-    "moshi": ("gpt_oss", 0.0, False),
-    "gemma4": ("gpt_oss", 0.0, False),
 }
+_WEIGHT_CAST: tuple[Casting, float, bool] = ("gpt_oss", 0.0, False)
 
 
 def norm_form(module: nn.Module) -> NormForm | None:
     """The form of a norm whose one parameter is ``weight [N]``, None if it is not known."""
-    found = _known(module, "norm")
+    found = known(module, FORMS["norm"])
     weight = module._parameters.get("weight")
     alone = len(module._parameters) == 1 and not module._modules and not module._buffers
     if found is None or weight is None or weight.dim() != 1 or not alone:
@@ -236,7 +226,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
     eps = values["eps"]
     if roles["weight"] != "weight" or not isinstance(eps, float) or not values.get("scaled", True):
         return None
-    casting, offset, float64 = _NORMS[name]
+    casting, offset, float64 = _NORMS.get(name, _WEIGHT_CAST)
     return NormForm(casting, offset, eps, float64)
 
 
@@ -248,7 +238,7 @@ def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | N
         columns: names of its two column linears.
         row: name of its row linear.
     """
-    found = _known(module, "gated")
+    found = known(module, FORMS["gated"])
     if found is None or not _silu(module, found[1]):
         return None
     form = GatedForm(*(found[1][role] for role in ("gate", "up", "down")))
@@ -269,10 +259,10 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         form = block.experts
         if form is None:
             continue
-        names = {"router": form.router, "experts": form.path, "shared": form.shared}
         gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"]
-        names["shared_gate"] = gates[0] if gates else ""
-        names = {role: path.removeprefix(block.path + ".") for role, path in names.items() if path}
+        paths = {"router": form.router, "experts": form.path, "shared": form.shared}
+        paths |= {"shared_gate": path for path in gates}
+        names = {role: path.removeprefix(block.path + ".") for role, path in paths.items() if path}
         wanted = {
             "experts": (form.path, {"gate_up": "gate_up_proj", "down": "down_proj"}),
             "router": (form.router, {"weight": "weight"}),
@@ -280,7 +270,8 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         }
         for kind, (path, parts) in wanted.items():
             module = model.get_submodule(path)
-            found = _known(module, kind)
+            # A router keeps its forward: one that is bound to it alone counts as its class's.
+            found = known(module, FORMS[kind], bound=kind == "router")
             roles = found[1] if found else {}
             owned = {*module._parameters, *module._modules}
             used = {role: a for role, a in roles.items() if role != "act" and a in owned}
@@ -299,8 +290,7 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
 _RULES = {
     "experts": "gate and up packed in halves, SiLU, no bias",
     "router": "(logits [T, E], weights [T, k], experts [T, k]) of each token by itself",
-    "block": "router, experts and shared expert see the tokens as they are, and the output is "
-    "linear in what the experts return, token by token",
+    "block": "parts see the tokens as they are; linear in what the experts return, token by token",
 }
 
 
@@ -310,48 +300,6 @@ def _silu(module: nn.Module, roles: dict[str, str]) -> bool:
     act = module._modules.get(name) or module.__dict__.get(name)
     if type(act) is nn.SiLU:
         return "forward" not in act.__dict__
-    return not name or act is F.silu or (act is not None and _known(act, "silu") is not None)
-
-
-def _known(module: nn.Module, kind: str) -> tuple[str, dict[str, str]] | None:
-    """The form of a module on which nothing is put over what its class says."""
-    cls, own = type(module), module.__dict__.get("forward")
-    # A router keeps its forward: one that is bound to it alone counts as its class's.
-    if isinstance(own, MethodType) and own.__self__ is module and kind == "router":
-        own = own.__func__
-    elif own is not None:
-        return None
-    found = known_form(kind, cls, own)
-    for name in found[1].values() if found else ():
-        of_class = inspect.getattr_static(cls, name, None)
-        if of_class is not None and (name in module.__dict__ or type(of_class) is not FunctionType):
-            return None  # a helper put on the instance, or a property
-    return found
-
-
-def known_form(
-    kind: str, cls: type[nn.Module], forward: Any = None
-) -> tuple[str, dict[str, str]] | None:
-    """The form of a class's forward and of the methods that it calls on self.
-
-    Args:
-        kind: a key of ``FORMS``.
-        cls: the class.
-        forward: instead of its own.
-
-    Returns:
-        Its name and, for each role of the form, the attribute that the class has for it; None
-        where the source is unknown or is not to be had.
-    """
-    text = text_of_method(cls, forward or cls.forward)
-    for form, source in FORMS[kind].items():
-        trees, roles = _form(source)
-        if text is None or text[0] != trees or len(roles) != len(text[1]):
-            continue
-        pairs = set(zip(roles, text[1], strict=True))
-        if len(pairs) == len(set(roles)) == len(set(text[1])):
-            return form, dict(pairs)
-    return None
-
-
-_form = functools.cache(text_of_form)
+    if isinstance(act, nn.Module):
+        return known(act, FORMS["silu"]) is not None
+    return not name or act is F.silu

@@ -1,7 +1,8 @@
-"""Whether two functions are written alike: the normalised syntax tree of a function's source.
+"""Whether a module is written like a form: the normalised syntax tree of its forward's source.
 
 Docstrings and annotations go, local names and attributes of self are numbered, global names become
-the object they mean, casts are spelled alike. No code is run.
+the object they mean, casts are spelled alike. No code of the
+model is run.
 """
 
 from __future__ import annotations
@@ -12,38 +13,66 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Mapping
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Text = tuple[tuple[str, ...], tuple[str, ...]]
-"""Trees of a method and of those it calls on self; their attributes of self, by first use."""
+Match = tuple[str, dict[str, str]]
+"""Name of a form and, for each attribute of self in it, what the class calls that."""
 
 
-def text_of_form(source: str) -> Text:
-    """The text of functions that are written down, with torch, nn and F imported."""
-    meaning = {"torch": torch, "nn": nn, "F": F}
-    normal = [_normalised(tree, meaning) for tree in ast.parse(source).body]
-    assert None not in normal
-    found = [one for one in normal if one]
-    return tuple(tree for tree, _ in found), tuple(name for _, names in found for name in names)
+def known(module: nn.Module, forms: Mapping[str, str], *, bound: bool = False) -> Match | None:
+    """The form of a module on which nothing is put over what its class says.
+
+    Args:
+        module: any.
+        forms: name -> text of a forward, and of the methods that it calls on self.
+        bound: take a method that is bound to the module as its class's forward.
+    """
+    cls, own = type(module), module.__dict__.get("forward")
+    if bound and isinstance(own, MethodType) and own.__self__ is module:
+        own = own.__func__
+    elif own is not None:
+        return None
+    found = known_class(cls, forms, own)
+    for name in found[1].values() if found else ():
+        of_class = inspect.getattr_static(cls, name, None)
+        if of_class is not None and (name in module.__dict__ or type(of_class) is not FunctionType):
+            return None  # a method put on the instance, or a property
+    return found
 
 
-def text_of_method(cls: type, function: Any) -> Text | None:
-    """The text of a method of a class, None where it is not to be had."""
-    todo, trees, attributes = [_unwrapped(function)], [], []
+def known_class(
+    cls: type[nn.Module], forms: Mapping[str, str], forward: Any = None
+) -> Match | None:
+    """The form of a class's forward, or of another one, and of the methods it calls on self."""
+    todo, trees, names = [_unwrapped(forward or cls.forward)], [], []
     for method in todo:  # grows
         normal = _of_function(method)
         if normal is None:
             return None
         trees.append(normal[0])
-        attributes += normal[1]
+        names += normal[1]
         called = [inspect.getattr_static(cls, name, None) for name in normal[1]]
         todo += [m for m in called if type(m) is FunctionType and m not in todo]
-    return tuple(trees), tuple(attributes)
+    for form, source in forms.items():
+        wanted, roles = _of_form(source)
+        if wanted == trees and len(roles) == len(names):
+            pairs = set(zip(roles, names, strict=True))
+            if len(pairs) == len(set(roles)) == len(set(names)):
+                return form, dict(pairs)
+    return None
+
+
+@functools.cache
+def _of_form(source: str) -> tuple[list[str], list[str]]:
+    meaning = {"torch": torch, "nn": nn, "F": F}
+    normal = [_normalised(tree, meaning) for tree in ast.parse(source).body]
+    found = [one for one in normal if one]
+    return [tree for tree, _ in found], [name for _, names in found for name in names]
 
 
 def _unwrapped(function: Any) -> Any:
@@ -68,6 +97,7 @@ def _of_function(function: Any) -> tuple[str, list[str]] | None:
 
 
 def _normalised(tree: ast.stmt, meaning: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """The tree of a function as text, and its attributes of self in the order of first use."""
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
         return None
     normaliser = _Normaliser(tree, meaning)

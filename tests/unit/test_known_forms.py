@@ -42,7 +42,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from hf_sp.kernels.norm import rms_norm
-from hf_sp.plan.known_forms import GatedForm, NormForm, gated_form, known_form, norm_form
+from hf_sp.plan import source as sources
+from hf_sp.plan.known_forms import FORMS, GatedForm, NormForm, gated_form, norm_form
+from hf_sp.plan.source import known_class
 
 GOLDENS = Path(__file__).parent / "goldens"
 SIZES = {"hidden_size": 32, "intermediate_size": 48}
@@ -80,7 +82,7 @@ def test_what_is_known_of_this_transformers():
     for kind, pattern in KINDS.items():
         for model, cls in _classes():
             if re.search(pattern, cls.__name__):
-                form = known_form(kind, cls)
+                form = known_class(cls, FORMS[kind])
                 lines.append(f"{kind:<8}{form[0] if form else '-':<24}{model}.{cls.__name__}")
     text = "\n".join(lines) + "\n"
     path = GOLDENS / f"known_forms_{transformers.__version__}.txt"
@@ -303,13 +305,11 @@ def test_names_mean_what_they_mean_where_they_are_used(monkeypatch):
 
     assert norm_form(LlamaRMSNorm(64)) is not None
     source = inspect.getsource(LlamaRMSNorm.forward)
-    from hf_sp.plan import source as texts
-
-    texts._of_function.cache_clear()
+    sources._of_function.cache_clear()
     monkeypatch.setattr(module, "torch", Torch())
     assert inspect.getsource(LlamaRMSNorm.forward) == source
     assert norm_form(LlamaRMSNorm(64)) is None
-    texts._of_function.cache_clear()
+    sources._of_function.cache_clear()
 
 
 def test_asking_leaves_no_trace():
@@ -337,7 +337,7 @@ def test_every_known_norm_has_its_forms_bits():
             norm = cls(96)
         except Exception:  # wants more than a size
             continue
-        form, name = norm_form(norm), known_form("norm", cls)
+        form, name = norm_form(norm), known_class(cls, FORMS["norm"])
         total += form is not None
         if form is None:
             continue
