@@ -111,11 +111,8 @@ def _norm(self, x):
         "qwen2": "def forward(self, x): return self.down(self.act(self.gate(x)) * self.up(x))",
         "lfm2": "def forward(self, x): return self.down(F.silu(self.gate(x)) * self.up(x))",
     },
-    # transformers counts a place for tokens of other ranks since 5.18.
-    "experts": {
-        "mixtral": _EXPERTS,
-        "mixtral, before 5.18": _EXPERTS.replace("count + 1", "count"),
-    },
+    # transformers 5.17 has E places for tokens, 5.23 one more for those of other ranks.
+    "experts": {"mixtral": _EXPERTS, "mixtral 5.17": _EXPERTS.replace("count + 1", "count")},
     "router": {
         "qwen2_moe": """
 def forward(self, x):
@@ -205,13 +202,12 @@ def forward(self, x):
 """,
     },
 }
-# casting, offset, whether our float64 is theirs: the cast of the weight alone shows only there.
+# casting, offset, whether our float64 is theirs: not where the others, gpt_oss's, cast the weight.
 _NORMS: dict[str, tuple[Casting, float, bool]] = {
     "llama": ("llama", 0.0, True),
     "gpt_oss": ("gpt_oss", 0.0, True),
     "gemma": ("gemma", 1.0, True),
 }
-_WEIGHT_CAST: tuple[Casting, float, bool] = ("gpt_oss", 0.0, False)
 
 
 def norm_form(module: nn.Module) -> NormForm | None:
@@ -226,7 +222,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
     eps = values["eps"]
     if roles["weight"] != "weight" or not isinstance(eps, float) or not values.get("scaled", True):
         return None
-    casting, offset, float64 = _NORMS.get(name, _WEIGHT_CAST)
+    casting, offset, float64 = _NORMS.get(name, ("gpt_oss", 0.0, False))
     return NormForm(casting, offset, eps, float64)
 
 
@@ -259,9 +255,9 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         form = block.experts
         if form is None:
             continue
-        gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"]
+        gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"] or [""]
         paths = {"router": form.router, "experts": form.path, "shared": form.shared}
-        paths |= {"shared_gate": path for path in gates}
+        paths["shared_gate"] = gates[0]
         names = {role: path.removeprefix(block.path + ".") for role, path in paths.items() if path}
         wanted = {
             "experts": (form.path, {"gate_up": "gate_up_proj", "down": "down_proj"}),
@@ -272,8 +268,7 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
             module = model.get_submodule(path)
             # A router keeps its forward: one that is bound to it alone counts as its class's.
             found = known(module, FORMS[kind], bound=kind == "router")
-            roles = found[1] if found else {}
-            owned = {*module._parameters, *module._modules}
+            roles, owned = found[1] if found else {}, {*module._parameters, *module._modules}
             used = {role: a for role, a in roles.items() if role != "act" and a in owned}
             if found and used == parts and _silu(module, roles):
                 continue
