@@ -26,6 +26,11 @@ from torch.nn.modules import module as _module
 collective_ops = torch.ops._c10d_functional
 
 
+def below_autograd() -> AbstractContextManager[Any]:
+    """Call operators without their autograd kernels, which for collectives are Python."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def graph_task() -> int:
     """Number of the backward pass that is running: what a node has stored belongs to one pass."""
     return torch._C._current_graph_task_id()

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.errors import ConfigError
 from hf_sp.model.factors import Dropout
 from hf_sp.model.local import cast_for_autocast, local
@@ -194,7 +195,7 @@ class _ParallelLoraLinear(ParallelLora, LoraLinear):
 
     def _summed(self: Any, parameter: Tensor) -> Tensor:
         """A parameter whose gradient each rank has a part of only."""
-        return comm.identity_allreduce(parameter, self._axis())
+        return pairs.identity_allreduce(parameter, self._axis())
 
     def _merged(self: Any, adapter: str, weight: Tensor) -> Tensor:
         if adapter not in self.lora_magnitude_vector:

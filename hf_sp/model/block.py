@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.errors import ShapeError
 from hf_sp.model.columns import Entry, enter_block
 from hf_sp.model.factors import EntryReader
@@ -66,7 +67,7 @@ class StackEntry:
         """Scatter; the backward all-gathers."""
         if not self.state.sharded:
             return None
-        x = comm.scatter_allgather(take_hidden(args, kwargs), self.state.axis)
+        x = pairs.scatter_allgather(take_hidden(args, kwargs), self.state.axis)
         return put_hidden(args, kwargs, x)
 
 
@@ -94,7 +95,7 @@ class StackExit:
 
     def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
         """The whole hidden states, known to the head."""
-        full = comm.allgather_scatter(shard_BsH, length, self.state.axis)
+        full = pairs.allgather_scatter(shard_BsH, length, self.state.axis)
         # HF's own is contiguous, and people call .view on it. No copy for B = 1.
         full = full.contiguous()
         self.state.remember_hidden(full, shard_BsH)
@@ -162,9 +163,9 @@ class BlockBoundary:
         if not isinstance(x, Tensor):
             return None  # the forward raised: nothing to reduce
         if self.state.sharded:
-            x = comm.reducescatter_allgather(x, self.state.axis)
+            x = pairs.reducescatter_allgather(x, self.state.axis)
         else:
-            x = comm.allreduce_identity(x, self.state.axis)
+            x = pairs.allreduce_identity(x, self.state.axis)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 

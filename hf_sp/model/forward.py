@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model.head import CausalLMLoss
 from hf_sp.model.input_checks import check_forward
 from hf_sp.model.lazy import LazyHidden, LazyLogits, LazyTensor
@@ -85,13 +85,13 @@ class DecoderBoundary:
             output["hidden_states"] = tuple(
                 h
                 if h is None or h is last
-                else self._no_view(comm.allgather_scatter(h, length, state.axis))
+                else self._no_view(pairs.allgather_scatter(h, length, state.axis))
                 for h in hidden
             )
         attentions = output.get("attentions")
         if attentions is not None:
             output["attentions"] = tuple(
-                a if a is None else comm.concat_slice(a, 1, (a.shape[1],) * state.tp, state.axis)
+                a if a is None else pairs.concat_slice(a, 1, (a.shape[1],) * state.tp, state.axis)
                 for a in attentions
             )
         return output.to_tuple() if as_tuple else output

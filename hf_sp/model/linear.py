@@ -13,7 +13,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
 from hf_sp.model.columns import entered_linear
 from hf_sp.model.entered import entered
@@ -43,7 +43,7 @@ class ParallelLinear(nn.Linear):
         tensor = local(parameter)
         if self.rows is not None:
             # Each rank uses its head's rows only: the whole gradient is the sum over ranks.
-            tensor = comm.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
+            tensor = pairs.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
         return cast_for_autocast(tensor, like)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.autograd import once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.model.columns import Entry
@@ -40,7 +40,7 @@ def entry_factor(
     """
     found = entered_slot(x, key)
     if found is None:
-        return factor_linear(x, comm.identity_allreduce(factor, axis), dropout, 0)
+        return factor_linear(x, pairs.identity_allreduce(factor, axis), dropout, 0)
     entry, slot = found
     known, _ = entry.parameters[slot]
     return _EntryFactor.apply(entry, slot, x, known.detach(), dropout)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model.local import local
 from hf_sp.state import ParallelState
 
@@ -73,7 +73,7 @@ class LocalParameters:
                 continue
             tensor = local(p)
             if summed and p.requires_grad and torch.is_grad_enabled():
-                tensor = comm.identity_allreduce(tensor, state.axis)
+                tensor = pairs.identity_allreduce(tensor, state.axis)
             module.__dict__[name] = tensor
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model.block import BlockBoundary, put_hidden, take_hidden
 from hf_sp.model.columns import entered_linear
 from hf_sp.model.entered import Member, entered
@@ -114,7 +115,7 @@ class RouterMember:
     def local_parameters(self, like: Tensor) -> tuple[Tensor, None]:
         """The weight; its gradient is summed over the ranks."""
         weight = local(cast(Tensor, self.module._parameters["weight"]))
-        return cast_for_autocast(comm.identity_allreduce(weight, self.state.axis), like), None
+        return cast_for_autocast(pairs.identity_allreduce(weight, self.state.axis), like), None
 
 
 class ExpertsMember:
@@ -215,11 +216,11 @@ class ExpertsForward:
             # One token of a generation, another on each data parallel rank: one tp rank sends it.
             index = index if state.rank == 0 else torch.full_like(index, form.count)
             out = self._travel(x, index, top_k_weights, weights, place)
-            return comm.allreduce_identity(out, state.axis)
+            return pairs.allreduce_identity(out, state.axis)
         # One token of a generation, which every rank has: each adds what its experts make of it.
         first = state.rank * gate_up.shape[0]
         out = local_experts(x, index, top_k_weights, weights, place, first)
-        return comm.allreduce_identity(out, state.axis)
+        return pairs.allreduce_identity(out, state.axis)
 
     def _travel(
         self, x: Tensor, index: Tensor, scale: Tensor, weights: Weights, place: Place
@@ -295,12 +296,12 @@ def leave_router_logits(
     def leave(local_TE: Tensor) -> Tensor:
         if not state.sharded:
             # Tokens travel in no such forward: every rank has routed every token.
-            return comm.identity_onerank(local_TE, state.axis)
+            return pairs.identity_onerank(local_TE, state.axis)
         by_row = local_TE.view(batch, -1, local_TE.shape[-1])
         if state.plan.ep > 1:
-            full = comm.allgather_scatter(by_row, length, state.axis)
+            full = pairs.allgather_scatter(by_row, length, state.axis)
         else:
-            full = comm.identity_onerank(by_row[:, :length], state.axis)
+            full = pairs.identity_onerank(by_row[:, :length], state.axis)
         return full.reshape(batch * length, -1)
 
     return tuple(leave(x) for x in logits)

@@ -18,6 +18,7 @@ import torch
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.kernels import cross_entropy_steps as steps
 from hf_sp.model import block as boundary
 from hf_sp.model import columns as entry
@@ -201,7 +202,7 @@ def block_exit_does_not_reduce() -> list[Patch]:
 
 @fault()
 def block_exit_averages() -> list[Patch]:
-    return [(comm, "reducescatter_allgather", _averaged(comm.reducescatter_allgather))]
+    return [(comm, "reducescatter_allgather", _averaged(pairs.reducescatter_allgather))]
 
 
 @fault()
@@ -393,7 +394,7 @@ def mask_of_another_length() -> list[Patch]:
 
 @fault()
 def embedding_is_not_summed() -> list[Patch]:
-    right = comm.allreduce_identity
+    right = pairs.allreduce_identity
     return [(embedding.comm, "allreduce_identity", lambda x, axis: right(x, axis) * 0 + x)]
 
 

@@ -9,6 +9,7 @@ from harness.parity import Case
 from torch.distributed.tensor import Shard
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model import forward
 from hf_sp.model import shard as swap
 from hf_sp.model.local import local
@@ -99,7 +100,7 @@ def router_gradient_of_travelling_tokens_is_not_summed() -> list[Patch]:
 
 @fault(Case("qwen2_moe"))
 def shared_gate_gradient_is_not_summed() -> list[Patch]:
-    right = comm.identity_allreduce
+    right = pairs.identity_allreduce
     return [
         (comm, "identity_allreduce", lambda x, axis: x if x.shape == (1, 64) else right(x, axis))
     ]
