@@ -29,9 +29,9 @@ from hf_sp.checks import (
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
-from hf_sp.install import install_hooks
+from hf_sp.install import install
 from hf_sp.model.fsdp import shard_over_data
-from hf_sp.model.shard import agree_on_weights, placements, swap_leaves
+from hf_sp.model.shard import agree_on_weights, placements, shard_parameters
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.sparse_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
@@ -183,8 +183,8 @@ def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
             ", ".join(taken[:3]),
             ", ..." if len(taken) > 3 else "",
         )
-    swap_leaves(model, plan, state)
-    install_hooks(model, plan, state)
+    shard_parameters(model, plan, state)
+    install(model, plan, state)
     setattr(model, ATTRIBUTE, state)
     for hook in after_parallelize:
         hook(model)

@@ -28,7 +28,7 @@ from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.model.local import cast_for_autocast, local
-from hf_sp.model.lora import factor_linear
+from hf_sp.model.low_rank import low_rank
 
 
 class HeadLoraLinear(ParallelLora, LoraLinear):
@@ -51,7 +51,7 @@ class HeadLoraLinear(ParallelLora, LoraLinear):
         A, B = (local(p) for p in self._factors(adapter))
         axis, vocab = self._axis(), self.get_base_layer().vocab
         x = cast_for_autocast(x, x)
-        u = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), 0)
+        u = low_rank(x, cast_for_autocast(A, x), self._draw(adapter), 0)
         u = pairs.identity_allreduce(u * self.scaling[adapter], axis)
         return pairs.concat_slice(F.linear(u, B), u.dim() - 1, vocab_sizes(vocab, axis), axis)
 

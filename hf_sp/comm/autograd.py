@@ -32,7 +32,7 @@ class Node(torch.autograd.Function):
         """Run the forward and record the node."""
         if torch.compiler.is_compiling():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class _Refuse(torch.autograd.Function):

@@ -63,6 +63,18 @@ class _ReduceScatterAllGather(Node):
         return comm.gather_sequence(grads[0], ctx.length, ctx.axis), None
 
 
+class _PaddedReduceScatterAllGather(Node):
+    @staticmethod
+    def forward(ctx: Any, x_SBH: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return comm.reduce_scatter(x_SBH, axis).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return comm.all_gather(grads[0].transpose(0, 1), ctx.axis), None
+
+
 class _IdentityAllReduce(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -167,6 +179,17 @@ def reducescatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:
     Source:   Korthikanti et al. 2022, arXiv:2205.05198, the conjugate of g
     """
     return _ReduceScatterAllGather.apply(x_BSH, axis)
+
+
+def padded_reducescatter_allgather(x_SBH: Tensor, axis: Axis) -> Tensor:
+    """As ``reducescatter_allgather``, for what is laid out for the collective already.
+
+    Shapes:   x [tp * s, B, H] partial, sequence-major, with padding rows -> [B, s, H]
+    Forward:  1 reduce-scatter
+    Backward: 1 all-gather; [tp * s, B, H]
+    Saves:    nothing
+    """
+    return _PaddedReduceScatterAllGather.apply(x_SBH, axis)
 
 
 def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
