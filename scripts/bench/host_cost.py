@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from transformers import LlamaForCausalLM
 
 from hf_sp.estimate import LayerShape, fake_world
@@ -63,6 +64,13 @@ SHAPE = LayerShape(hidden=64, intermediate=256, heads=8, kv_heads=8, head_dim=8)
 DEPTHS = (4, 12)
 WARM_UP = 3
 PROFILED_STEPS = 20
+
+# Counted apart: how often torch's caches compare a spec depends on collisions of addresses' hashes,
+# which differ from process to process.
+COMPARISONS = {
+    function.__code__
+    for function in (DTensorSpec.__eq__, DTensorSpec._check_equals, DeviceMesh.__eq__)
+}
 
 
 def with_lora(layout: Layout) -> Layout:
@@ -123,6 +131,7 @@ class Row:
     to_base_quartiles: tuple[float, float]
     python_calls: Cost
     c_calls: Cost
+    comparisons: Cost
 
 
 def names_with_bases(names: Collection[str]) -> list[str]:
@@ -159,7 +168,7 @@ class Step:
         return Cost(between - start, time.thread_time() - between)
 
     def calls(self) -> dict[str, Cost]:
-        """Count the Python functions entered in one step ("call") and the C ones ("c_call")."""
+        """Count the calls of one step: see `counted`."""
         self.clear()
         loss, forward = counted(self.forward)
         _, backward = counted(loss.backward)
@@ -167,14 +176,20 @@ class Step:
 
 
 def counted(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
-    """Run a function under sys.setprofile and count its events."""
-    counts = {"call": 0, "c_call": 0}
+    """Run a function under sys.setprofile and count its events.
+
+    Returns its result, and how many Python functions were entered ("call"), C functions called
+    from Python ("c_call"), and Python functions entered to compare specs ("comparison").
+    """
+    counts = {"call": 0, "c_call": 0, "comparison": 0}
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
-        if event in counts:
+        if frame.f_code in COMPARISONS:
+            counts["comparison"] += event == "call"
+        elif event in counts:
             counts[event] += 1
 
-    # An own reference and no collection: finalizers of the collector's would be counted, too.
+    # A collection in between would count finalizers, too.
     gc.collect()
     gc.disable()
     before = sys.getprofile()
@@ -265,13 +280,14 @@ def measure(names: Collection[str], rounds: int) -> list[Row]:
                 to_base_quartiles=(low, high),
                 python_calls=counts[name]["call"],
                 c_calls=counts[name]["c_call"],
+                comparisons=counts[name]["comparison"],
             )
         )
     return rows
 
 
 HEADER = ("contender", "forward us", "backward us", "sum us", "/ plain HF", "/ base", "quartiles")
-HEADER += ("base", "Python calls f + b", "sum", "C calls f + b")
+HEADER += ("base", "Python calls f + b", "sum", "comparing", "C calls f + b")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -279,9 +295,9 @@ def cells(row: Row) -> tuple[str, ...]:
     times = (f"{row.forward_us:.0f}", f"{row.backward_us:.0f}", f"{row.step_us:.0f}")
     plain = "-" if row.to_plain is None else f"{row.to_plain:.2f}"
     spread = " to ".join(f"{quartile:.2f}" for quartile in row.to_base_quartiles)
-    python, c = (f"{c.forward:g} + {c.backward:g}" for c in (row.python_calls, row.c_calls))
-    total = f"{row.python_calls.step:g}"
-    return (row.title, *times, plain, f"{row.to_base:.2f}", spread, row.base, python, total, c)
+    python, c = (f"{c.forward:.0f} + {c.backward:.0f}" for c in (row.python_calls, row.c_calls))
+    calls = (python, f"{row.python_calls.step:.0f}", f"{row.comparisons.step:.0f}", c)
+    return (row.title, *times, plain, f"{row.to_base:.2f}", spread, row.base, *calls)
 
 
 NOTES = f"""\
@@ -291,10 +307,12 @@ on one thread of a CPU; the slope between models of {DEPTHS[0]} and {DEPTHS[1]} 
 r = 8 on every linear of the layers, without dropout.
 Times are medians of thread CPU time and move with the machine. `/ plain HF` and `/ base` are
 medians over interleaved rounds of the ratio of the sums within a round, `quartiles` those of
-`/ base`. Calls are what sys.setprofile reports, and exact for a Python version. Python's collector
-is off while timing. A collective of the fake world still runs its Python and is dispatched, and on
-a CPU the norms and SwiGLU run as torch ops, not as kernels: the figures are of the work around
-them.
+`/ base`. Calls are what sys.setprofile reports, a generator's resumption included, and exact for a
+Python version; `comparing` are the Python calls, beside the others, in which torch's caches compare
+DTensor specs: a few more or less in each process, as hashes collide. What a model's forward does
+once for every layer or parameter is in the slope. Python's collector is off while timing. A
+collective of the fake world still runs its Python and is dispatched, and on a CPU the norms and
+SwiGLU run as torch ops, not as kernels: the figures are of the work around them.
 """
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from scripts.bench import host_cost
 
-# Python calls of one layer, forward and backward: lower them with the code, never raise them.
-AT_MOST = {"hf_sp": 2187, "hf_sp-nosp": 1963, "hf_sp-lora": 4362}
+# Python calls of one layer, forward and backward, without those that compare DTensor specs: lower
+# them with the code, never raise them.
+AT_MOST = {"hf_sp": 2154, "hf_sp-nosp": 1930, "hf_sp-lora": 4311}
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,8 @@ def _no_interpreter(monkeypatch):
 def test_python_calls_of_a_layer(name):
     with host_cost.contenders([name]) as steps:
         first, again = (host_cost.count_calls(steps)[name] for _ in range(2))
-    assert first == again
+    for event in ("call", "c_call"):
+        assert first[event] == again[event]
     assert first["call"].step <= AT_MOST[name]
 
 
