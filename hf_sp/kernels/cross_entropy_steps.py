@@ -222,7 +222,7 @@ def _slabs(T: int, v: int) -> Iterator[slice]:
 
 
 def _mapped(x_Tv: Tensor, terms: LossTerms) -> Tensor:
-    """The logits that count, wide; a contiguous copy: torch 2.14 sums in an order of the strides."""
+    """The logits that count, wide; a contiguous copy: how torch 2.14 sums depends on strides."""
     wide = torch.promote_types(x_Tv.dtype, torch.float32)
     z_Tv = x_Tv.to(wide, copy=True, memory_format=torch.contiguous_format)
     if terms.scale != 1.0:

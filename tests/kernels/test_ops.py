@@ -9,7 +9,7 @@ from torch.library import opcheck
 from hf_sp.kernels import ops, rms_norm, swiglu
 from tests.kernels.exact import like, random_case
 
-# torch 2.14's opcheck reads `.grad` of tensors that it has cloned, and hides its own warning from the
+# torch 2.14's opcheck reads `.grad` of tensors that it has cloned; it hides the warning from the
 # screen only.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 

@@ -56,7 +56,7 @@ def test_range(monkeypatch, version, fine):
 
 def test_one_warning_for_all_and_only_for_what_is_installed(monkeypatch):
     _installed(monkeypatch, torch="2.15.0", transformers="5.24.0", peft="0.18.1")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="tested") as caught:
         warn_if_untested()
     assert [str(w.message) for w in caught] == [
         "hf_sp has not been tested with torch 2.15.0 (tested: 2.11 to 2.14), peft 0.18.1 (tested: "
