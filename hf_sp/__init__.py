@@ -1,5 +1,10 @@
 """hf_sp: Megatron tensor + sequence parallelism for unmodified Hugging Face models, in one line."""
 
+from hf_sp.versions import warn_if_untested
+
+# Before the rest, which a version that is too new may fail to import.
+warn_if_untested()
+
 from hf_sp import integrations
 from hf_sp.api import after_parallelize, also_check, parallelize, plain_models
 from hf_sp.plan import Plan

@@ -1,7 +1,7 @@
 """Every private name of torch that hf_sp (outside ``estimate`` and ``checkpoint``) stands on.
 
 One place to look when torch changes; each says why it is needed and is held, with the versions
-torch 2.11 to 2.13 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
+torch 2.11 to 2.14 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
 
 Not listed: ``nn.Module._parameters`` and its kin, which every package that edits modules uses.
 """

@@ -1,7 +1,7 @@
 """The stock ``Trainer`` and a parallelized model.
 
 A Trainer is ours when ``parallel_state(trainer.model)`` is not None. What it does wrong with such a
-model, in transformers 5.17 to 5.23, is corrected here one method at a time. The model carries the
+model, in transformers 5.17 to 5.24, is corrected here one method at a time. The model carries the
 light mark only (``_tp_size`` and ``config.distributed_config``): with transformers' own mark,
 ``_is_distributed_loading_by_transformers``, Trainer broadcasts and averages what is not a DTensor
 and refuses to write anything that can be resumed.

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sp import parallelize
 from hf_sp.errors import PlanError
 from hf_sp.plan import derive_plan
+from hf_sp.versions import TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -133,6 +134,22 @@ def test_numbers_are_the_committed_ones():
         numbers = [float(x) for x in re.findall(r"(\d+) MiB", line)]
         want = [alive[(shape, layout)] for shape in ("Llama-3.1-8B", "Llama-3.1-70B")]
         assert numbers == [round(x) for x in want]
+
+
+def test_installs_the_newest_tested_versions():
+    """As tests/unit/test_versions.py has it of that file."""
+    commands = _block("bash", "pip install").splitlines()
+    assert all(line.startswith("pip install -c constraints.txt -e ") for line in commands)
+
+
+def test_tested_versions_are_those_that_do_not_warn():
+    prose = " ".join(README.split())
+    rows = re.findall(r"^\| (5\.[\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    for package, (oldest, newest) in TESTED.items():
+        assert f"{package} {oldest}" + (f" to {newest}," if newest != oldest else ",") in prose
+    columns = zip(*rows, strict=True)
+    for package, column in zip(("transformers", "torch", "accelerate"), columns, strict=True):
+        assert {".".join(v.split(".")[:2]) for v in column} >= set(TESTED[package])
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))

@@ -14,7 +14,7 @@ MAX_LINES = 400
 # The one table. A module may import its own layer and those below; siblings of one row in separate
 # groups are blind to each other (plan knows no collectives, mesh no kernels).
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "torch_private", "patching"}],
+    [{"errors", "torch_private", "patching", "versions"}],
     [{"plan"}, {"comm"}],
     [{"kernels"}, {"state"}],
     [{"model"}],
