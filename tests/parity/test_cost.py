@@ -33,6 +33,7 @@ from hf_sp.estimate import (
     tp_bytes_per_token,
 )
 from hf_sp.model.loss import linear_vocab_parallel_cross_entropy
+from parity import cost_jobs
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
 AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
@@ -242,7 +243,7 @@ def test_the_peak_grows_with_the_sequence_by_the_shards_gradient_alone():
 
 def test_real_ranks_agree_with_the_fake_world():
     """Same collectives, in the same order with the same sizes on every rank."""
-    logs = pool(2).run("parity.cost_jobs:collective_log", sp=True)
+    logs = pool(2).run(cost_jobs.collective_log, sp=True)
     assert logs[0] == logs[1]
     fake = _step(LlamaConfig, GROUPED, 2, True, 2, batch=2, length=37)
     want = _calls(fake.forward) | {f"{k} backward": n for k, n in _calls(fake.backward).items()}

@@ -10,7 +10,7 @@ once more with HF's own to 1e-6.
 from __future__ import annotations
 
 import pytest
-from harness.parity import Case, assert_parity
+from harness.parity import Case, assert_parity, train_all
 from harness.pool import run_once
 
 TPS = (2, 4)
@@ -50,7 +50,7 @@ CELLS = [
 @pytest.mark.parametrize(("tp", "family", "index"), CELLS)
 def test_training_matches_the_unsharded_model(tp, family, index):
     cases = _cells(family, tp)
-    per_rank = run_once(tp, "harness.parity:train_all", timeout=240, cases=cases)
+    per_rank = run_once(tp, train_all, timeout=240, cases=cases)
     assert_parity([reports[index] for reports in per_rank])
 
 
@@ -58,5 +58,5 @@ def test_training_matches_the_unsharded_model(tp, family, index):
 @pytest.mark.parametrize("family", ["mixtral_own_router", "qwen3_moe_own_router"])
 def test_with_the_routers_of_transformers(tp, family):
     cases = (Case(family), Case(family, parallelize=(("ep", tp),)))
-    for reports in run_once(tp, "harness.parity:train_all", timeout=180, cases=cases):
+    for reports in run_once(tp, train_all, timeout=180, cases=cases):
         assert_parity(reports, tol=OWN_ROUTER)
