@@ -76,6 +76,10 @@ class Case:
             + (f"-data{self.data}" if self.data > 1 else "")
         )
 
+    def varied(self, **fields: Any) -> Case:
+        """The same case but for some fields."""
+        return replace(self, **fields)
+
     @property
     def tp(self) -> int:
         """Tensor parallel degree on this world."""

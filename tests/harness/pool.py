@@ -67,15 +67,15 @@ def pool(world: int) -> Pool:
     return _POOLS[world]
 
 
-def run_on_ranks(
-    world: int, fn: Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any
-) -> list:
+def run_on_ranks(world: int, fn: Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
     """Run `fn(**kwargs)` on each of `world` ranks; the results in rank order."""
     return pool(world).run(fn, timeout=timeout, **kwargs)
 
 
 @functools.cache
-def _outcome(world: int, fn: Callable, timeout: float, kwargs: tuple) -> tuple[list | None, str | None]:
+def _outcome(
+    world: int, fn: Callable, timeout: float, kwargs: tuple
+) -> tuple[list | None, str | None]:
     try:
         return run_on_ranks(world, fn, timeout=timeout, **dict(kwargs)), None
     except RankError as error:

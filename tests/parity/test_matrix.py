@@ -4,9 +4,9 @@ Not the full product but a pairwise design: every family at every tp meets both 
 kinds of checkpointing, both accumulations and both optimizers, and every two of those meet. A fault
 that needs three of them at once would be one of hf_sp's branches on three of them; it has none.
 
-One pytest id a cell; the cells of a family, tp and dtype are run in one job on the persistent ranks,
-at the first of them. Two optimizer steps each, with clipping active. See harness/parity.py for what
-is compared, and harness/report.py for how closely.
+One pytest id a cell; the cells of a family, tp and dtype are run in one job on the persistent
+ranks, at the first of them. Two optimizer steps each, with clipping active. See harness/parity.py
+for what is compared, and harness/report.py for how closely.
 """
 
 from __future__ import annotations
