@@ -148,10 +148,7 @@ def _decoder_alone(report: Report, model: nn.Module, parallel: nn.Module, batch:
 
 
 def _head_by_hand(report: Report, model: nn.Module, parallel: nn.Module, batch: Batch) -> None:
-    """The head called on the decoder's output, outside the model's forward (TRL's chunked losses).
-
-    He head called on the decoder's output, outside the model's forward (TRL's chunked losses).
-    """
+    """The head called on the decoder's output, outside the model: TRL's chunked losses."""
 
     def run(one: nn.Module) -> list[Tensor]:
         hidden = one.model(

@@ -250,6 +250,6 @@ def replicated_head_is_the_wrong_one() -> list[Patch]:
 
 @mutant(Case("llama"))
 def mask_of_another_length() -> list[Patch]:
-    """The block's input keeps one row too few: positions shift against the mask."""
+    """The block's input is rolled by one position, and so shifted against mask and positions."""
     right = comm.gather_sequence
     return [(comm, "gather_sequence", lambda x, n, axis: right(x, n, axis).roll(1, 1))]
