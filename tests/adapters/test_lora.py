@@ -95,7 +95,12 @@ def _lora(name, order):
     return Lora(case, order, fields)
 
 
-@pytest.mark.parametrize(("tp", "order", "name"), CELLS)
+def _mark(tp, order, name):
+    slow = (tp, order) != (2, "after")
+    return pytest.param(tp, order, name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("tp", "order", "name"), [_mark(*cell) for cell in CELLS])
 def test_training_matches_the_unsharded_model(tp, order, name):
     mine = [n for t, o, n in CELLS if (t, o) == (tp, order)]
     cases = tuple(_lora(n, order) for n in mine)

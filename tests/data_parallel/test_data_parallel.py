@@ -17,6 +17,8 @@ from hf_sp.estimate.experts import (
     travelling_experts_moved_per_token,
 )
 
+pytestmark = pytest.mark.slow
+
 LLAMA = Case("llama", data=2)
 SPREAD = Case("qwen2_moe", data=2, parallelize=(("ep", 4),))
 CASES = pytest.mark.parametrize("case", [LLAMA, SPREAD], ids=str)

@@ -13,6 +13,8 @@ import pytest
 from harness.parity import Case, assert_parity, train_all
 from harness.pool import run_once
 
+pytestmark = pytest.mark.slow
+
 # As in tests/sparse: HF's auxiliary loss has no gradient in a reentrant checkpoint.
 WITHOUT_AUX = (("output_router_logits", False),)
 AdamW = {"accum": 3, "optimizer": "adamw", "checkpoint": "non_reentrant"}

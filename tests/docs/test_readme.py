@@ -61,6 +61,7 @@ def _run(script: Path, ranks: int, *args: str) -> list[list[float]]:
     return json.loads(line.removeprefix("RESULT"))
 
 
+@pytest.mark.slow
 def test_the_two_line_diff(tmp_path):
     """Without the added lines on one process, with them on two: same losses and gradient norms.
 

@@ -13,6 +13,8 @@ from harness.report import Report
 
 from mutants import MUTANTS, applied
 
+pytestmark = pytest.mark.slow
+
 # A fault must stand out of the rounding by far; the smallest seen is above 1e-3.
 CLEARLY_WRONG = 1e-5
 

@@ -20,6 +20,8 @@ from harness.noise import noise
 from harness.parity import Case
 from harness.pool import pool
 
+pytestmark = pytest.mark.slow
+
 CELLS = [
     *itertools.product(tiny.FAMILIES, (2, 4), (True,)),
     *itertools.product(("llama_bias", "qwen3_tied"), (2, 4), (False,)),

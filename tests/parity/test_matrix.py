@@ -43,7 +43,7 @@ def _cells(family: str, tp: int, dtype: str) -> tuple[Case, ...]:
 
 
 CELLS = [
-    pytest.param(tp, case, id=f"tp{tp}-{case}")
+    pytest.param(tp, case, id=f"tp{tp}-{case}", marks=[pytest.mark.slow] if tp == 4 else [])
     for tp, family, dtype in itertools.product(TPS, tiny.FAMILIES, ("float64", "float32"))
     for case in _cells(family, tp, dtype)
 ]

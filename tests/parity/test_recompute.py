@@ -34,6 +34,7 @@ CASES = tuple(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}-{dict(c.parallelize)}")
 def test_the_frontier_changes_no_gradient(case):
     per_rank = run_once(2, train_all, timeout=180, cases=CASES)

@@ -1,7 +1,7 @@
 """Any batch, any way of calling: answers and gradients as of the unsharded model.
 
 One pytest id for each input; those of a model and tp run in one job on the persistent ranks, at the
-first of them. What each input or use is, is in harness/inputs.py and harness/uses.py.
+first of them. What each input or use is, is in inputs.py and uses.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from harness import inputs, uses
-from harness.generation import generation
 from harness.parity import Case, assert_parity
 from harness.pool import run_on_ranks, run_once
+
+from behaviour import inputs, uses
+from behaviour.generation import generation
 
 # (tp, case): a padding row and biases; a vocabulary that no tp divides; a window shorter than the
 # sequence, under the eager mask; qk-norm and a tied head; kv heads on several ranks; plain tensor
@@ -59,10 +60,15 @@ def _ids(models):
 
 
 def _cells(models, names):
-    """Each name with each model, grouped by model so that a job's cells are neighbours."""
+    """Each name with each model, grouped by model so that a job's cells are neighbours.
+
+    The first model is quick enough for the inner loop.
+    """
     return [
-        pytest.param(tp, case, name, id=f"{label}-{name}")
-        for (tp, case), label in zip(models, _ids(models), strict=True)
+        pytest.param(tp, case, name, id=f"{label}-{name}", marks=marks)
+        for (tp, case), label, marks in zip(
+            models, _ids(models), [(), *[pytest.mark.slow] * (len(models) - 1)], strict=True
+        )
         for name in (names(tp, case) if callable(names) else names)
     ]
 

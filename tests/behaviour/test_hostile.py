@@ -6,8 +6,8 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
-from features import hostile
-from features.hostile import USES
+from behaviour import hostile
+from behaviour.hostile import USES
 
 
 @pytest.mark.parametrize("sp", [True, False])

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from harness import batches, tiny
 from harness.batches import Batch
 from harness.compare import (
@@ -25,6 +23,7 @@ from harness.compare import (
 )
 from harness.parity import Case, each, pair
 from harness.report import Report
+from torch import Tensor, nn
 
 
 def uses(case: Case) -> dict[str, Report]:

@@ -6,7 +6,7 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
-from features import jobs
+from behaviour import jobs
 
 
 @pytest.mark.parametrize("sp", [True, False])
