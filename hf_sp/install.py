@@ -104,7 +104,7 @@ def _convert(
         if leaf.style == "row":
             RowParallelLinear.convert_(module, state.axis, block, sp=sp)
         else:
-            heads = leaf.heads if leaf.style == "column_replicated" else 0
+            heads = {"column_replicated": leaf.heads, "replicated": 1}.get(leaf.style, 0)
             ColumnParallelLinear.convert_(module, state.axis, block, heads)
             columns.append(module)
     return columns  # type: ignore[return-value]

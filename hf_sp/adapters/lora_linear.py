@@ -18,11 +18,12 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
+from hf_sp.comm.shard import with_local
 from hf_sp.errors import ConfigError
 from hf_sp.model.columns import Factor
 from hf_sp.model.dropout import Dropout
@@ -105,14 +106,7 @@ class ParallelLora:
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """``s B A`` as a DTensor, placed as the base weight."""
         weight = self.get_base_layer().weight
-        return DTensor.from_local(
-            self._local_delta(adapter),
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
+        return with_local(self._local_delta(adapter), weight)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight. To be called on every rank.

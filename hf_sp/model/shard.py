@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.shard import as_dtensor, take_shard
 from hf_sp.errors import PlanError
-from hf_sp.kernels.vocab import vocab_range
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake, is_packed, packed_halves, process_group
+from hf_sp.torch_private import is_fake, packed_halves, process_group
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -122,9 +122,8 @@ def _shard_experts(
     p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
 ) -> nn.Parameter:
     """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
-    rows = p.shape[0] // state.everyone.size
-    piece = p.detach().narrow(0, state.everyone.rank * rows, rows)
-    piece = piece.to(device, copy=True).contiguous()
+    everyone = state.everyone
+    piece = take_shard(p.detach(), Shard(0), everyone.size, everyone.rank, device)
     return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
 
 
@@ -138,33 +137,15 @@ def shard_parameter(
     p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
 ) -> nn.Parameter:
     """This rank's part of a full parameter, as a DTensor parameter."""
-    data = p.detach()
-    if is_packed(placement):
-        halves = [half.chunk(state.tp, placement.dim) for half in data.chunk(2, placement.dim)]
-        piece = torch.cat([half[state.rank].to(device) for half in halves], placement.dim)
-    elif isinstance(placement, Shard):
-        dim = placement.dim
-        # As DTensor's Shard lays uneven sizes out: ceil-sized pieces, the last ones short or empty.
-        start, stop = vocab_range(data.shape[dim], state.axis)
-        data = data.narrow(dim, start, stop - start)
-        # A copy of its own, so that the full storage is freed.
-        piece = data.to(device, copy=True).contiguous()
-    else:
-        piece = data.to(device).contiguous()
+    piece = take_shard(p.detach(), placement, state.tp, state.rank, device)
     return _as_parameter(piece, p, state.mesh, (placement,))
 
 
 def _as_parameter(
     piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> nn.Parameter:
-    tensor = DTensor.from_local(
-        piece,
-        mesh,
-        placements,
-        run_check=False,
-        shape=p.shape,
-        stride=p.contiguous().stride() if not p.is_contiguous() else p.stride(),
-    )
+    stride = p.stride() if p.is_contiguous() else None
+    tensor = as_dtensor(piece, mesh, placements, p.shape, stride)
     new = nn.Parameter(tensor, requires_grad=p.requires_grad)
     # Marks that transformers leaves on parameters (already initialised, no weight decay).
     new.__dict__.update(p.__dict__)

@@ -84,7 +84,7 @@ def _names(block: Block, form: Experts) -> tuple[str, str, str, str]:
     def name(path: str) -> str:
         return path.removeprefix(block.path + ".") if path else ""
 
-    gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"]
+    gates = [leaf.path for leaf in block.leaves if leaf.style == "replicated"]
     return name(form.router), name(form.path), name(form.shared), name(gates[0] if gates else "")
 
 

@@ -14,6 +14,8 @@ from harness import batches, tiny
 from harness.compare import compare_gradients, compare_once, evaluating, fresh, gradients
 from harness.parity import Case, pair, train
 from harness.report import Report
+from hf_sp.moe.flat import FlatEntry
+from hf_sp.moe.shared import SharedBoundary
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
@@ -22,8 +24,6 @@ from hf_sp.errors import ConfigError
 from hf_sp.estimate import count_step
 from hf_sp.moe import beside
 from hf_sp.moe import dispatcher as dispatch
-from hf_sp.moe.flat import FlatEntry
-from hf_sp.moe.shared import SharedBoundary
 from sparse.flight import Products, in_flight
 
 
