@@ -32,7 +32,7 @@ from hf_sp.install import install
 from hf_sp.model.fsdp import shard_over_data
 from hf_sp.model.shard import agree_on_weights, placements, shard_parameters
 from hf_sp.plan import Plan, derive_plan
-from hf_sp.plan.sparse_forms import check_sparse_blocks
+from hf_sp.plan.known_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def parallelize(
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
         kernels: run RMS norms, gated SiLU MLPs and the loss in fused Triton kernels on a GPU (the
-            same numbers in torch operations elsewhere). They are recognised by what they compute;
-            a norm of another form keeps its own code. ``False``: no Triton.
+            same numbers in torch operations elsewhere). They are known by their forward's text; a
+            norm of another form keeps its own code. ``False``: no Triton.
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
             C for attention (``hf_sp.estimate.formulas``), t = tp, under ``sp``:
 

@@ -18,7 +18,7 @@ from hf_sp.model.ports import BlockInput
 from hf_sp.model.stack import StackEntry, StackExit
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.router import leave_router_logits
-from hf_sp.plan.recognise import gated_form, norm_form
+from hf_sp.plan.known_forms import gated_form, norm_form
 from hf_sp.plan.schema import Block, Leaf, Plan
 from hf_sp.state import ParallelState
 

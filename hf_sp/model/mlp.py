@@ -19,7 +19,7 @@ from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 from hf_sp.model.linear import row_output
 from hf_sp.model.local import as_gradient, likeness, values_of
 from hf_sp.model.recompute import Recompute, attach_recompute
-from hf_sp.plan.recognise import GatedForm
+from hf_sp.plan.known_forms import GatedForm
 
 
 class SwiGLUForward:

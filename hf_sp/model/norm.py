@@ -22,7 +22,7 @@ from hf_sp.kernels.norm import rms_norm_backward, rms_norm_forward
 from hf_sp.model.local import as_gradient, check_gathered, likeness, values_of
 from hf_sp.model.parameters import LocalParameters, sum_over_ranks
 from hf_sp.model.recompute import Recompute, attach_recompute
-from hf_sp.plan.recognise import NormForm
+from hf_sp.plan.known_forms import NormForm
 
 
 class RmsNorm(Node):

@@ -12,7 +12,7 @@ from harness.report import assert_parity
 
 from hf_sp.errors import PlanError
 from hf_sp.plan import derive_plan
-from hf_sp.plan.sparse_forms import check_sparse_blocks
+from hf_sp.plan.known_forms import check_sparse_blocks
 from sparse import jobs
 
 SPLITS = pytest.mark.parametrize("ep", [1, 2])

@@ -1,0 +1,305 @@
+"""Norms, gated MLPs and mixture-of-experts blocks whose maths is known, by their forward's text.
+
+transformers copies a forward's text from model to model, so the text says what a module computes
+(``source.py``: when two texts are one). A norm or MLP that matches no form keeps its own forward,
+which is always right; a sparse block is refused. Must not know tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import nn
+
+from hf_sp.errors import PlanError
+from hf_sp.plan.schema import Plan
+from hf_sp.plan.source import known
+
+Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
+
+
+@dataclass(frozen=True, slots=True)
+class NormForm:
+    """An RMS norm's maths; arguments of ``hf_sp.kernels.rms_norm``.
+
+    Args:
+        casting: where it rounds.
+        offset: added to the weight.
+        eps: added to the mean square.
+        float64: whether it agrees in float64 too, where the order of the casts shows.
+    """
+
+    casting: Casting
+    offset: float
+    eps: float
+    float64: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GatedForm:
+    """Names of the linears of ``down(silu(gate(x)) * up(x))``."""
+
+    gate: str
+    up: str
+    down: str
+
+
+_UNIT = "def _norm(self, x): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)"
+_LLAMA = """
+def forward(self, x):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.eps)
+    return self.weight * x.to(dtype)
+"""
+_GEMMA = """
+def forward(self, x):
+    y = self._norm(x.float())
+    y = y * (1.0 + self.weight.float())
+    return y.type_as(x)
+"""
+_EXPERTS = """
+def forward(self, x, index, scale):
+    out = torch.zeros_like(x)
+    with torch.no_grad():
+        mask = F.one_hot(index, num_classes=self.count + 1)
+        mask = mask.permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+    for e in hit:
+        e = e[0]
+        if e == self.count:
+            continue
+        choice, token = torch.where(mask[e])
+        rows = x[token]
+        gate, up = F.linear(rows, self.gate_up[e]).chunk(2, dim=-1)
+        y = self.act(gate) * up
+        y = F.linear(y, self.down[e])
+        y = y * scale[token, choice, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+"""
+
+# kind -> name of the form -> its text. Attributes of self may have other names in the class.
+FORMS: dict[str, dict[str, str]] = {
+    "norm": {
+        "llama": _LLAMA,
+        "gpt_oss": _LLAMA.replace("self.weight * x.to(dtype)", "(self.weight * x).to(dtype)"),
+        "gpt_oss, weight cast": _LLAMA.replace(
+            "self.weight * x.to(dtype)", "(self.weight.to(torch.float32) * x).to(dtype)"
+        ),
+        "gemma": _GEMMA + _UNIT,
+        "moshi": _GEMMA.replace("(1.0 + self.weight.float())", "self.weight.float()") + _UNIT,
+        "gemma4": """
+def forward(self, x):
+    y = self._norm(x.float())
+    if self.scaled:
+        y = y * self.weight.float()
+    return y.type_as(x)
+
+def _norm(self, x):
+    mean_squared = x.pow(2).mean(-1, keepdim=True) + self.eps
+    return x * torch.pow(mean_squared, -0.5)
+""",
+    },
+    "silu": {"silu": "def forward(self, x): return F.silu(x)"},
+    "gated": {
+        "llama": "def forward(self, x):\n"
+        "    y = self.down(self.act(self.gate(x)) * self.up(x)); return y",
+        "qwen2": "def forward(self, x): return self.down(self.act(self.gate(x)) * self.up(x))",
+        "lfm2": "def forward(self, x): return self.down(F.silu(self.gate(x)) * self.up(x))",
+    },
+    # transformers counts a place for tokens of other ranks since 5.18.
+    "experts": {
+        "mixtral": _EXPERTS,
+        "mixtral, before 5.18": _EXPERTS.replace("count + 1", "count"),
+    },
+    "router": {
+        "qwen2_moe": """
+def forward(self, x):
+    x = x.reshape(-1, self.hidden)
+    logits = F.linear(x, self.weight)
+    probabilities = F.softmax(logits, dtype=torch.float, dim=-1)
+    value, index = torch.topk(probabilities, self.top_k, dim=-1)
+    if self.normalise:
+        value /= value.sum(dim=-1, keepdim=True)
+    value = value.to(logits.dtype)
+    scores = value
+    return logits, scores, index
+""",
+        "mixtral": """
+def forward(self, x):
+    x = x.reshape(-1, self.hidden)
+    logits = F.linear(x, self.weight)
+    probabilities = F.softmax(logits.float(), dim=-1)
+    value, index = torch.topk(probabilities, self.top_k, dim=-1)
+    value /= value.sum(dim=-1, keepdim=True)
+    scores = value
+    return logits, scores, index
+""",
+        "cohere2_moe": """
+def forward(self, x):
+    logits = F.linear(x, self.weight)
+    scores, index = torch.topk(logits, self.top_k, dim=-1)
+    if self.choice == "softmax":
+        scores = F.softmax(scores, dim=1, dtype=torch.float)
+    elif self.choice == "sigmoid":
+        scores = F.sigmoid(scores)
+        if self.normalise:
+            scores = scores / torch.sum(scores, dim=-1, keepdims=True)
+    else:
+        raise ValueError("`expert_selection_fn` can only be `softmax` or `sigmoid`")
+    scores = scores.to(x.dtype)
+    return logits, scores, index
+""",
+    },
+    "block": {
+        "qwen3_moe": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    flat = x.view(-1, hidden)
+    _, scale, index = self.router(flat)
+    out = self.experts(flat, index, scale)
+    return out.reshape(batch, length, hidden)
+""",
+        "qwen2_moe": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    flat = x.view(-1, hidden)
+    always = self.shared(flat)
+    _, scale, index = self.router(flat)
+    out = self.experts(flat, index, scale)
+    always = F.sigmoid(self.shared_gate(flat)) * always
+    out = out + always
+    out = out.reshape(batch, length, hidden)
+    return out
+""",
+        "mixtral": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    if self.training and self.jitter > 0:
+        x *= torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
+    x = x.view(-1, x.shape[-1])
+    _, scale, index = self.router(x)
+    x = self.experts(x, index, scale)
+    x = x.reshape(batch, length, hidden)
+    return x
+""",
+        "cohere2_moe": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    flat = x.view(-1, hidden)
+    _, scale, index = self.router(flat)
+    out = self.experts(flat, index, scale)
+    if self.shared_count > 0:
+        always = self.shared(flat)
+        if self.combination == "sum":
+            out = out + always
+        elif self.combination == "average":
+            out = (out + always) / 2
+        else:
+            raise ValueError("`shared_expert_combination_strategy` can only be `sum` or `average`")
+    return out.reshape(batch, length, hidden)
+""",
+    },
+}
+# casting, offset, whether our float64 is theirs: the cast of the weight alone shows only there.
+_NORMS: dict[str, tuple[Casting, float, bool]] = {
+    "llama": ("llama", 0.0, True),
+    "gpt_oss": ("gpt_oss", 0.0, True),
+    "gemma": ("gemma", 1.0, True),
+}
+_WEIGHT_CAST: tuple[Casting, float, bool] = ("gpt_oss", 0.0, False)
+
+
+def norm_form(module: nn.Module) -> NormForm | None:
+    """The form of a norm whose one parameter is ``weight [N]``, None if it is not known."""
+    found = known(module, FORMS["norm"])
+    weight = module._parameters.get("weight")
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers
+    if found is None or weight is None or weight.dim() != 1 or not alone:
+        return None
+    name, roles = found
+    values = {role: module.__dict__.get(attribute) for role, attribute in roles.items()}
+    eps = values["eps"]
+    if roles["weight"] != "weight" or not isinstance(eps, float) or not values.get("scaled", True):
+        return None
+    casting, offset, float64 = _NORMS.get(name, _WEIGHT_CAST)
+    return NormForm(casting, offset, eps, float64)
+
+
+def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | None:
+    """The form of a gated SiLU MLP, None if it computes something else.
+
+    Args:
+        module: the block.
+        columns: names of its two column linears.
+        row: name of its row linear.
+    """
+    found = known(module, FORMS["gated"])
+    if found is None or not _silu(module, found[1]):
+        return None
+    form = GatedForm(*(found[1][role] for role in ("gate", "up", "down")))
+    return form if {*columns} == {form.gate, form.up} and row == form.down else None
+
+
+def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
+    """Refuse experts, routers and blocks of another form. Changes nothing.
+
+    Parts of a block's output are summed over the ranks and its gradients are sums of parts: right
+    only if the block is linear in what its experts return and treats each token by itself, and if
+    the experts are gated SiLU MLPs.
+
+    Raises:
+        PlanError: naming the module.
+    """
+    for block in plan.blocks:
+        form = block.experts
+        if form is None:
+            continue
+        gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"]
+        paths = {"router": form.router, "experts": form.path, "shared": form.shared}
+        paths |= {"shared_gate": path for path in gates}
+        names = {role: path.removeprefix(block.path + ".") for role, path in paths.items() if path}
+        wanted = {
+            "experts": (form.path, {"gate_up": "gate_up_proj", "down": "down_proj"}),
+            "router": (form.router, {"weight": "weight"}),
+            "block": (block.path, names),
+        }
+        for kind, (path, parts) in wanted.items():
+            module = model.get_submodule(path)
+            # A router keeps its forward: one that is bound to it alone counts as its class's.
+            found = known(module, FORMS[kind], bound=kind == "router")
+            roles = found[1] if found else {}
+            owned = {*module._parameters, *module._modules}
+            used = {role: a for role, a in roles.items() if role != "act" and a in owned}
+            if found and used == parts and _silu(module, roles):
+                continue
+            raise PlanError(
+                "a part of a mixture-of-experts block computes something that hf_sp does not know",
+                where=path,
+                got=f"{type(module).__module__}.{type(module).__qualname__}",
+                rule=_RULES[kind],
+                legal=f"a forward with the text of a known {kind}: " + ", ".join(FORMS[kind]),
+                remedy="leave transformers' class, its forward and its activation as they are",
+            )
+
+
+_RULES = {
+    "experts": "gate and up packed in halves, SiLU, no bias",
+    "router": "(logits [T, E], weights [T, k], experts [T, k]) of each token by itself",
+    "block": "parts see the tokens as they are; linear in what the experts return, token by token",
+}
+
+
+def _silu(module: nn.Module, roles: dict[str, str]) -> bool:
+    """Whether the activation, if the form has one, is SiLU."""
+    name = roles.get("act", "")
+    act = module._modules.get(name) or module.__dict__.get(name)
+    if type(act) is nn.SiLU:
+        return "forward" not in act.__dict__
+    if isinstance(act, nn.Module):
+        return known(act, FORMS["silu"]) is not None
+    return not name or act is F.silu
