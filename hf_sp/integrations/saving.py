@@ -51,7 +51,7 @@ def save_whole_tensors(
 
 
 @PATCHES.on(PreTrainedModel, "resize_token_embeddings")
-def resize_first(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def refuse_resize(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Transformers 5.17 to 5.24 copies rows of whole embeddings; of shards it fails half done."""
     if not args and all(value is None for value in kwargs.values()):
         return original(self, *args, **kwargs)  # asks for the embedding only
