@@ -1,16 +1,14 @@
 """hf_sp: Megatron tensor + sequence parallelism for unmodified Hugging Face models, in one line."""
 
-from hf_sp import integrations
-from hf_sp.api import after_parallelize, also_check, parallelize, plain_models
+from hf_sp.versions import warn_if_untested
+
+# Before the rest, which a version that is too new may fail to import.
+warn_if_untested()
+
+from hf_sp.api import parallelize
 from hf_sp.plan import Plan
 from hf_sp.state import parallel_state
 
 __version__ = "0.1.0"
 
 __all__ = ["Plan", "__version__", "parallel_state", "parallelize"]
-
-# Here and not in api: what Trainer, accelerate and checkpoints need sits above it.
-if integrations.install not in after_parallelize:
-    after_parallelize.append(integrations.install)
-    also_check.append(integrations.check_adapters)
-    plain_models.append(integrations.without_adapters)

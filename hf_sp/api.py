@@ -6,15 +6,14 @@ fail for a reason that the user could have caused.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from hf_sp import integrations
 from hf_sp.checks import (
     agree,
     check_arguments,
@@ -29,9 +28,9 @@ from hf_sp.checks import (
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
-from hf_sp.install import install_hooks
+from hf_sp.install import install
 from hf_sp.model.fsdp import shard_over_data
-from hf_sp.model.shard import agree_on_weights, placements, swap_leaves
+from hf_sp.model.shard import agree_on_weights, placements, shard_parameters
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.known_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
@@ -39,17 +38,6 @@ from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-after_parallelize: list[Callable[[nn.Module], None]] = []
-"""What the integrations do to a model that has just been parallelized; they register themselves,
-so that nothing below them has to import them."""
-
-also_check: list[Callable[[nn.Module], None]] = []
-"""What the integrations refuse about a model before it is touched."""
-
-plain_models: list[Callable[[nn.Module], AbstractContextManager[nn.Module]]] = []
-"""Context managers of the integrations: inside, what was wrapped around a model (adapters) is set
-aside, and the transformers model itself is there to be planned and sharded."""
 
 
 def parallelize(
@@ -135,11 +123,10 @@ def parallelize(
         check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
         check_environment()
         check_model(model)
-        for check in also_check:
-            check(model)
+        integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
-        with _plain(model) as whole:
+        with integrations.without_adapters(model) as whole:
             resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
@@ -165,7 +152,7 @@ def parallelize(
         kernels=kernels,
         recompute=recompute or ("norm+act" if kernels else "none"),
     )
-    with _plain(model) as whole:
+    with integrations.without_adapters(model) as whole:
         _shard(whole, resolved, state)
         if ranks.data is not None:
             shard_over_data(whole, state, ranks.data)
@@ -183,16 +170,7 @@ def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
             ", ".join(taken[:3]),
             ", ..." if len(taken) > 3 else "",
         )
-    swap_leaves(model, plan, state)
-    install_hooks(model, plan, state)
+    shard_parameters(model, plan, state)
+    install(model, plan, state)
     setattr(model, ATTRIBUTE, state)
-    for hook in after_parallelize:
-        hook(model)
-
-
-@contextlib.contextmanager
-def _plain(model: nn.Module) -> Iterator[nn.Module]:
-    with contextlib.ExitStack() as stack:
-        for opener in plain_models:
-            model = stack.enter_context(opener(model))
-        yield model
+    integrations.install(model)

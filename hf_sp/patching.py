@@ -78,9 +78,3 @@ class Patches:
 
         setattr(method, _ORIGINAL, original)
         return method
-
-
-def original_of(owner: type, name: str) -> Callable[..., Any]:
-    """The method as its package wrote it, patched or not."""
-    current = inspect.getattr_static(owner, name)
-    return getattr(current, _ORIGINAL, current)

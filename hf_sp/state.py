@@ -53,8 +53,6 @@ class ParallelState:
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
         lazy_hidden: this forward wants the loss alone, which gathers hidden states by chunks.
-        attended: whole length of the latest attention block; a block that is computed again in
-            backward follows an attention block of its own.
         load: tokens of each expert in the latest forward, by the path of the experts; counted on
             this rank's own tokens where experts are split whole.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
@@ -75,7 +73,6 @@ class ParallelState:
     in_model: bool = False
     lazy_hidden: bool = False
     length: int | None = None
-    attended: int | None = None
     load: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logits_wanted: bool = True
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
@@ -188,7 +185,6 @@ class ParallelState:
             in_model=False,
             lazy_hidden=False,
             length=None,
-            attended=None,
             load={},
             logits_wanted=True,
             checks_left=dict(self.checks_left),

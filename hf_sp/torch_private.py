@@ -1,7 +1,7 @@
 """Every private name of torch that hf_sp (outside ``estimate`` and ``checkpoint``) stands on.
 
 One place to look when torch changes; each says why it is needed and is held, with the versions
-torch 2.11 to 2.13 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
+torch 2.11 to 2.14 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
 
 Not listed: ``nn.Module._parameters`` and its kin, which every package that edits modules uses.
 """
@@ -17,13 +17,21 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec as DTensorSpec
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
 # in a way of their own (all_reduce all-reduces again in backward), and the plain torch.distributed
 # calls cannot be traced.
 collective_ops = torch.ops._c10d_functional
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Call operators without their autograd kernels, which for collectives are Python."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def graph_task() -> int:
@@ -39,6 +47,29 @@ def process_group(name: str) -> ProcessGroup:
 def device_assert(holds: Tensor, message: str) -> None:
     """Fail on the device if false, as torch's own kernels do, without a synchronisation."""
     torch._assert_async(holds, message)
+
+
+def local_tensor(x: Tensor) -> Tensor:
+    """The local tensor of a DTensor itself: no autograd node, and no gradient."""
+    return cast(Any, x)._local_tensor
+
+
+def spec_of(x: Tensor) -> DTensorSpec:
+    """Mesh, placements, shape and dtype of a DTensor."""
+    return cast(Any, x)._spec
+
+
+def dtensor_of(x: Tensor, spec: DTensorSpec) -> DTensor:
+    """The DTensor of that spec whose local tensor is x.
+
+    What ``DTensor.from_local`` builds, without building the spec again: a gradient's is the
+    parameter's. Without ``__init__``, which does nothing but call a decorator of torch.compile's.
+    """
+    x = x if x.is_contiguous() else x.contiguous()
+    meta = spec.tensor_meta
+    if meta is not None and x.dtype != meta.dtype:
+        x = x.to(meta.dtype)
+    return DTensor.__new__(DTensor, x, spec, requires_grad=False)
 
 
 def packed_halves(dim: int) -> Placement:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers over parallel linears: what ``peft`` calls, what ``layers.lora`` computes.
+"""PEFT's LoRA layers over parallel linears: what ``peft`` calls, what ``low_rank`` computes.
 
 A stock ``lora.Linear`` becomes one of these by changing its class, as the linears do, so that its
 adapters, names and identity stay and PEFT's own code (switching, merging, deleting) goes on.
@@ -18,17 +18,20 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
+from hf_sp.comm.shard import with_local
 from hf_sp.errors import ConfigError
-from hf_sp.model.factors import Dropout
-from hf_sp.model.local import cast_for_autocast, local
-from hf_sp.model.lora import entry_factor, factor_linear
+from hf_sp.model.columns import Factor
+from hf_sp.model.dropout import Dropout
+from hf_sp.model.local import autocast_dtype, cast_for_autocast, local
+from hf_sp.model.low_rank import low_rank
 from hf_sp.model.parameters import PARTIAL
+from hf_sp.model.ports import low_rank_column
 
-_DRAWN = "_hf_sp_drawn"
 _FACTOR = "_hf_sp_dora_factor"
 
 
@@ -42,7 +45,6 @@ class ParallelLora:
     def take_over(cls, layer: Any) -> None:
         """Make a stock LoRA layer one of these, in place."""
         layer.__class__ = cls
-        layer.__dict__.setdefault(_DRAWN, {})
 
     # --- which pairs -------------------------------------------------------------------------
 
@@ -58,11 +60,12 @@ class ParallelLora:
             return []
         return [name for name in self.active_adapters if name in self._names()]
 
-    def _draw(self: Any, adapter: str) -> Dropout | None:
+    def _probability(self: Any, adapter: str) -> float:
         module = self.lora_dropout[adapter]
-        return (
-            Dropout.draw(module.p) if isinstance(module, nn.Dropout) and module.training else None
-        )
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+    def _draw(self: Any, adapter: str) -> Dropout | None:
+        return Dropout.draw(self._probability(adapter))
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -103,14 +106,7 @@ class ParallelLora:
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """``s B A`` as a DTensor, placed as the base weight."""
         weight = self.get_base_layer().weight
-        return DTensor.from_local(
-            self._local_delta(adapter),
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
+        return with_local(self._local_delta(adapter), weight)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight. To be called on every rank.
@@ -194,7 +190,7 @@ class _ParallelLoraLinear(ParallelLora, LoraLinear):
 
     def _summed(self: Any, parameter: Tensor) -> Tensor:
         """A parameter whose gradient each rank has a part of only."""
-        return comm.identity_allreduce(parameter, self._axis())
+        return pairs.identity_allreduce(parameter, self._axis())
 
     def _merged(self: Any, adapter: str, weight: Tensor) -> Tensor:
         if adapter not in self.lora_magnitude_vector:
@@ -230,21 +226,28 @@ class ColumnLoraLinear(_ParallelLoraLinear):
 
     placements = (Replicate(), Shard(0), Shard(0))
 
-    def entry_factors(self: Any, x: Tensor) -> list[tuple[int, Tensor]]:
-        """A of each active adapter, as the coming forward uses it; draws their dropout."""
-        found = []
-        for adapter in self._used():
-            self.__dict__[_DRAWN][adapter] = self._draw(adapter)
-            A = cast_for_autocast(local(self.lora_A[adapter].weight), x)
-            found.append((id(self.lora_A[adapter]), A))
-        return found
+    def entry_factors(self: Any, x: Tensor) -> list[Factor]:
+        """A of each active adapter, as the coming forward uses it."""
+        return [
+            Factor(self.lora_A[name], self._node_factor(name, x), self._probability(name))
+            for name in self._used()
+        ]
+
+    def _node_factor(self: Any, adapter: str, x: Tensor) -> Tensor:
+        A = self.lora_A[adapter].weight
+        direct = autocast_dtype(x) is None and not torch.compiler.is_compiling()
+        return A if direct else cast_for_autocast(local(A), x)
 
     def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
-        A, B = (local(p) for p in self._factors(adapter))
-        drawn = self.__dict__[_DRAWN]
-        dropout = drawn.pop(adapter) if adapter in drawn else self._draw(adapter)
-        key = id(self.lora_A[adapter])
-        u = entry_factor(x, key, cast_for_autocast(A, x), dropout, self._axis())
+        gathered = self.base_layer.block.gathered
+        port = None if gathered is None else gathered.port(self.lora_A[adapter], x)
+        if port is not None:
+            u = low_rank_column(x, port, gathered)
+        else:
+            # Changed on the way: an ordinary linear, which each rank has a part of the gradient of.
+            A = cast_for_autocast(local(self.lora_A[adapter].weight), x)
+            u = low_rank(x, pairs.identity_allreduce(A, self._axis()), self._draw(adapter), 0)
+        B = local(self.lora_B[adapter].weight)
         if self.base_layer.rows is not None:
             B = self._rows(self._summed(B))
         return F.linear(u * self.scaling[adapter], B)
@@ -270,7 +273,7 @@ class RowLoraLinear(_ParallelLoraLinear):
         axis, base = self._axis(), self.base_layer
         x = cast_for_autocast(x, x)
         # Other features on each rank: masks of its own.
-        z = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), axis.rank)
+        z = low_rank(x, cast_for_autocast(A, x), self._draw(adapter), axis.rank)
         z, B = z * self.scaling[adapter], self._summed(B)
         # As the base: permute the small input, not the full-size output.
         return F.linear(z.transpose(0, 1), B).transpose(0, 1) if base.sp else F.linear(z, B)
@@ -300,7 +303,7 @@ class ReplicatedLoraLinear(_ParallelLoraLinear):
     def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
         A, B = (self._summed(local(p)) for p in self._factors(adapter))
         x = cast_for_autocast(x, x)
-        u = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), 0)
+        u = low_rank(x, cast_for_autocast(A, x), self._draw(adapter), 0)
         return F.linear(u * self.scaling[adapter], B)
 
     def _summed(self: Any, parameter: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from hf_sp.adapters.lora_linear import (
     RowLoraLinear,
 )
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.kernels.vocab import vocab_range, vocab_sizes
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.model.local import cast_for_autocast, local
-from hf_sp.model.lora import factor_linear
+from hf_sp.model.low_rank import low_rank
 
 
 class HeadLoraLinear(ParallelLora, LoraLinear):
@@ -50,9 +51,9 @@ class HeadLoraLinear(ParallelLora, LoraLinear):
         A, B = (local(p) for p in self._factors(adapter))
         axis, vocab = self._axis(), self.get_base_layer().vocab
         x = cast_for_autocast(x, x)
-        u = factor_linear(x, cast_for_autocast(A, x), self._draw(adapter), 0)
-        u = comm.identity_allreduce(u * self.scaling[adapter], axis)
-        return comm.concat_slice(F.linear(u, B), u.dim() - 1, vocab_sizes(vocab, axis), axis)
+        u = low_rank(x, cast_for_autocast(A, x), self._draw(adapter), 0)
+        u = pairs.identity_allreduce(u * self.scaling[adapter], axis)
+        return pairs.concat_slice(F.linear(u, B), u.dim() - 1, vocab_sizes(vocab, axis), axis)
 
 
 class ParallelLoraEmbedding(ParallelLora, LoraEmbedding):
@@ -89,7 +90,7 @@ class ParallelLoraEmbedding(ParallelLora, LoraEmbedding):
             if padding is not None:
                 padding = padding - start if start <= padding < stop else None
             rows = F.embedding(ids, A.t(), padding).masked_fill(elsewhere.unsqueeze(-1), 0)
-        rows = comm.allreduce_identity(rows, axis)
+        rows = pairs.allreduce_identity(rows, axis)
         return F.linear(rows * self.scaling[adapter], B)
 
 

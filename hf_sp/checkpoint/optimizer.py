@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from hf_sp.checkpoint.packed import HALVES, halves, joined, packed_dims
-from hf_sp.checkpoint.weights import listing, shard_like
+from hf_sp.checkpoint.packed import HALVES, packed_dims
+from hf_sp.checkpoint.weights import listing
+from hf_sp.comm.shard import merge_gate_up, shard_like, split_gate_up, with_local
 from hf_sp.errors import CheckpointError
 from hf_sp.state import parallel_state
 
@@ -103,9 +104,8 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
                 if sharded and value.numel() > 1 and not isinstance(value, DTensor):
                     problems.append(f"{name}.{key}: a plain tensor {tuple(value.shape)}")
                 if name in packed and value.shape == parameter.shape:
-                    for half, part in zip(
-                        HALVES, halves(value.detach(), packed[name]), strict=True
-                    ):
+                    parts = split_gate_up(value.detach(), packed[name])
+                    for half, part in zip(HALVES, parts, strict=True):
                         tensors[f"state.{name}.{key}/{half}"] = part
                 else:
                     tensors[f"state.{name}.{key}"] = value.detach()
@@ -145,6 +145,12 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     dcp_save(tensors, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
 
 
+def _of_state(key: str) -> tuple[str, str]:
+    """``state.<parameter name>.<state name>`` in two; the state's name has no dot."""
+    name, _, entry = key.removeprefix("state.").rpartition(".")
+    return name, entry
+
+
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> None:
     """Read what ``save_optimizer`` wrote, at any degree. To be called on every rank.
 
@@ -174,51 +180,47 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
     packed = packed_dims(model)
     templates: dict[str, Any] = {}
     wrong: list[str] = []
-    for name in parameters:
-        head = f"state.{name}."
-        for key, item in metadata.items():
-            if not key.startswith(head) or "." in key[len(head) :]:
-                continue
-            assert isinstance(item, TensorStorageMetadata)
-            parameter: Tensor = parameters[name]
-            dtype = item.properties.dtype
-            if key.endswith(tuple(f"/{half}" for half in HALVES)) and name in packed:
-                parameter = halves(parameter.detach(), packed[name])[0]
-            if item.size == parameter.shape and isinstance(parameter, DTensor):
-                local = torch.zeros_like(parameter.to_local(), dtype=dtype)
-                templates[key] = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-            elif item.size == parameter.shape or item.size.numel() == 1:
-                templates[key] = torch.zeros(item.size, dtype=dtype)
-            else:
-                wrong.append(
-                    f"{key}: {tuple(item.size)}, the parameter is {tuple(parameter.shape)}"
-                )
+    for key, item in metadata.items():
+        name, entry = _of_state(key)
+        if name not in parameters:
+            continue
+        assert isinstance(item, TensorStorageMetadata)
+        parameter: Tensor = parameters[name]
+        dtype = item.properties.dtype
+        if entry.endswith(tuple(f"/{half}" for half in HALVES)) and name in packed:
+            parameter = split_gate_up(parameter.detach(), packed[name])[0]
+        if item.size == parameter.shape and isinstance(parameter, DTensor):
+            local = torch.zeros_like(parameter.to_local(), dtype=dtype)
+            templates[key] = with_local(local, parameter)
+        elif item.size == parameter.shape or item.size.numel() == 1:
+            templates[key] = torch.zeros(item.size, dtype=dtype)
+        else:
+            wrong.append(f"{key}: {tuple(item.size)}, the parameter is {tuple(parameter.shape)}")
     if wrong:
         raise _misfit(wrong, directory)
     dcp_load(templates, checkpoint_id=str(directory), no_dist=no_dist)
 
-    for name, dim in packed.items():
-        for key in [k for k in templates if k.startswith(f"state.{name}.")]:
-            whole, _, half = key.rpartition("/")
-            if half == HALVES[0]:
-                gate, up = (templates.pop(f"{whole}/{h}") for h in HALVES)
-                templates[whole] = joined(gate, up, dim, parameters[name])
+    entries: dict[str, dict[str, Any]] = {}
+    for key in list(templates):
+        if key not in templates:
+            continue  # the other half of one that is merged
+        name, entry = _of_state(key)
+        whole, _, half = key.rpartition("/")
+        if name in packed and half in HALVES:
+            gate, up = (templates.pop(f"{whole}/{h}") for h in HALVES)
+            value = merge_gate_up(gate, up, packed[name], parameters[name])
+            entry = entry.removesuffix(f"/{half}")
+        else:
+            value = templates[key]
+        entries.setdefault(name, {})[entry] = value
 
     order = [n for g in groups for n in g]
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(order):
-        head = f"state.{name}."
-        entry = {k[len(head) :]: v for k, v in templates.items() if k.startswith(head)}
-        entry.update({k: _decode(v) for k, v in document["scalars"].get(name, {}).items()})
-        if entry:
-            state[index] = entry
+        scalars = document["scalars"].get(name, {})
+        known = entries.get(name, {}) | {k: _decode(v) for k, v in scalars.items()}
+        if known:
+            state[index] = known
     _put(optimizer, state, [_options(g["options"]) for g in document["groups"]])
 
 

@@ -1,8 +1,8 @@
 """Whole tensors to shards and back: the weights.
 
-Owns the layout questions of saving and loading: which slice of a whole tensor a rank keeps, and how
-shards become whole tensors without every rank holding the model. Weights are written as whole
-tensors under Hugging Face's names, kept by the writing rank alone. What Trainer and accelerate make
+Owns how shards become whole tensors without every rank holding the model; the part that a rank
+keeps is cut in ``hf_sp.comm.shard``. Weights are written as whole tensors under Hugging Face's
+names, kept by the writing rank alone. What Trainer and accelerate make
 of it is in ``hf_sp.integrations``.
 
 Private API: ``distributed_c10d._get_default_store``, the only way to learn that a rank is absent
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_sp.checkpoint.packed import packed_dims
+from hf_sp.comm.shard import shard_like
 from hf_sp.errors import CheckpointError
 from hf_sp.state import parallel_state
 
@@ -35,40 +36,6 @@ _HOOKED = "_hf_sp_load_hook"
 _WARN_SECONDS = 10.0
 _LISTED = 8
 """Problems listed in full in one message."""
-
-
-# --- one tensor ---------------------------------------------------------------------------------
-
-
-def chunk(full: Tensor, dim: int, parts: int, index: int) -> Tensor:
-    """Part ``index`` of ``full`` cut as ``torch.chunk`` and DTensor cut it; may be empty."""
-    size = -(-full.shape[dim] // parts)
-    start = min(index * size, full.shape[dim])
-    return full.narrow(dim, start, min(size, full.shape[dim] - start))
-
-
-def shard_like(full: Tensor, like: DTensor) -> DTensor:
-    """This rank's part of a whole tensor, laid out as ``like``. No communication.
-
-    The slice is cut where ``full`` is (on the CPU, as a rule), so that a GPU never holds the whole.
-
-    Args:
-        full: the whole tensor, the same on every rank.
-        like: the DTensor whose mesh, placements and device count; its dtype does not.
-    """
-    if isinstance(full, DTensor):
-        return full
-    mesh = like.device_mesh
-    if mesh.ndim == 1 and type(like.placements[0]) in (Shard, Replicate):
-        placement = like.placements[0]
-        part = full
-        if isinstance(placement, Shard):
-            part = chunk(full, placement.dim, mesh.size(), mesh.get_local_rank())
-        part = part.to(like.to_local().device).contiguous()
-        return DTensor.from_local(
-            part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-    return distribute_tensor(full, mesh, like.placements, src_data_rank=None)
 
 
 def whole(x: Tensor) -> Tensor:

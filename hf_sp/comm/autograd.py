@@ -1,4 +1,4 @@
-"""Backward functions that can be run, but not differentiated again.
+"""What all autograd Functions of hf_sp share: a direct call, and no second derivative.
 
 torch's own ``once_differentiable`` notices a second derivative only where the incoming gradient
 depends on something. A weight's gradient depends on the saved input as well: a penalty on the norm
@@ -18,6 +18,21 @@ import torch
 from torch import Tensor
 
 from hf_sp.errors import ConfigError
+
+
+class Node(torch.autograd.Function):
+    """Base of hf_sp's autograd Functions: ``apply`` without torch's Python in front of it.
+
+    That Python serves functorch transforms and ``setup_context``, which none of ours uses, at about
+    a Python call for each argument.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Run the forward and record the node."""
+        if torch.compiler.is_compiling():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class _Refuse(torch.autograd.Function):
@@ -43,10 +58,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         made = [x for x in several if isinstance(x, Tensor)]
         # An anchor that needs a gradient makes the outputs part of a graph, whatever came in.

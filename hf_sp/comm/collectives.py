@@ -1,8 +1,7 @@
-"""The only file that talks to the wire about activations and their gradients.
+"""The only files that talk to the wire: collectives here, their autograd pairs in ``pairs``.
 
-Each autograd pair is named ``<forward>_<backward>``: the name is the contract. Collectives run on
-contiguous dim-0 buffers, so hidden states are handled sequence-major inside and shown to the model
-as ``[B, S, H]`` views; with B = 1 nothing is copied.
+Collectives run on contiguous dim-0 buffers, so hidden states are handled sequence-major inside and
+shown to the model as ``[B, S, H]`` views; with B = 1 nothing is copied.
 
 Shape letters: B batch, S full sequence, s = ceil(S / tp), H features. Lower case = local.
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_sp.comm.autograd import once_differentiable
-from hf_sp.torch_private import collective_ops
+from hf_sp.torch_private import below_autograd, collective_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +50,24 @@ def padded(length: int, size: int) -> int:
 
 def launch_all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Start an all-gather of ``[n, ...]`` to ``[tp * n, ...]``; read it only after ``wait``."""
-    return _launched(collective_ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+    op = collective_ops.all_gather_into_tensor.default
+    return _launch(op, x.contiguous(), axis.size, axis.group)
 
 
 def launch_reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """Start a summing reduce-scatter of ``[tp * n, ...]`` to ``[n, ...]``."""
-    return _launched(
-        collective_ops.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group)
-    )
+    op = collective_ops.reduce_scatter_tensor.default
+    return _launch(op, x.contiguous(), "sum", axis.size, axis.group)
 
 
 def launch_all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Start a sum over the axis; ``x`` is left as it was."""
-    return _launched(collective_ops.all_reduce(x.contiguous(), "sum", axis.group))
+    return _launch(collective_ops.all_reduce.default, x.contiguous(), "sum", axis.group)
+
+
+def launch_all_reduce_(x: Tensor, axis: Axis) -> Tensor:
+    """Start a sum over the axis in the memory of ``x``, which is contiguous and the caller's."""
+    return _launch(collective_ops.all_reduce_.default, x, "sum", axis.group)
 
 
 def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis) -> Tensor:
@@ -76,18 +79,32 @@ def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis
         send: number of rows that go to each rank.
         axis: the ranks.
     """
-    return _launched(collective_ops.all_to_all_single(x.contiguous(), receive, send, axis.group))
+    op = collective_ops.all_to_all_single.default
+    return _launch(op, x.contiguous(), receive, send, axis.group)
 
 
-def _launched(x: Tensor) -> Tensor:
-    # Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
-    # hf_sp: docs/numerics.md). On CPU each is waited for; nothing could run beside it anyway.
-    return wait(x) if x.device.type == "cpu" else x
+def waits_at_launch(x: Tensor) -> bool:
+    """Whether a collective on x is waited for when it is launched: on CPU.
+
+    Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
+    hf_sp: docs/numerics.md), and nothing could run beside one anyway.
+    """
+    return x.device.type == "cpu"
+
+
+def _launch(op: Any, x: Tensor, *args: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        result = op(x, *args)
+        return collective_ops.wait_tensor.default(result) if waits_at_launch(x) else result
+    # All callers are inside of autograd Functions: nothing here is to be recorded.
+    with below_autograd():
+        result = op(x, *args)
+        return collective_ops.wait_tensor.default(result) if waits_at_launch(x) else result
 
 
 def wait(x: Tensor) -> Tensor:
     """Block (the stream, on a GPU) until the collective that makes ``x`` is done."""
-    return collective_ops.wait_tensor(x)
+    return x if waits_at_launch(x) else collective_ops.wait_tensor.default(x)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
@@ -103,6 +120,11 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis; ``x`` is left as it was."""
     return wait(launch_all_reduce(x, axis))
+
+
+def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis in the memory of ``x``, which is contiguous and the caller's."""
+    return wait(launch_all_reduce_(x, axis))
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis) -> Tensor:
@@ -137,210 +159,3 @@ def gather_sequence(x_BsH: Tensor, length: int | None, axis: Axis) -> Tensor:
 def reduce_scatter_sequence(x_BSH: Tensor, axis: Axis) -> Tensor:
     """Sum of the ranks' partial ``[B, S, H]``, this rank's shard ``[B, s, H]`` of it."""
     return reduce_scatter(pad_sequence(x_BSH.transpose(0, 1), axis), axis).transpose(0, 1)
-
-
-# --- autograd pairs -----------------------------------------------------------------------------
-
-
-class _ScatterAllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSH: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.length = axis, x_BSH.shape[1]
-        return own_shard(x_BSH, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return gather_sequence(grads[0], ctx.length, ctx.axis), None
-
-
-class _AllGatherScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return gather_sequence(x_BsH, length, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return own_shard(grads[0], ctx.axis), None, None
-
-
-class _GatheredReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BsH: Tensor, full_BSH: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return full_BSH.view_as(full_BSH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return reduce_scatter_sequence(grads[0], ctx.axis), None, None
-
-
-class _ReduceScatterAllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSH: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.length = axis, x_BSH.shape[1]
-        return reduce_scatter_sequence(x_BSH, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return gather_sequence(grads[0], ctx.length, ctx.axis), None
-
-
-class _IdentityAllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return all_reduce(grads[0], ctx.axis), None
-
-
-class _IdentityOneRank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        # Zeros, and not nothing: every rank has to run the same backward.
-        return grads[0] if ctx.axis.rank == 0 else torch.zeros_like(grads[0]), None
-
-
-class _AllReduceIdentity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
-
-
-class _ConcatSlice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-        ctx.dim, ctx.start, ctx.width = dim, sum(sizes[: axis.rank]), x.shape[dim]
-        # Ranks may hold different widths (uneven vocabulary): gather at the widest, then strip.
-        widest = max(sizes)
-        moved = x.movedim(dim, 0)
-        if moved.shape[0] < widest:
-            fill = moved.new_zeros(widest - moved.shape[0], *moved.shape[1:])
-            moved = torch.cat([moved, fill])
-        parts = all_gather(moved, axis).split(widest)
-        full = torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
-        # HF code calls .view on logits and attention weights.
-        return full.movedim(0, dim).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0].narrow(ctx.dim, ctx.start, ctx.width), None, None, None
-
-
-def scatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:
-    """Take this rank's sequence shard of a replicated tensor; the backward all-gathers.
-
-    Shapes:   x [B, S, H] any float dtype, any strides -> [B, s, H], sequence-major inside
-    Forward:  no collective; rows are padded with zeros where tp does not divide S
-    Backward: 1 all-gather of the gradient shard; padding rows are dropped
-    Saves:    nothing
-    """
-    return _ScatterAllGather.apply(x_BSH, axis)
-
-
-def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
-    """All-gather a sequence shard for code that is replicated; the backward takes the shard.
-
-    Right only where every rank computes the same thing with the result, so that each holds the
-    whole gradient. After tensor-parallel code it is partial: gathered_reducescatter.
-
-    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
-    Forward:  1 all-gather
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _AllGatherScatter.apply(x_BsH, length, axis)
-
-
-def gathered_reducescatter(x_BsH: Tensor, full_BSH: Tensor, axis: Axis) -> Tensor:
-    """Hand the gathered tensor to tensor-parallel code; the backward reduce-scatters to the shard.
-
-    Shapes:   x [B, s, H], full [B, S, H] = all shards -> full, with x's gradient path
-    Forward:  no collective
-    Backward: 1 reduce-scatter; the gradient must be partial
-    Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g without its forward
-    """
-    return _GatheredReduceScatter.apply(x_BsH, full_BSH.detach(), axis)
-
-
-def reducescatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:
-    """Reduce-scatter partial sums to sequence shards; the backward all-gathers.
-
-    Shapes:   x [B, S, H] partial -> [B, s, H]
-    Forward:  1 reduce-scatter
-    Backward: 1 all-gather
-    Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, the conjugate of g
-    """
-    return _ReduceScatterAllGather.apply(x_BSH, axis)
-
-
-def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
-    """Hand a replicated tensor to code whose gradient is partial; the backward sums it.
-
-    Shapes:   any -> the same (a view)
-    Forward:  no collective
-    Backward: 1 all-reduce (sum)
-    Saves:    nothing
-    """
-    return _IdentityAllReduce.apply(x, axis)
-
-
-def identity_onerank(x: Tensor, axis: Axis) -> Tensor:
-    """Hand out what all ranks have computed alike; the backward counts one rank's gradient.
-
-    For what leaves a block whose gradients are partial, and so summed over the ranks, to code that
-    is replicated: there each rank holds the whole gradient.
-
-    Shapes:   any -> the same (a view)
-    Forward:  no collective
-    Backward: no collective; the first rank passes the gradient on, the others zeros
-    Saves:    nothing
-    """
-    return _IdentityOneRank.apply(x, axis)
-
-
-def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:
-    """Sum partial tensors; the backward passes the replicated gradient on.
-
-    Shapes:   any, partial -> the same, replicated
-    Forward:  1 all-reduce (sum)
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _AllReduceIdentity.apply(x, axis)
-
-
-def concat_slice(x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-    """Concatenate the ranks' pieces along ``dim``; the backward takes this rank's slice.
-
-    Used for what leaves the parallel region along a feature dim: logits (vocabulary), attention
-    weights (heads). Right only where the result is used alike on all ranks.
-
-    Shapes:   x [.., sizes[rank], ..] -> [.., sum(sizes), ..]
-    Forward:  1 all-gather (of the widest piece times tp)
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _ConcatSlice.apply(x, dim, sizes, axis)

@@ -229,7 +229,7 @@ def _fake_depth() -> tuple[int, int]:
     mode that is on already if there is one, so that only the depth tells the two apart.
     """
     mode = active_fake_mode()
-    # `enter_stack` is private, in torch 2.11 and 2.13 alike; without it such ops inflate the peak.
+    # `enter_stack` is private, in torch 2.11 to 2.14 alike; without it such ops inflate the peak.
     return (0, 0) if mode is None else (id(mode), len(mode.enter_stack))
 
 

@@ -48,7 +48,7 @@ def fake_world(size: int, rank: int = 0) -> Iterator[DeviceMesh]:
             remedy="run it outside the launcher, or after dist.destroy_process_group()",
         )
     # Private, and the only way in: importing it registers the "fake" backend, and no public module
-    # does. Present and alike in torch 2.11 and 2.13; torch's own memory tools use it so.
+    # does. Present and alike in torch 2.11 to 2.14; torch's own memory tools use it so.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -71,7 +71,7 @@ def fake_tensors(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     Args:
         dtype: default dtype of what is made inside.
     """
-    # Private; FakeTensorMode has no public path in torch 2.11 to 2.13.
+    # Private; FakeTensorMode has no public path in torch 2.11 to 2.14.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = torch.get_default_dtype()

@@ -23,23 +23,30 @@ def install(model: nn.Module) -> None:
         model: a parallelized model.
     """
     # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
-    from hf_sp.integrations import accelerate, marks, saving, trainer, trainer_files
+    from hf_sp.integrations import (
+        accelerate_mesh,
+        accelerate_patches,
+        mark,
+        saving,
+        trainer,
+        trainer_files,
+    )
 
     saving.PATCHES.apply()
-    accelerate.PATCHES.apply()
-    accelerate.STATE_PATCHES.apply()
+    accelerate_patches.PATCHES.apply()
+    accelerate_patches.STATE_PATCHES.apply()
     for patches in (trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES):
         patches.apply()
     state = parallel_state(model)
     assert state is not None
-    marks.mark(model, state.tp)
-    accelerate.remember(model)
+    mark.mark_tensor_parallel(model, state.tp)
+    accelerate_mesh.register_parallel_model(model)
     install_load_hook(model)
     if has_peft():
-        from hf_sp.adapters import peft
+        from hf_sp.adapters import peft_patches
 
-        peft.LAYER_PATCHES.apply()
-        peft.PATCHES.apply()
+        peft_patches.LAYER_PATCHES.apply()
+        peft_patches.PATCHES.apply()
 
 
 def has_peft() -> bool:
@@ -58,9 +65,9 @@ def check_adapters(model: nn.Module) -> None:
 def without_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """The model without its adapters, for as long as it is sharded."""
     if hasattr(model, "peft_config") and has_peft():
-        from hf_sp.adapters import peft
+        from hf_sp.adapters import adopt
 
-        return peft.without_adapters(model)
+        return adopt.without_adapters(model)
     return _itself(model)
 
 

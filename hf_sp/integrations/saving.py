@@ -2,7 +2,7 @@
 
 ``save_pretrained`` is called on all ranks and written by one.
 
-transformers' own gather for native TP (5.17 to 5.23, ``gather_state_dict_for_save``) keeps a CPU
+transformers' own gather for native TP (5.17 to 5.24, ``gather_state_dict_for_save``) keeps a CPU
 copy of the whole model on every rank, gathers nothing at tp=1, and gathers by each rank's own list
 of names, which differ when adapters are loaded in place (rank 0 has the adapter's alone: a hang).
 """
@@ -51,8 +51,8 @@ def save_whole_tensors(
 
 
 @PATCHES.on(PreTrainedModel, "resize_token_embeddings")
-def resize_first(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Transformers 5.17 to 5.23 copies rows of whole embeddings; of shards it fails half done."""
+def refuse_resize(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Transformers 5.17 to 5.24 copies rows of whole embeddings; of shards it fails half done."""
     if not args and all(value is None for value in kwargs.values()):
         return original(self, *args, **kwargs)  # asks for the embedding only
     raise ConfigError(

@@ -1,7 +1,7 @@
 """The stock ``Trainer`` and a parallelized model.
 
 A Trainer is ours when ``parallel_state(trainer.model)`` is not None. What it does wrong with such a
-model, in transformers 5.17 to 5.23, is corrected here one method at a time. The model carries the
+model, in transformers 5.17 to 5.24, is corrected here one method at a time. The model carries the
 light mark only (``_tp_size`` and ``config.distributed_config``): with transformers' own mark,
 ``_is_distributed_loading_by_transformers``, Trainer broadcasts and averages what is not a DTensor
 and refuses to write anything that can be resumed.
@@ -23,8 +23,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import seed_worker
 
 from hf_sp.errors import ConfigError
-from hf_sp.integrations import accelerate as our_accelerate
-from hf_sp.integrations import trl
+from hf_sp.integrations import accelerate_mesh, trl_patches
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
@@ -57,7 +56,7 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
         ConfigError: the first of them that is met.
     """
     where = "TrainingArguments"
-    our_accelerate.check_world(state, "Trainer")
+    accelerate_mesh.check_world(state, "Trainer")
     if args.world_size != state.tp:
         raise ConfigError(
             "Trainer does not see the processes that the model is sharded over",
@@ -76,11 +75,11 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
         )
     for flag, engine in _ENGINE_FLAGS.items():
         if os.environ.get(flag, "false").lower() == "true":
-            raise our_accelerate.refuse_engine(engine, f"environment {flag}")
+            raise accelerate_mesh.refuse_engine(engine, f"environment {flag}")
     if args.fsdp:
-        raise our_accelerate.refuse_engine("FSDP", f"{where}(fsdp=...)")
+        raise accelerate_mesh.refuse_engine("FSDP", f"{where}(fsdp=...)")
     if args.deepspeed:
-        raise our_accelerate.refuse_engine("DEEPSPEED", f"{where}(deepspeed=...)")
+        raise accelerate_mesh.refuse_engine("DEEPSPEED", f"{where}(deepspeed=...)")
     if args.use_liger_kernel:
         raise ConfigError(
             "use_liger_kernel=True cannot be applied to a parallelized model",
@@ -104,7 +103,7 @@ ALL_PATCHES = Patches(lambda _: True)
 
 
 @ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
-def refuse_early(original: Patch, self: Any) -> None:
+def attach_mesh_at_construction(original: Patch, self: Any) -> None:
     """The first thing a Trainer does with the model.
 
     accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
@@ -112,55 +111,53 @@ def refuse_early(original: Patch, self: Any) -> None:
     """
     state = parallel_state(self.model)
     if state is None:
-        our_accelerate.release()
+        accelerate_mesh.release()
         original(self)
         return
     check_arguments(self.args, state)
-    trl.install(self)
+    trl_patches.install(self)
     original(self)
-    our_accelerate.adopt(self.accelerator, state, "Trainer")
+    accelerate_mesh.adopt(self.accelerator, state, "Trainer")
 
 
 @ALL_PATCHES.on(Trainer, "call_model_init")
-def know_a_late_model(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+def attach_mesh_after_model_init(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """With ``model_init`` the accelerator is made before the model."""
     model = original(self, *args, **kwargs)
     state = parallel_state(model)
     if state is not None:
         check_arguments(self.args, state)
-        our_accelerate.adopt(self.accelerator, state, "Trainer(model_init=...)")
+        accelerate_mesh.adopt(self.accelerator, state, "Trainer(model_init=...)")
     return model
 
 
 @PATCHES.on(Trainer, "_build_accelerator_args")
-def same_mesh(original: Patch, self: Any, **kwargs: Any) -> dict[str, Any]:
+def build_config_from_mesh(original: Patch, self: Any, **kwargs: Any) -> dict[str, Any]:
     """Trainer overwrites a given ParallelismConfig's tp size silently, and makes a new mesh."""
     state, given = state_of(self), self.args.parallelism_config
     if given is not None:
-        our_accelerate.check_config(given, state, "TrainingArguments(parallelism_config=...)")
+        accelerate_mesh.check_config(given, state, "TrainingArguments(parallelism_config=...)")
     arguments = original(self, **kwargs)
     if state.tp > 1:
-        arguments["parallelism_config"] = our_accelerate.config_for(
+        arguments["parallelism_config"] = accelerate_mesh.config_for(
             state, given, "TrainingArguments(parallelism_config=...)"
         )
     return arguments
 
 
 @PATCHES.on(Trainer, "_validate_args")
-def refuse_a_foreign_optimizer(original: Patch, self: Any) -> None:
+def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
     """``Trainer(optimizers=...)`` made before ``parallelize`` trains parameters nobody uses."""
     original(self)
     if self.optimizer is not None:
-        our_accelerate.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
+        accelerate_mesh.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
 
 
 # --- data ---------------------------------------------------------------------------------------
 
 
 @PATCHES.on(Trainer, "_get_train_sampler")
-def rebalance_over_data_parallel_ranks(
-    original: Patch, self: Any, *args: Any, **kwargs: Any
-) -> Any:
+def rebalance_without_tp_ranks(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
     sampler = original(self, *args, **kwargs)
     if not isinstance(sampler, BatchRebalanceSampler) or sampler.dp_size == 1:
@@ -178,7 +175,7 @@ def rebalance_over_data_parallel_ranks(
 
 
 @PATCHES.on(Trainer, "_get_dataloader")
-def same_workers_everywhere(original: Patch, self: Any, *args: Any, **kwargs: Any) -> DataLoader:
+def seed_workers_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) -> DataLoader:
     """Trainer seeds loader workers by rank: a random collator would give each its own batch."""
     loader = original(self, *args, **kwargs)
     inner: Any = getattr(loader, "base_dataloader", loader)
@@ -228,7 +225,7 @@ def count_flos_once(original: Patch, self: Any) -> None:
 
 
 @PATCHES.on(Trainer, "prediction_step")
-def no_logits_for_a_loss(
+def skip_logits_for_loss(
     original: Patch,
     self: Any,
     model: Any,
@@ -250,7 +247,7 @@ _SAMPLES = "_hf_sp_eval_samples"
 
 
 @PATCHES.on(Trainer, "evaluation_loop")
-def one_set_of_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks decide by their own metrics what to save and when to stop: they must be the same.
 
     ``compute_metrics`` is the user's and may be random.
@@ -280,7 +277,7 @@ def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
 
 
 @PATCHES.on(Trainer, "log")
-def speed_of_evaluation(
+def correct_evaluation_speed(
     original: Patch, self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """Trainer counts a step of evaluation as one batch on every process."""
@@ -289,8 +286,8 @@ def speed_of_evaluation(
 
 
 @PATCHES.on(Trainer, "predict")
-def speed_of_prediction(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """As ``speed_of_evaluation``."""
+def correct_prediction_speed(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As ``correct_evaluation_speed``."""
     output = original(self, *args, **kwargs)
     _correct_speed(self, output.metrics)
     return output

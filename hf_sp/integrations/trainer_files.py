@@ -74,7 +74,7 @@ def gather_on_all_ranks(
 
 
 @PATCHES.on(Trainer, "_save_checkpoint")
-def leave_together(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
+def barrier_after_checkpoint(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
     """The first rank writes ``trainer_state.json`` last; another could resume before that."""
     original(self, *args, **kwargs)
     if state_of(self).tp > 1:
@@ -82,7 +82,7 @@ def leave_together(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Non
 
 
 @PATCHES.on(Trainer, "_save_optimizer_and_scheduler")
-def save_every_shard(original: Patch, self: Any, output_dir: str) -> None:
+def save_optimizer_shards(original: Patch, self: Any, output_dir: str) -> None:
     """Trainer writes the first rank's optimizer state, and gives it to every rank on resume."""
     save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
     if self.args.should_save:
@@ -93,8 +93,8 @@ def save_every_shard(original: Patch, self: Any, output_dir: str) -> None:
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")
-def load_own_shard(original: Patch, self: Any, checkpoint: str | None) -> None:
-    """As ``save_every_shard``; also takes a one-process ``optimizer.pt``."""
+def load_optimizer_shards(original: Patch, self: Any, checkpoint: str | None) -> None:
+    """As ``save_optimizer_shards``; also takes a one-process ``optimizer.pt``."""
     if checkpoint is None:
         return
     folder = Path(checkpoint)
@@ -112,7 +112,7 @@ def load_own_shard(original: Patch, self: Any, checkpoint: str | None) -> None:
 
 
 @PATCHES.on(Trainer, "_load_rng_state")
-def rng_of_another_degree(original: Patch, self: Any, checkpoint: str | None) -> None:
+def load_rank0_rng(original: Patch, self: Any, checkpoint: str | None) -> None:
     """A checkpoint of another degree lacks some ranks' files, which Trainer passes over.
 
     Tensor-parallel ranks share one random state, so the first rank's serves all.

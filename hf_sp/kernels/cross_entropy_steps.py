@@ -222,8 +222,9 @@ def _slabs(T: int, v: int) -> Iterator[slice]:
 
 
 def _mapped(x_Tv: Tensor, terms: LossTerms) -> Tensor:
-    """The logits that count, wide; a copy."""
-    z_Tv = x_Tv.to(torch.promote_types(x_Tv.dtype, torch.float32), copy=True)
+    """The logits that count, wide; a contiguous copy: how torch 2.14 sums depends on strides."""
+    wide = torch.promote_types(x_Tv.dtype, torch.float32)
+    z_Tv = x_Tv.to(wide, copy=True, memory_format=torch.contiguous_format)
     if terms.scale != 1.0:
         z_Tv.mul_(terms.scale)
     return z_Tv if terms.softcap is None else z_Tv.div_(terms.softcap).tanh_().mul_(terms.softcap)

@@ -5,25 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.shard import shard_range
 from hf_sp.errors import ShapeError
 from hf_sp.torch_private import device_assert
 
 
 def vocab_range(vocab: int, axis: Axis) -> tuple[int, int]:
-    """First row and end of this rank's range.
-
-    As ``torch.chunk`` and so as DTensor's ``Shard(0)``: pieces of ceil(vocab / tp) rows, the last
-    ones shorter or empty.
-    """
-    piece = -(-vocab // axis.size)
-    start = min(axis.rank * piece, vocab)
-    return start, min(start + piece, vocab)
+    """First row and end of this rank's range."""
+    return shard_range(vocab, axis.size, axis.rank)
 
 
 def vocab_sizes(vocab: int, axis: Axis) -> tuple[int, ...]:
     """Rows on each rank."""
-    piece = -(-vocab // axis.size)
-    return tuple(max(0, min(piece, vocab - rank * piece)) for rank in range(axis.size))
+    ranges = (shard_range(vocab, axis.size, rank) for rank in range(axis.size))
+    return tuple(stop - start for start, stop in ranges)
 
 
 def check_ids(ids: Tensor, vocab: int, name: str, ignore_index: int | None) -> None:

@@ -1,37 +1,31 @@
-"""Hooks where hidden states change between whole and sharded.
-
-- entry of the stack: a pre-hook on layer 0 takes the sequence shard. HF derives masks, positions
-  and RoPE from the embedding's output before that, over the whole sequence.
-- entry and exit of each TP block: gather / reduce-scatter (or, without sp, nothing / all-reduce).
-- exit of the stack: a hook on the final norm gathers the sequence, or leaves that to the loss.
+"""Entry and exit of a TP block, as hooks: all-gather and reduce-scatter (without sp: all-reduce).
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.errors import ShapeError
-from hf_sp.model.columns import Entry, enter_block
-from hf_sp.model.factors import EntryReader
-from hf_sp.model.lazy import LazyHidden
-from hf_sp.model.linear import ColumnParallelLinear
+from hf_sp.model.columns import ColumnLinear, Factor, gather_columns
+from hf_sp.model.ports import BlockInput
 from hf_sp.state import ParallelState
 
 
-def take_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def get_hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def put_hidden(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
+def replace_hidden_states(
+    args: tuple, kwargs: dict[str, Any], x: Tensor
+) -> tuple[tuple, dict[str, Any]]:
     """The arguments with other hidden states."""
     if args:
         return (x, *args[1:]), kwargs
@@ -51,54 +45,14 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
     return None if positions is None else positions.shape[-1]
 
 
-def readers(module: Any) -> list[EntryReader]:
-    """Adapters among a block's children; they come and go, so they are looked up each time."""
-    return [child for child in module.children() if hasattr(type(child), "entry_factors")]
-
-
-class StackEntry:
-    """Pre-hook of layer 0: replicated ``[B, S, H]`` -> sequence shard ``[B, s, H]``."""
-
-    def __init__(self, state: ParallelState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Scatter; the backward all-gathers."""
-        if not self.state.sharded:
-            return None
-        x = comm.scatter_allgather(take_hidden(args, kwargs), self.state.axis)
-        return put_hidden(args, kwargs, x)
-
-
-class StackExit:
-    """Hook of the final norm: sequence shard ``[B, s, H]`` -> replicated ``[B, S, H]``.
-
-    Replicated, because anyone may read ``last_hidden_state``. The LM head recognises it and sends
-    its partial gradient to the shard by a reduce-scatter. In a forward that wants the loss alone it
-    is a stand-in, which nobody but the head should meet: the loss gathers it by chunks.
-    """
-
-    def __init__(self, state: ParallelState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Gather; the backward takes the shard."""
-        state = self.state
-        if not state.sharded or state.length is None:
-            return None
-        gather = functools.partial(self.gather, output, state.length)
-        if not state.lazy_hidden:
-            return gather()
-        back = functools.partial(comm.own_shard, axis=state.axis)
-        return LazyHidden(output, state.length, gather, back)
-
-    def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
-        """The whole hidden states, known to the head."""
-        full = comm.allgather_scatter(shard_BsH, length, self.state.axis)
-        # HF's own is contiguous, and people call .view on it. No copy for B = 1.
-        full = full.contiguous()
-        self.state.remember_hidden(full, shard_BsH)
-        return full
+def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
+    """Factors of adapters on a block's children; they come and go, so they are looked up."""
+    found: list[Factor] = []
+    for child in module._modules.values():
+        entry = getattr(type(child), "entry_factors", None)
+        if entry is not None:
+            found += entry(child, x)
+    return found
 
 
 class BlockBoundary:
@@ -106,15 +60,20 @@ class BlockBoundary:
 
     Args:
         state: the model's parallel state.
+        block: what the block's linears find their input by.
         linears: the block's column linears.
         attention: whether the block needs the true sequence length (padding stripped).
     """
 
     def __init__(
-        self, state: ParallelState, linears: list[ColumnParallelLinear], attention: bool
+        self,
+        state: ParallelState,
+        block: BlockInput,
+        linears: Sequence[ColumnLinear],
+        attention: bool,
     ) -> None:
-        self.state, self.linears, self.attention = state, linears, attention
-        self.entries: list[Entry] = []
+        self.state, self.block, self.attention = state, block, attention
+        self.linears = [(linear, linear) for linear in linears]
         self.dropout = LocalDropout(state)
 
     def install(self, module: nn.Module) -> None:
@@ -124,47 +83,47 @@ class BlockBoundary:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input for the column linears."""
-        x = take_hidden(args, kwargs)
+        state = self.state
+        x = get_hidden_states(args, kwargs)
         length = true_length(kwargs) if self.attention else None
-        if self.attention and length is None and self.state.sharded:
+        if self.attention and length is None and state.sharded:
             raise ShapeError(
                 "an attention block was called without position_embeddings or position_ids",
                 where=type(module).__name__,
                 rule="its input is a sequence shard; the whole length is read from these",
             )
-        if length is not None:
-            self.state.attended = length
-        full, entry = enter_block(
+        gathered = gather_columns(
             x,
             self.linears,
-            self.state.axis,
-            sharded=self.state.sharded,
+            state.axis,
+            sharded=state.sharded,
             length=length,
             batch_major=self.attention,
-            readers=readers(module),
+            factors=factors_of(module, x),
         )
-        self.entries.append(entry)
+        self.block.gathered = gathered
         if (
             self.attention
             and module.training
             and float(getattr(module, "attention_dropout", False))
         ):
-            self.dropout.start(full)
-        return put_hidden(args, kwargs, full)
+            self.dropout.start(gathered.x)
+        return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output."""
+        state, partial = self.state, self.block.partial
         self.dropout.stop()
-        if not self.entries:
-            return None  # the forward failed before our entry ran
-        self.entries.pop().close()
+        self.block.close()
         x = output[0] if isinstance(output, tuple) else output
         if not isinstance(x, Tensor):
             return None  # the forward raised: nothing to reduce
-        if self.state.sharded:
-            x = comm.reducescatter_allgather(x, self.state.axis)
+        if not state.sharded:
+            x = pairs.allreduce_identity(x, state.axis)
+        elif partial is not None and partial[0] is x:
+            x = pairs.padded_reducescatter_allgather(partial[1], state.axis)
         else:
-            x = comm.allreduce_identity(x, self.state.axis)
+            x = pairs.reducescatter_allgather(x, state.axis)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
 from hf_sp.kernels.vocab import check_ids, vocab_range
 from hf_sp.model.local import local
@@ -44,11 +44,11 @@ class VocabParallelEmbedding(nn.Embedding):
             # More ranks than rows: nothing lives here. Keep the weight in the graph, so that its
             # gradient is an empty tensor on this rank and the collectives that follow agree.
             rows = weight.sum() * weight.new_zeros(*input.shape, self.embedding_dim)
-            return comm.allreduce_identity(rows, self.axis)
+            return pairs.allreduce_identity(rows, self.axis)
         elsewhere = (input < start) | (input >= stop)
         ids = (input - start).masked_fill(elsewhere, 0)
         padding = self.padding_idx
         if padding is not None:
             padding = padding - start if start <= padding < stop else None
         rows = F.embedding(ids, weight, padding)
-        return comm.allreduce_identity(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+        return pairs.allreduce_identity(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)

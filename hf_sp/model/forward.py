@@ -6,16 +6,16 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden, N heads, n = N / tp.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model.head import CausalLMLoss
 from hf_sp.model.input_checks import check_forward
 from hf_sp.model.lazy import LazyHidden, LazyLogits, LazyTensor
-from hf_sp.moe.block import leave_router_logits
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import has_global_hooks
@@ -36,8 +36,10 @@ class DecoderBoundary:
     which see sequence shards and local heads; they are gathered here, on the way out.
     """
 
-    def __init__(self, state: ParallelState, model: nn.Module) -> None:
-        self.state, self.model = state, model
+    def __init__(
+        self, state: ParallelState, model: nn.Module, leave_router_logits: Callable[..., Any]
+    ) -> None:
+        self.state, self.model, self.leave_router_logits = state, model, leave_router_logits
         self._as_tuple = False
         self._batch = 0
 
@@ -68,7 +70,7 @@ class DecoderBoundary:
         sharded = state.sharded
         routed = output.get("router_logits") if hasattr(output, "get") else None
         if routed is not None and length is not None:
-            routed = leave_router_logits(routed, state, self._batch)
+            routed = self.leave_router_logits(routed, state, self._batch)
             output["router_logits"] = tuple(self._no_view(x) for x in routed)
         state.length, state.single_token = None, False
         as_tuple, self._as_tuple = self._as_tuple, False
@@ -85,13 +87,13 @@ class DecoderBoundary:
             output["hidden_states"] = tuple(
                 h
                 if h is None or h is last
-                else self._no_view(comm.allgather_scatter(h, length, state.axis))
+                else self._no_view(pairs.allgather_scatter(h, length, state.axis))
                 for h in hidden
             )
         attentions = output.get("attentions")
         if attentions is not None:
             output["attentions"] = tuple(
-                a if a is None else comm.concat_slice(a, 1, (a.shape[1],) * state.tp, state.axis)
+                a if a is None else pairs.concat_slice(a, 1, (a.shape[1],) * state.tp, state.axis)
                 for a in attentions
             )
         return output.to_tuple() if as_tuple else output

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.model.lazy import LazyHidden, LazyLogits
@@ -88,12 +88,12 @@ class VocabParallelHead(nn.Linear):
         x = _whole(request.hidden)
         x = cast_for_autocast(x, x)
         if request.shard is not None:
-            x = comm.gathered_reducescatter(cast_for_autocast(request.shard, x), x, axis)
+            x = pairs.gathered_reducescatter(cast_for_autocast(request.shard, x), x, axis)
         else:
-            x = comm.identity_allreduce(x, axis)
+            x = pairs.identity_allreduce(x, axis)
         weight, bias = self.local_parameters(x)
         sizes = vocab_sizes(self.vocab, axis)
-        return comm.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
+        return pairs.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
 
     def summed_loss(
         self,

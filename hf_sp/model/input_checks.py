@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.comm import collectives as comm
 from hf_sp.errors import BatchMismatchError, ConfigError
-from hf_sp.moe.shared import late_shared_experts
 from hf_sp.state import ParallelState
 
 
@@ -27,7 +26,7 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
     With data parallel groups all ranks learn of it if one group's batches differ; and that all
     groups train the same parameters: ids or embeddings, with or without labels.
 
-    Collectives: 1 all-gather of 48 bytes a rank, and a synchronisation, while checks are left.
+    Collectives: 1 all-gather of 40 bytes a rank, and a synchronisation, while checks are left.
 
     Raises:
         BatchMismatchError: on every rank, naming the inputs that differ.
@@ -48,19 +47,10 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
         return
     structure, summary = _structure(tensors, inputs), _values(tensors)
     roles = sum(2**i for i, n in enumerate(_ROLES) if inputs.get(n) is not None)
-    late = zlib.crc32(repr(late_shared_experts(model)).encode())
-    mine = torch.tensor([roles, late, zlib.crc32(structure.encode()), _random(model, state)])
+    mine = torch.tensor([roles, zlib.crc32(structure.encode()), _random(model, state)])
     mine = torch.cat([mine.to(summary.device), summary]).to(state.mesh.device_type)
     everyone = comm.all_gather(mine[None], state.everyone).view(state.data, state.tp, -1)
-    roles_of, lates, structures, generators, digests, sums = everyone.unbind(-1)
-    if bool((lates != lates[0, 0]).any()):
-        raise ConfigError(
-            "the ranks have different hooks in a block with a shared expert",
-            where="a shared expert, its router or its experts",
-            rule="hooks there decide whether it runs beside the way of the tokens, and so the "
-            "order of its collectives",
-            remedy="register the same hooks on every rank, and return at once on the others",
-        )
+    roles_of, structures, generators, digests, sums = everyone.unbind(-1)
     if bool((generators != generators[:, :1]).any()):
         raise ConfigError(
             "the ranks' random generators differ",

@@ -1,6 +1,6 @@
 """Column and row parallel linears.
 
-What a block's columns share, and who makes their weight gradients, is in ``model/columns.py``.
+What a block's columns share, and who makes their weight gradients, is in ``columns``.
 
 Shape letters: B batch, S sequence, H hidden, O out features of a whole linear, o = local out
 features, f = local in features of a row linear.
@@ -8,18 +8,28 @@ features, f = local in features of a row linear.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
+from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
-from hf_sp.model.columns import entered_linear
-from hf_sp.model.entered import entered
-from hf_sp.model.local import cast_for_autocast, local
-from hf_sp.model.mlp import GatedProduct, GatedRowLinear, RowLinear
-from hf_sp.model.recompute import recipe_of
+from hf_sp.model.local import (
+    as_gradient,
+    autocast_dtype,
+    cast_for_autocast,
+    check_gathered,
+    likeness,
+    local,
+    values_of,
+)
+from hf_sp.model.ports import BlockInput, column_linear
+from hf_sp.model.recompute import recompute_of
 from hf_sp.torch_private import has_gradient_hooks
 
 
@@ -31,6 +41,7 @@ class ParallelLinear(nn.Linear):
     """
 
     axis: Axis
+    block: BlockInput
     # Rows of a weight that is stored whole (k/v heads fewer than tp): (first row, rows).
     rows: tuple[int, int] | None = None
 
@@ -39,11 +50,20 @@ class ParallelLinear(nn.Linear):
         bias = None if self.bias is None else self._local(self.bias, like)
         return self._local(self.weight, like), bias
 
+    def node_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for an autograd node, which takes DTensors as they are."""
+        weight = self.weight
+        direct = self.rows is None and isinstance(weight, DTensor) and autocast_dtype(like) is None
+        if not direct or torch.compiler.is_compiling():
+            return self.local_parameters(like)
+        check_gathered(cast(DTensor, weight))
+        return weight, self.bias
+
     def _local(self, parameter: Tensor, like: Tensor) -> Tensor:
         tensor = local(parameter)
         if self.rows is not None:
             # Each rank uses its head's rows only: the whole gradient is the sum over ranks.
-            tensor = comm.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
+            tensor = pairs.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
         return cast_for_autocast(tensor, like)
 
     def extra_repr(self) -> str:
@@ -57,22 +77,23 @@ class ColumnParallelLinear(ParallelLinear):
     Shapes:   x [B, S, H] -> [B, S, o], o = O / tp
     Forward:  no collective (the block's entry has gathered x)
     Backward: no collective; the input gradient is partial and leaves through the block's entry
-    Saves:    the weight. On an input that did not come from the block's entry (changed on the way):
-              an ordinary linear, which also saves its input.
+    Saves:    nothing: the block's entry has the weight and the shard of x. On an input that is not
+              the gathered one (changed on the way): an ordinary linear, which saves both.
     """
 
     @classmethod
-    def take_over(cls, module: nn.Linear, axis: Axis, heads: int = 0) -> None:
+    def convert_(cls, module: nn.Linear, axis: Axis, block: BlockInput, heads: int = 0) -> None:
         """Make an ``nn.Linear`` one of these, in place.
 
         Args:
             module: the linear.
             axis: the tp axis.
+            block: its block's.
             heads: number of heads of a linear with fewer heads than ranks, else 0.
         """
         module.__class__ = cls
         self = cast(ColumnParallelLinear, module)
-        self.axis = axis
+        self.axis, self.block = axis, block
         if heads:
             # Ranks r * tp / heads to (r + 1) * tp / heads share head r.
             width = module.out_features // heads
@@ -83,11 +104,12 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        found = entered(x, self)
-        if found is None:
+        gathered = self.block.gathered
+        port = None if gathered is None else gathered.port(self, x)
+        if gathered is None or port is None:
             weight, bias = self.local_parameters(x)
             return F.linear(cast_for_autocast(x, x), weight, bias)
-        return entered_linear(x, *found)
+        return column_linear(x, port, gathered.batch_major)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -100,28 +122,107 @@ class RowParallelLinear(ParallelLinear):
     Shapes:   x [B, S, f] -> [B, S, H] partial, sequence-major inside under sp
     Forward:  no collective
     Backward: no collective; the output gradient is whole
-    Saves:    the weight, and x or, where x is a gated product that is made again, gate and up
+    Saves:    the weight, and x or what x is computed again from
     """
 
     sp: bool
 
     @classmethod
-    def take_over(cls, module: nn.Linear, axis: Axis, *, sp: bool) -> None:
+    def convert_(cls, module: nn.Linear, axis: Axis, block: BlockInput, *, sp: bool) -> None:
         """Make an ``nn.Linear`` one of these, in place."""
         module.__class__ = cls
         self = cast(RowParallelLinear, module)
-        self.axis, self.sp = axis, sp
+        self.axis, self.block, self.sp = axis, block, sp
         self.in_features //= axis.size
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local columns of the weight."""
-        weight, bias = self.local_parameters(x)
+        weight, bias = self.node_parameters(x)
         x = cast_for_autocast(x, x)
-        add_bias = self.axis.rank == 0
-        recipe = recipe_of(x)
+        add = self.axis.rank == 0
+        sharded = self.sp and x.dim() == 3
+        height = comm.padded(x.shape[1], self.axis.size) if sharded else 0
+        recompute = recompute_of(x)
         # Whoever watches the product's gradient has to be shown it.
-        if isinstance(recipe, GatedProduct) and not has_gradient_hooks(x):
-            return GatedRowLinear.apply(
-                *recipe.ingredients, x.detach(), weight, bias, add_bias, self.sp, recipe.triton
+        if recompute is not None and recompute.row_linear and not has_gradient_hooks(x):
+            y = recompute.row_linear(
+                *recompute.inputs, x.detach(), weight, bias, add, sharded, height
             )
-        return RowLinear.apply(x, weight, bias, add_bias, self.sp)
+        else:
+            y = RowLinear.apply(x, weight, bias, add, sharded, height)
+        if not sharded:
+            return y
+        if height == x.shape[1]:
+            return y.transpose(0, 1)
+        # With rows of zeros up to a multiple of tp, which the reduce-scatter wants.
+        self.block.partial = y[: x.shape[1]].transpose(0, 1), y
+        return self.block.partial[0]
+
+
+def row_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool, height: int
+) -> Tensor:
+    """``x W^T + b``; ``sharded``: sequence-major, with zeros up to ``height`` rows.
+
+    The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
+    """
+    if not sharded:
+        return F.linear(x, weight, bias)
+    x = x.transpose(0, 1)
+    S, B = x.shape[:2]
+    if height == S:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(height, B, weight.shape[0])
+    y[S:].zero_()
+    rows, flat = y[:S].view(S * B, -1), x.reshape(S * B, -1)
+    if bias is None:
+        torch.mm(flat, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, flat, weight.t(), out=rows)
+    return y
+
+
+class RowLinear(Node):
+    """``x W^T``, laid out for the reduce-scatter that follows.
+
+    Shapes:   x [..., f], weight [H, f] -> [..., H] partial; ``sharded``: [height, B, H]
+    Forward:  no collective
+    Backward: no collective
+    Saves:    x (or what it is computed from) if the weight needs a gradient, the weight
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        add_bias: bool,
+        sharded: bool,
+        height: int,
+    ) -> Tensor:
+        """Apply the weight."""
+        ctx.sharded, ctx.length = sharded, x.shape[1] if sharded else None
+        ctx.like = likeness(weight), likeness(bias)
+        weight, bias = values_of(weight), values_of(bias)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return row_output(x, weight, bias if add_bias else None, sharded, height)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        # Same token order on both sides of the products; sequence-major costs no full-size copy.
+        dy = grads[0][: ctx.length] if ctx.sharded else grads[0]
+        dy_TH = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[0]:
+            dx = (dy_TH @ weight).view(*dy.shape[:-1], -1)
+            dx = dx.transpose(0, 1) if ctx.sharded else dx
+        if ctx.needs_input_grad[1]:
+            x = x.transpose(0, 1) if ctx.sharded else x
+            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            db = dy_TH.sum(0)
+        return dx, as_gradient(dw, ctx.like[0]), as_gradient(db, ctx.like[1]), None, None, None

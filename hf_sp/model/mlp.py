@@ -1,4 +1,7 @@
-"""Row linears: of any input, and of a gated MLP over gate and up instead of their product.
+"""Gated MLPs, ``down(silu(gate(x)) * up(x))``, that save gate and up and not their product.
+
+``SwiGLUForward`` hangs on the instance (``module.forward``). Under torch.compile, and where
+somebody has hooks on the activation or has put another one there, the class's own forward runs.
 
 Shape letters: B batch, S sequence, H hidden, f local intermediate features.
 """
@@ -6,45 +9,90 @@ Shape letters: B batch, S sequence, H hidden, f local intermediate features.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sp.comm.autograd import once_differentiable
+from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
-from hf_sp.model.recompute import Recipe, leave_recipe
+from hf_sp.model.linear import row_output
+from hf_sp.model.local import as_gradient, likeness, values_of
+from hf_sp.model.recompute import Recompute, attach_recompute
+from hf_sp.plan.known_forms import GatedForm
 
 
-@dataclass(frozen=True, slots=True)
-class GatedProduct(Recipe):
-    """``silu(gate) * up``; the ingredients are gate and up."""
+class SwiGLUForward:
+    """A gated MLP's forward, with its fused product.
 
-    triton: bool
+    Saves:    gate and up; the product too, unless ``recompute``
 
-
-def gated_product(gate: Tensor, up: Tensor, *, triton: bool, recompute: bool) -> Tensor:
-    """``silu(gate) * up``, with its recipe if ``recompute``.
-
-    Shapes:   gate, up [B, S, f] -> [B, S, f]
-    Saves:    gate, up
+    Args:
+        module: the MLP.
+        form: the names of its three linears.
+        recompute: let the down projection save gate and up instead of the product.
+        triton: run Triton kernels where they can.
     """
-    product = swiglu(gate, up, triton=triton)
-    if recompute:
-        make = functools.partial(swiglu_forward, triton=triton)
-        leave_recipe(product, GatedProduct(make, (gate, up), triton))
-    return product
+
+    def __init__(
+        self, module: nn.Module, form: GatedForm, *, recompute: bool, triton: bool
+    ) -> None:
+        self.module, self.form = module, form
+        self.recompute, self.triton = recompute, triton
+        linears = {form.gate, form.up, form.down}
+        # The activation, and whatever else is not called here.
+        self.others = {k: m for k, m in module._modules.items() if k not in linears}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The MLP of one tensor."""
+        module, form = self.module, self.form
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs or self._watched():
+            return type(module).forward(module, *args, **kwargs)
+        gate = getattr(module, form.gate)(args[0])
+        up = getattr(module, form.up)(args[0])
+        down = getattr(module, form.down)
+        product = swiglu(gate, up, triton=self.triton)
+        # A hook that runs behind it is shown the product, and may watch its gradient.
+        if self.recompute and torch.is_grad_enabled() and not _has_forward_hooks(down):
+            attach_recompute(product, _swiglu_recompute(gate, up, self.triton))
+        return down(product)
+
+    def _watched(self) -> bool:
+        """Whether someone has put another activation here, or hooks on it."""
+        children = self.module._modules
+        for name, child in self.others.items():
+            if children.get(name) is not child:
+                return True
+            if child is not None and (
+                child._forward_hooks
+                or child._forward_pre_hooks
+                or child._backward_hooks
+                or child._backward_pre_hooks
+            ):
+                return True
+        return False
 
 
-class GatedRowLinear(torch.autograd.Function):
+def _has_forward_hooks(module: nn.Module) -> bool:
+    # An adapter holds the linear inside.
+    if module._forward_hooks:
+        return True
+    return any(_has_forward_hooks(m) for m in module._modules.values() if m is not None)
+
+
+def _swiglu_recompute(gate: Tensor, up: Tensor, triton: bool) -> Recompute:
+    again = functools.partial(swiglu_forward, triton=triton)
+    return Recompute(again, (gate, up), functools.partial(SwiGLURowLinear.apply, triton))
+
+
+class SwiGLURowLinear(Node):
     """``(silu(gate) * up) W^T`` without saving the product.
 
     The backward makes the product in the pass that makes the gradients of gate and up: the weight
     gradient needs it there, and nowhere else.
 
-    Shapes:   gate, up, product [B, S, f], weight [H, f] -> [B, S, H] partial
+    Shapes:   gate, up, product [B, S, f], weight [H, f] -> [B, S, H] partial; ``sharded``:
+              [height, B, H]
     Forward:  no collective; the product comes ready-made
     Backward: no collective
     Saves:    gate, up, the weight
@@ -53,6 +101,7 @@ class GatedRowLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        triton: bool,
         gate: Tensor,
         up: Tensor,
         product: Tensor,
@@ -60,24 +109,23 @@ class GatedRowLinear(torch.autograd.Function):
         bias: Tensor | None,
         add_bias: bool,
         sharded: bool,
-        triton: bool,
+        height: int,
     ) -> Tensor:
         """Apply the weight to the product."""
-        ctx.sharded, ctx.triton = sharded, triton
+        ctx.sharded, ctx.triton, ctx.length = sharded, triton, gate.shape[1] if sharded else None
+        ctx.like = likeness(weight), likeness(bias)
+        weight, bias = values_of(weight), values_of(bias)
         ctx.save_for_backward(gate, up, weight)
-        # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
-        x = product.transpose(0, 1) if sharded else product
-        y = F.linear(x, weight, bias if add_bias else None)
-        return y.transpose(0, 1) if sharded else y
+        return row_output(product, weight, bias if add_bias else None, sharded, height)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of gate, up, weight and bias."""
         gate, up, weight = ctx.saved_tensors
-        needs_gate, needs_up, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        _, needs_gate, needs_up, _, needs_weight, needs_bias = ctx.needs_input_grad[:6]
         dw = db = None
-        dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
+        dy = grads[0][: ctx.length] if ctx.sharded else grads[0]
         dy_TH = dy.reshape(-1, dy.shape[-1])
         dproduct = (dy_TH @ weight).view(*dy.shape[:-1], -1)
         dproduct = dproduct.transpose(0, 1) if ctx.sharded else dproduct
@@ -91,52 +139,13 @@ class GatedRowLinear(torch.autograd.Function):
         if needs_bias:
             db = dy_TH.sum(0)
         return (
+            None,
             dgate if needs_gate else None,
             dup if needs_up else None,
             None,
-            dw,
-            db,
+            as_gradient(dw, ctx.like[0]),
+            as_gradient(db, ctx.like[1]),
             None,
             None,
             None,
         )
-
-
-class RowLinear(torch.autograd.Function):
-    """``x W^T``, laid out for the reduce-scatter that follows.
-
-    Shapes:   x [..., f], weight [H, f] -> [..., H] partial
-    Forward:  no collective
-    Backward: no collective
-    Saves:    x if the weight needs a gradient, the weight
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, sharded: bool
-    ) -> Tensor:
-        """Apply the weight."""
-        ctx.sharded = sharded
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
-        y = F.linear(x.transpose(0, 1) if sharded else x, weight, bias if add_bias else None)
-        return y.transpose(0, 1) if sharded else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Gradients of x, weight and bias."""
-        x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        # Same token order on both sides of the products; sequence-major costs no full-size copy.
-        dy = grads[0].transpose(0, 1) if ctx.sharded else grads[0]
-        dy_TH = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dx = (dy_TH @ weight).view(*dy.shape[:-1], -1)
-            dx = dx.transpose(0, 1) if ctx.sharded else dx
-        if ctx.needs_input_grad[1]:
-            x = x.transpose(0, 1) if ctx.sharded else x
-            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            db = dy_TH.sum(0)
-        return dx, dw, db, None, None

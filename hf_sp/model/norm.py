@@ -1,9 +1,10 @@
-"""Stand-ins for the forwards of norms and gated MLPs whose maths is known.
+"""Norms whose arithmetic is known: fused forward and backward, and what they need of the ranks.
 
-They hang on the instance (``module.forward``): the module's class, name, hooks, parameters and
-children stay what they were, so that ``isinstance``, adapters and checkpoints see no change. Where
-the kernels have nothing to offer (torch.compile, somebody's hooks on the activation, an argument
-they do not know), the class's own forward runs.
+``NormForward`` hangs on the instance (``module.forward``): the module's class, name, hooks and
+parameters stay what they were. Under torch.compile, and for an argument or a setting that it does
+not know, the class's own forward runs.
+
+Shape letters: H features of a row.
 """
 
 from __future__ import annotations
@@ -13,37 +14,83 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
-from hf_sp.kernels.norm import rms_norm, rms_norm_forward
-from hf_sp.model.local import local
-from hf_sp.model.mlp import gated_product
-from hf_sp.model.parameters import LocalParameters
-from hf_sp.model.recompute import Recipe, leave_recipe
-from hf_sp.plan.known_forms import GatedForm, NormForm
+from hf_sp.kernels.norm import rms_norm_backward, rms_norm_forward
+from hf_sp.model.local import as_gradient, check_gathered, likeness, values_of
+from hf_sp.model.parameters import LocalParameters, sum_over_ranks
+from hf_sp.model.recompute import Recompute, attach_recompute
+from hf_sp.plan.known_forms import NormForm
 
 
-def sum_over_ranks(dw_H: Tensor, axis: Axis) -> Tensor:
-    """Sum the partial gradient of a norm's weight. One all-reduce."""
-    return comm.all_reduce(dw_H, axis)
+class RmsNorm(Node):
+    """An RMS norm of rows.
+
+    Shapes:   x [..., H], weight [H] -> [..., H], the dtype that the module itself would return
+    Forward:  no collective
+    Backward: none with a port, which is sent the partial gradient in float32; without one, and with
+              an axis, 1 all-reduce of that
+    Saves:    x, one float32 a row, the weight
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        port: Tensor | None,
+        form: NormForm,
+        axis: Axis | None,
+        triton: bool,
+    ) -> Tensor:
+        """Normalise."""
+        ctx.form, ctx.axis, ctx.triton, ctx.like = form, axis, triton, likeness(weight)
+        ctx.to_port = port is not None
+        weight = values_of(weight)
+        y, rstd = rms_norm_forward(
+            x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
+        )
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x and the weight."""
+        x, rstd, weight = ctx.saved_tensors
+        form: NormForm = ctx.form
+        needs_x, needs_weight, needs_port = ctx.needs_input_grad[:3]
+        dx, dw = rms_norm_backward(
+            grads[0],
+            None,
+            x,
+            rstd,
+            weight,
+            form.eps,
+            offset=form.offset,
+            casting=form.casting,
+            need_dx=needs_x,
+            need_dw=needs_port if ctx.to_port else needs_weight,
+            triton=ctx.triton,
+        )
+        if ctx.to_port:
+            return dx, None, dw, None, None, None
+        if dw is not None:
+            dw = dw if ctx.axis is None else sum_over_ranks(dw, ctx.axis)
+            dw = as_gradient(dw.to(weight.dtype), ctx.like)
+        return dx, dw, None, None, None, None
 
 
 class NormForward:
-    """``hf_sp.kernels.rms_norm`` in place of a norm's own forward.
-
-    The float32 partial gradient of the weight is summed over tp before it is rounded.
-
-    Shapes:   x [..., H] -> [..., H], the dtype that the module itself would return
-    Forward:  no collective
-    Backward: 1 all-reduce of the weight's gradient ``[H]`` in float32, where it is partial
-    Saves:    x, one float32 a row, the weight
+    """``RmsNorm`` in place of a norm's own forward.
 
     Args:
         module: the norm.
         form: its maths.
-        parameters: when its gradient is partial.
-        recompute: offer the output's recipe to what follows.
+        parameters: when its gradient is partial, and where it is summed.
+        recompute: let what follows save x instead of the output.
         triton: run Triton kernels where they can.
     """
 
@@ -59,94 +106,38 @@ class NormForward:
         self.module, self.form, self.parameters = module, form, parameters
         self.recompute, self.triton = recompute, triton
         # The attributes that hold eps: who sets another value later means it.
-        self.settings = {k: v for k, v in vars(module).items() if isinstance(v, float)}
+        self.settings = [(k, v) for k, v in vars(module).items() if isinstance(v, float)]
+        # Of the form alone: it lives in the autograd graph and must not hold the module.
+        self.again = functools.partial(_norm_again, form=form, triton=triton)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm of one tensor."""
-        form = self.form
-        known = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        known = known and all(vars(self.module).get(k) == v for k, v in self.settings.items())
-        known = known and (form.float64 or args[0].dtype != torch.float64)
-        if not known or torch.compiler.is_compiling():
-            with self.parameters.shown(self.module):
-                return type(self.module).forward(self.module, *args, **kwargs)
-        x, weight = args[0], local(cast(Tensor, self.module.weight))
-        axis = self.parameters.state.axis
-        reduce = functools.partial(sum_over_ranks, axis=axis) if self.parameters.summed() else None
-        y = rms_norm(
-            x,
-            weight,
-            form.eps,
-            offset=form.offset,
-            casting=form.casting,
-            reduce=reduce,
-            triton=self.triton,
-        )
-        # What a hook does to y by ``.data`` nobody can see: no offer to those who have one.
-        if self.recompute and torch.is_grad_enabled() and not self.module._forward_hooks:
-            leave_recipe(y, Recipe(self._again, (x, weight)))
+        module, form = self.module, self.form
+        if torch.compiler.is_compiling() or not self._known(args, kwargs):
+            with self.parameters.shown(module):
+                return type(module).forward(module, *args, **kwargs)
+        x, weight = args[0], cast(Tensor, module.weight)
+        if isinstance(weight, DTensor):
+            check_gathered(weight)
+        port = self.parameters.port
+        axis = self.parameters.state.axis if self.parameters.summed() else None
+        y = RmsNorm.apply(x, weight, port, form, axis, self.triton)
+        # A forward hook may change y through ``.data`` without a trace: y itself is saved then.
+        if self.recompute and torch.is_grad_enabled() and not module._forward_hooks:
+            attach_recompute(y, Recompute(self.again, (x, values_of(weight))))
         return y
 
-    @property
-    def _again(self) -> Any:
-        # Of the form alone: a recipe lives in the autograd graph and must not hold the module.
-        return functools.partial(_norm_again, form=self.form, triton=self.triton)
+    def _known(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return False
+        settings = self.module.__dict__
+        for name, value in self.settings:
+            if settings.get(name) != value:
+                return False
+        return self.form.float64 or args[0].dtype != torch.float64
 
 
 def _norm_again(x: Tensor, weight: Tensor, *, form: NormForm, triton: bool) -> Tensor:
     return rms_norm_forward(
         x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
     )[0]
-
-
-class GatedForward:
-    """``down(silu(gate(x)) * up(x))`` in place of a gated MLP's own forward.
-
-    Saves:    gate and up; the product too, unless ``recompute``
-
-    Args:
-        module: the MLP.
-        form: the names of its three linears.
-        recompute: offer the product's recipe to the down projection.
-        triton: run Triton kernels where they can.
-    """
-
-    def __init__(
-        self, module: nn.Module, form: GatedForm, *, recompute: bool, triton: bool
-    ) -> None:
-        self.module, self.form = module, form
-        self.recompute, self.triton = recompute, triton
-        linears = {form.gate, form.up, form.down}
-        # The activation, and whatever else is not called here.
-        self.others = {k: m for k, m in module._modules.items() if k not in linears}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The MLP of one tensor."""
-        module, form = self.module, self.form
-        plain = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
-        if not plain or self._watched():
-            return type(module).forward(module, *args, **kwargs)
-        gate = getattr(module, form.gate)(args[0])
-        up = getattr(module, form.up)(args[0])
-        down = getattr(module, form.down)
-        # A hook that runs behind it is shown the product, and may watch its gradient.
-        shown = any(m._forward_hooks for m in down.modules())
-        recompute = self.recompute and torch.is_grad_enabled() and not shown
-        return down(gated_product(gate, up, triton=self.triton, recompute=recompute))
-
-    def _watched(self) -> bool:
-        """Whether someone has put another activation here, or hooks on it."""
-        children = self.module._modules
-        return any(
-            children.get(name) is not child
-            or (
-                child is not None
-                and bool(
-                    child._forward_hooks
-                    or child._forward_pre_hooks
-                    or child._backward_hooks
-                    or child._backward_pre_hooks
-                )
-            )
-            for name, child in self.others.items()
-        )

@@ -1,60 +1,72 @@
-"""Show a module its DTensor parameters as local tensors while it runs.
+"""Replicated parameters: shown as local tensors while their module runs; their gradients summed.
 
 HF's norms read ``self.weight`` and mix it with plain activations. During the module's forward an
 entry of that name in the instance's ``__dict__`` shadows the registered parameter (attribute lookup
 asks ``__dict__`` first; ``state_dict`` and ``named_parameters`` read ``_parameters`` and see no
 change). So any form of norm works, unmodified, and no class is replaced.
+
+Where a rank uses such a parameter on its tokens or its heads only, the gradient is a part of the
+sum over the ranks. ``PartialSums`` sums those of a decoder layer together.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import enum
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sp.comm import collectives as comm
-from hf_sp.model.local import local
+from hf_sp.comm import pairs
+from hf_sp.comm.autograd import Node, once_differentiable
+from hf_sp.comm.collectives import Axis
+from hf_sp.model.local import as_gradient, likeness, local
 from hf_sp.state import ParallelState
 
 PARTIAL = "_hf_sp_partial"
-"""Attribute of a module in a TP block whose whole weight each rank uses on its own part."""
+
+
+class Partial(enum.Enum):
+    """When the gradient of a replicated parameter is a part of the sum over the ranks."""
+
+    HEADS = "always: each rank has its own heads, or features"
+    TOKENS = "with sp: each rank has its own tokens"
+    DECODER_TOKENS = "with sp, inside of a forward of the decoder"
+    NEVER = "each rank computes the same"
 
 
 class LocalParameters:
-    """Forward hooks of one module with replicated parameters.
+    """Hooks that show a module its parameters as local tensors, and sum their gradients over tp.
+
+    The sum is a part of the graph, so that it happens once per micro-batch, before accumulation.
 
     Args:
-        state: the model's parallel state.
-        partial: when the gradient is partial and has to be summed over tp: ``"always"`` (each rank
-            uses the weight on its own heads), ``"sharded"`` (on its sequence shard, under sp),
-            ``"in decoder"`` (the same, but only while the decoder runs: the final norm is called by
-            others too, on whole hidden states), ``"never"`` (every rank computes the same).
-
-    Collectives: none forward, one all-reduce of each parameter's gradient backward if partial. The
-    sum is inside the graph, so that it happens once per micro-batch, before accumulation.
+        state: the model's.
+        partial: when there is something to sum.
     """
 
-    def __init__(self, state: ParallelState, partial: str) -> None:
+    def __init__(self, state: ParallelState, partial: Partial) -> None:
         self.state, self.partial = state, partial
+        self.port: Tensor | None = None
+        """Where the one weight's gradient goes while its decoder layer runs: ``PartialSums``."""
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks. The second runs even if the forward raises."""
-        setattr(module, PARTIAL, self.partial == "always")
+        setattr(module, PARTIAL, self.partial is Partial.HEADS)
         module.register_forward_pre_hook(self.show, prepend=True)
         module.register_forward_hook(self.hide, prepend=True, always_call=True)
 
     def summed(self) -> bool:
         """Whether gradients of the current forward are partial."""
-        state = self.state
-        return {
-            "always": True,
-            "sharded": state.sp,
-            "in decoder": state.sharded and state.length is not None,
-            "never": False,
-        }[self.partial]
+        state, partial = self.state, self.partial
+        if partial is Partial.TOKENS:
+            return state.sp
+        if partial is Partial.DECODER_TOKENS:
+            return state.sharded and state.length is not None
+        return partial is Partial.HEADS
 
     @contextlib.contextmanager
     def shown(self, module: nn.Module) -> Iterator[None]:
@@ -73,10 +85,110 @@ class LocalParameters:
                 continue
             tensor = local(p)
             if summed and p.requires_grad and torch.is_grad_enabled():
-                tensor = comm.identity_allreduce(tensor, state.axis)
+                if self.port is not None:
+                    tensor = _SendToPort.apply(tensor, self.port)
+                else:
+                    tensor = pairs.identity_allreduce(tensor, state.axis)
             module.__dict__[name] = tensor
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:
         """Give the registered parameters back."""
         for name in module._parameters:
             module.__dict__.pop(name, None)
+
+
+class PartialSums:
+    """Hooks of a decoder layer: one all-reduce of all partial gradients of its norms.
+
+    Args:
+        state: the model's.
+        norms: modules with one parameter, ``weight``, and when its gradient is partial.
+    """
+
+    def __init__(
+        self, state: ParallelState, norms: Sequence[tuple[nn.Module, LocalParameters]]
+    ) -> None:
+        self.state, self.norms = state, norms
+
+    def install(self, layer: nn.Module) -> None:
+        """Register both hooks. The second also runs, to clean up, if the forward raises."""
+        layer.register_forward_pre_hook(self.open)
+        layer.register_forward_hook(self.close, prepend=True, always_call=True)
+
+    def open(self, layer: nn.Module, args: Any) -> None:
+        """Give each norm a port."""
+        if not torch.is_grad_enabled():
+            return
+        chosen = [
+            (parameters, weight)
+            for norm, parameters in self.norms
+            if parameters.summed() and (weight := norm._parameters["weight"]) is not None
+            if weight.requires_grad
+        ]
+        if not chosen:
+            return
+        compiling = torch.compiler.is_compiling()
+        weights = [local(weight) if compiling else weight for _, weight in chosen]
+        ports = _SumTogether.apply(self.state.axis, *weights)
+        for (parameters, _), port in zip(chosen, ports, strict=True):
+            parameters.port = port
+
+    def close(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """The layer has run."""
+        for _, parameters in self.norms:
+            parameters.port = None
+
+
+class _SumTogether(Node):
+    """Ports for partial gradients ``[H_i]`` in float32: summed over the ranks, then rounded.
+
+    Shapes:   weights [H_i] -> ports [H_i], float32 (float64 for float64), without memory
+    Forward:  no collective
+    Backward: 1 all-reduce of all gradients together
+    Saves:    nothing
+    """
+
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        ctx.set_materialize_grads(False)
+        ctx.like, ctx.dtypes = [likeness(w) for w in weights], [w.dtype for w in weights]
+        ports = []
+        for w in weights:
+            dtype = torch.promote_types(w.dtype, torch.float32)
+            shape = tuple(w.shape)
+            ports.append(
+                torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=w.device)
+            )
+        return tuple(ports)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        used = [grad for grad in grads if grad is not None]
+        out: list[Tensor | None] = [None] * len(grads)
+        if used:
+            total = sum_over_ranks(torch.cat([grad.reshape(-1) for grad in used]), ctx.axis)
+            parts = iter(total.split([grad.numel() for grad in used]))
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    part = next(parts).view(grad.shape).to(ctx.dtypes[i], copy=len(used) > 1)
+                    out[i] = as_gradient(part, ctx.like[i])
+        return None, *out
+
+
+def sum_over_ranks(dw: Tensor, axis: Axis) -> Tensor:
+    """Sum partial gradients, in their memory. One all-reduce."""
+    return comm.all_reduce_(dw, axis)
+
+
+class _SendToPort(Node):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, port: Tensor) -> Tensor:
+        ctx.dtype = port.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, grads[0].to(ctx.dtype)

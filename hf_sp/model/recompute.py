@@ -1,49 +1,65 @@
-"""How a tensor is made again in backward, instead of being saved.
+"""How a tensor is computed again in backward, instead of being saved.
 
 A norm's output and the MLP's gated product are cheap functions of tensors that are saved anyway.
-Whoever makes such a tensor leaves its recipe on it; whoever would save it for backward saves the
-recipe's ingredients, which costs nothing, and makes it again when it is needed.
+Who computes such a tensor attaches its ``Recompute``; who would save the tensor for backward saves
+the inputs of that instead, which costs nothing.
 
-A recipe is an offer. It is void once someone has written into the tensor or an ingredient, and it
-does not follow through an operation: what a hook of the user's has changed is saved like any other
-tensor.
+It is void once someone has written into the tensor or an input, and it does not follow through an
+operation: what a user's hook has changed is saved like any other tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_sp.torch_private import version
 
-_RECIPE = "_hf_sp_recipe"
+_RECOMPUTE = "_hf_sp_recompute"
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Recompute:
     """A tensor as a function of others.
 
     Args:
-        make: the function; gives the same bits each time, and holds no tensor itself.
-        ingredients: its arguments, with their gradient paths.
+        function: gives the same bits each time, and holds no tensor itself.
+        inputs: its arguments, with their gradient paths.
+        row_linear: a row linear of the inputs instead of the tensor, if there is one.
     """
 
-    make: Callable[..., Tensor]
-    ingredients: tuple[Tensor, ...]
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    row_linear: Callable[..., Tensor] | None = None
 
 
-def leave_recipe(x: Tensor, recipe: Recipe) -> None:
-    """Offer ``recipe`` to whoever would save ``x``."""
-    setattr(x, _RECIPE, (_versions(x, recipe), recipe))
+def attach_recompute(x: Tensor, recompute: Recompute) -> None:
+    """Let whoever would save ``x`` save its inputs."""
+    setattr(x, _RECOMPUTE, (_versions(x, recompute), recompute))
 
 
-def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe of ``x``, if it has one that still holds."""
-    written, recipe = getattr(x, _RECIPE, (None, None))
-    return recipe if recipe is not None and written == _versions(x, recipe) else None
+def recompute_of(x: Tensor) -> Recompute | None:
+    """What ``x`` can be computed from again, if that is known and still holds."""
+    if torch.compiler.is_compiling():
+        return None
+    written, recompute = getattr(x, _RECOMPUTE, (None, None))
+    return recompute if recompute is not None and written == _versions(x, recompute) else None
 
 
-def _versions(x: Tensor, recipe: Recipe) -> tuple[int | None, ...]:
-    return tuple(version(t) for t in (x, *recipe.ingredients))
+def saved_form(x: Tensor) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
+    """What a node saves of an input: ``(None, (x,))``, or a function and its inputs."""
+    recompute = recompute_of(x)
+    return (None, (x,)) if recompute is None else (recompute.function, recompute.inputs)
+
+
+def restored(function: Callable[..., Tensor] | None, saved: Any) -> Tensor:
+    """The tensor again, from what ``saved_form`` has given."""
+    return saved[0] if function is None else function(*saved)
+
+
+def _versions(x: Tensor, recompute: Recompute) -> list[int | None]:
+    return [version(x), *map(version, recompute.inputs)]

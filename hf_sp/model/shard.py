@@ -12,19 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.shard import as_dtensor, take_shard
 from hf_sp.errors import PlanError
-from hf_sp.kernels.vocab import vocab_range
-from hf_sp.model.embedding import VocabParallelEmbedding
-from hf_sp.model.head import VocabParallelHead
-from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
-from hf_sp.plan.schema import Leaf, Plan
+from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake, is_packed, packed_halves, process_group
+from hf_sp.torch_private import is_fake, packed_halves, process_group
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -94,8 +91,8 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    """Turn the plan's modules into parallel ones and every parameter into a DTensor."""
+def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+    """Turn every parameter into a DTensor."""
     placed = placements(model, plan)
     device = _device(state.mesh)
     made: dict[int, nn.Parameter] = {}
@@ -111,20 +108,6 @@ def swap_leaves(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device.type:
                 module._buffers[name] = buffer.to(device)
-    for block in plan.blocks:
-        for leaf in block.leaves:
-            # A sparse block works on flattened tokens, batch-major.
-            sp = state.sp and block.experts is None
-            _swap_linear(model.get_submodule(leaf.path), leaf, state, sp)
-        if block.attention:
-            _set_local_groups(model.get_submodule(block.path), block.leaves, state.axis)
-    embedding = model.get_submodule(plan.embedding)
-    assert isinstance(embedding, nn.Embedding)
-    VocabParallelEmbedding.take_over(embedding, state.axis)
-    if plan.head is not None:
-        head = model.get_submodule(plan.head)
-        assert isinstance(head, nn.Linear)
-        VocabParallelHead.take_over(head, state)
 
 
 def spread_experts(model: nn.Module, state: ParallelState) -> list[nn.Parameter]:
@@ -139,9 +122,8 @@ def _shard_experts(
     p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
 ) -> nn.Parameter:
     """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
-    rows = p.shape[0] // state.everyone.size
-    piece = p.detach().narrow(0, state.everyone.rank * rows, rows)
-    piece = piece.to(device, copy=True).contiguous()
+    everyone = state.everyone
+    piece = take_shard(p.detach(), Shard(0), everyone.size, everyone.rank, device)
     return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
 
 
@@ -155,52 +137,16 @@ def shard_parameter(
     p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
 ) -> nn.Parameter:
     """This rank's part of a full parameter, as a DTensor parameter."""
-    data = p.detach()
-    if is_packed(placement):
-        halves = [half.chunk(state.tp, placement.dim) for half in data.chunk(2, placement.dim)]
-        piece = torch.cat([half[state.rank].to(device) for half in halves], placement.dim)
-    elif isinstance(placement, Shard):
-        dim = placement.dim
-        # As DTensor's Shard lays uneven sizes out: ceil-sized pieces, the last ones short or empty.
-        start, stop = vocab_range(data.shape[dim], state.axis)
-        data = data.narrow(dim, start, stop - start)
-        # A copy of its own, so that the full storage is freed.
-        piece = data.to(device, copy=True).contiguous()
-    else:
-        piece = data.to(device).contiguous()
+    piece = take_shard(p.detach(), placement, state.tp, state.rank, device)
     return _as_parameter(piece, p, state.mesh, (placement,))
 
 
 def _as_parameter(
     piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> nn.Parameter:
-    tensor = DTensor.from_local(
-        piece,
-        mesh,
-        placements,
-        run_check=False,
-        shape=p.shape,
-        stride=p.contiguous().stride() if not p.is_contiguous() else p.stride(),
-    )
+    stride = p.stride() if p.is_contiguous() else None
+    tensor = as_dtensor(piece, mesh, placements, p.shape, stride)
     new = nn.Parameter(tensor, requires_grad=p.requires_grad)
     # Marks that transformers leaves on parameters (already initialised, no weight decay).
     new.__dict__.update(p.__dict__)
     return new
-
-
-def _swap_linear(module: nn.Module, leaf: Leaf, state: ParallelState, sp: bool) -> None:
-    assert isinstance(module, nn.Linear)
-    if leaf.style == "row":
-        RowParallelLinear.take_over(module, state.axis, sp=sp)
-    else:
-        shared = leaf.heads if leaf.style == "column_replicated" else 0
-        ColumnParallelLinear.take_over(module, state.axis, shared)
-
-
-def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], axis: Axis) -> None:
-    """Query heads per key/value head, as this rank sees them."""
-    query = next(leaf.heads for leaf in leaves if leaf.style == "row")
-    key_value = min(leaf.heads for leaf in leaves if leaf.style != "row")
-    if hasattr(block, "num_key_value_groups"):
-        groups = (query // axis.size) // max(1, key_value // axis.size)
-        setattr(block, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)

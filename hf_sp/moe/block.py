@@ -1,10 +1,9 @@
-"""Mixture-of-experts blocks: what hangs on the block, its router, its experts, its shared expert.
+"""Mixture-of-experts blocks: what hangs on the block, its experts and its shared expert.
 
-Routing and the rest of the block stay HF's own code. Everything in it is linear in the gradient
-that comes in, and each rank computes on its own part: of the experts' features (the block is a TP
-block), or of the tokens (whole experts, ``ep``). So every weight that is stored whole gets a
-partial gradient, which is summed, and the input gradients of router, experts and shared expert
-share the block's one reduction.
+Routing and the rest of the block stay HF's own code, on flattened tokens. Experts split by
+features: the block is a TP block like any other, whose entry also has the router's weight and the
+experts'. Whole experts: the block stays on this rank's tokens, which are sent to their experts, and
+the shared expert is a TP block of its own.
 
 Shape letters: B batch, S sequence, s = S / tp, T tokens of the block, k experts a token, E experts,
 H hidden.
@@ -12,120 +11,179 @@ H hidden.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from hf_sp.comm import collectives as comm
-from hf_sp.model.block import BlockBoundary, put_hidden, take_hidden
-from hf_sp.model.columns import entered_linear
-from hf_sp.model.entered import Member, entered
+from hf_sp.comm import pairs
+from hf_sp.model.block import (
+    BlockBoundary,
+    factors_of,
+    get_hidden_states,
+    replace_hidden_states,
+)
+from hf_sp.model.columns import Experts, gather_columns
 from hf_sp.model.linear import ColumnParallelLinear
 from hf_sp.model.local import cast_for_autocast, local, local_of_groups
-from hf_sp.model.parameters import LocalParameters
-from hf_sp.moe.dispatcher import send, travelling_experts
-from hf_sp.moe.experts import Place, Weights, local_experts
-from hf_sp.moe.flat import FlatEntry, enter_sparse
-from hf_sp.plan.schema import Block, Experts
+from hf_sp.model.low_rank import low_rank
+from hf_sp.model.ports import BlockInput, GatheredInput, Port, column_linear
+from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
+from hf_sp.moe.dispatcher import Dispatcher
+from hf_sp.moe.experts import Weights, gate_up_gradient, run_experts
+from hf_sp.moe.router import RouterColumn, RouterParameters
+from hf_sp.plan.schema import Block
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import version
 
 
 class SparseBoundary(BlockBoundary):
-    """Entry and exit of a sparse block, and the marks on what it flattens inside.
+    """Entry and exit of a sparse block.
 
-    Experts split by features: all-gather and reduce-scatter, as any TP block. Whole experts: the
-    block stays on the sequence shard and has no collective of its own.
+    Experts split by features: all-gather and reduce-scatter, as any TP block. Whole experts: no
+    collective; what reads the tokens saves what they are computed from.
     """
 
-    def __init__(self, state: ParallelState, model: nn.Module, block: Block) -> None:
-        super().__init__(state, [], attention=False)
+    def __init__(
+        self, state: ParallelState, module: nn.Module, block: Block, columns: list[Any]
+    ) -> None:
         assert block.experts is not None
         self.form = block.experts
-        self.own = block.experts.split == "experts"
-        self.router = model.get_submodule(block.experts.router)
-        self.experts = model.get_submodule(block.experts.path)
-        columns = [
-            module
-            for leaf in block.leaves
-            if isinstance(module := model.get_submodule(leaf.path), ColumnParallelLinear)
-            # Where tokens travel, the shared expert is a TP block of its own.
-            and not (self.own and leaf.path.startswith(block.experts.shared + "."))
-        ]
-        self.members: list[tuple[object, Member]] = [
-            (self.router, RouterMember(self.router, state)),
-            (self.experts, ExpertsMember(self.experts, state)),
-            *((linear, linear) for linear in columns),
-        ]
-        self.marked = [self.experts, *columns]
+        self.whole_experts = block.experts.split == "experts"
+        inside = block.path + "."
+        self.router = module.get_submodule(self.form.router.removeprefix(inside))
+        self.experts = module.get_submodule(self.form.path.removeprefix(inside))
+        # Where tokens travel, the shared expert is a TP block of its own.
+        columns = [] if self.whole_experts else columns
+        super().__init__(state, BlockInput(), columns, attention=False)
+        router: Any = self.router
+        self.linears.insert(0, (router, RouterColumn(self.router, state)))
+        self.recompute: Recompute | None = None
+        self.shape: tuple[int, ...] = ()
+        for column in columns:
+            column.block = self.block
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks of the block and of what is in it."""
         super().install(module)
-        for inner in self.marked:
-            inner.register_forward_pre_hook(self.mark, prepend=True)
-        RouterParameters(self).install(self.router)
-        forward = ExpertsForward(self)
-        setattr(self.experts, "forward", forward)  # noqa: B010 (a method to mypy)
-
-    def current(self) -> FlatEntry | None:
-        """The entry of the forward that is running."""
-        return cast(FlatEntry, self.entries[-1]) if self.entries else None
-
-    def mark(self, module: nn.Module, args: tuple) -> None:
-        """Let a module inside know the gathered tensor, which HF has flattened."""
-        entry = self.current()
-        if entry is not None and args:
-            entry.mark(args[0])
+        RouterParameters(self.state, self.route).install(self.router)
+        setattr(self.experts, "forward", ExpertsForward(self))  # noqa: B010 (a method to mypy)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input, or stay on the shard."""
-        jitters = module.training and float(getattr(module, "jitter_noise", 0) or 0) > 0
         state = self.state
-        entry = FlatEntry(
-            state.axis, state.sharded, None, batch_major=True, own=self.own, copy=jitters
-        )
-        # With noise on the tokens the entry could not gather them again: they are saved.
-        full = enter_sparse(entry, take_hidden(args, kwargs), [] if jitters else self.members)
-        self.entries.append(entry)
-        if jitters and self.own:
-            # Each rank has other tokens, and draws other noise.
-            self.dropout.start(full)
-        return put_hidden(args, kwargs, full)
+        x = get_hidden_states(args, kwargs)
+        jitters = module.training and float(getattr(module, "jitter_noise", 0) or 0) > 0
+        if self.whole_experts:
+            # With noise on the tokens they cannot be computed again: they are saved.
+            self.recompute = None if jitters else recompute_of(x)
+            x = x.clone(memory_format=torch.contiguous_format) if jitters else x.contiguous()
+            gathered = GatheredInput(x, version(x), True, 1, {})
+            if jitters:
+                # Each rank has other tokens, and draws other noise.
+                self.dropout.start(x)
+        else:
+            gate_up, top_k = self.gate_up, int(getattr(self.router, "top_k", 0))
+            experts = None
+            if top_k:
+                gradient = functools.partial(gate_up_gradient, top_k=top_k)
+                experts = Experts(self.experts, gate_up(x), top_k, gradient)
+            gathered = gather_columns(
+                x,
+                [] if jitters else self.linears,
+                state.axis,
+                sharded=state.sharded,
+                length=None,
+                batch_major=True,
+                contiguous=True,
+                factors=[] if jitters else factors_of(module, x),
+                experts=None if jitters else experts,
+            )
+            if jitters:
+                # The block writes into it.
+                gathered.x = gathered.x.clone()
+        self.block.gathered, self.shape = gathered, tuple(gathered.x.shape)
+        return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output, unless its tokens are this rank's own."""
-        if not self.own:
+        self.recompute = None
+        if not self.whole_experts:
             return super().leave(module, args, output)
         self.dropout.stop()
-        if self.entries:
-            self.entries.pop().close()
+        self.block.close()
         return None
 
+    def gate_up(self, like: Tensor) -> Tensor:
+        """This rank's part of the experts' packed gate and up projections."""
+        return expert_weight(cast(Tensor, self.experts.gate_up_proj), self.state, like)
 
-class RouterMember:
-    """The router's replicated weight; its gradient is partial, in tokens or in features."""
+    def port(self, reader: object, x: Tensor) -> Port | None:
+        """The reader's port, if x is what the block was given; may be computed again, if so."""
+        gathered = self.block.gathered
+        if gathered is None:
+            return None
+        if self.recompute is not None and gathered.reads(x):
+            again = functools.partial(_flat, function=self.recompute.function)
+            attach_recompute(x, Recompute(again, self.recompute.inputs))
+        return gathered.port(reader, x)
 
-    def __init__(self, module: nn.Module, state: ParallelState) -> None:
-        self.module, self.state = module, state
+    def route(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The router's product of its tokens."""
+        port = self.port(self.router, x)
+        if port is not None:
+            return column_linear(x, port, batch_major=True)
+        if not self.whole_experts or x.dtype != weight.dtype or not torch.is_grad_enabled():
+            return None
+        return low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
 
-    def local_parameters(self, like: Tensor) -> tuple[Tensor, None]:
-        """The weight; its gradient is summed over the ranks."""
-        weight = local(cast(Tensor, self.module._parameters["weight"]))
-        return cast_for_autocast(comm.identity_allreduce(weight, self.state.axis), like), None
+
+def _flat(*inputs: Tensor, function: Any) -> Tensor:
+    x = function(*inputs)
+    return x.reshape(-1, x.shape[-1])
 
 
-class ExpertsMember:
-    """The experts' packed gate and up projections."""
+class SharedBoundary(BlockBoundary):
+    """Entry and exit of a shared expert that is a TP block of its own, on flattened tokens.
 
-    def __init__(self, module: nn.Module, state: ParallelState) -> None:
-        self.module, self.state = module, state
+    The order of the tokens does not matter to it: it gathers the ranks' ``[T, H]`` as they lie.
 
-    def local_parameters(self, like: Tensor) -> tuple[Tensor, None]:
-        """This rank's features or experts."""
-        return expert_weight(cast(Tensor, self.module.gate_up_proj), self.state, like), None
+    Args:
+        state: the model's parallel state.
+        block: what its linears find their input by.
+        columns: its column linears.
+        around: the block that it is a part of.
+    """
+
+    def __init__(
+        self,
+        state: ParallelState,
+        block: BlockInput,
+        columns: list[ColumnParallelLinear],
+        around: SparseBoundary,
+    ) -> None:
+        super().__init__(state, block, columns, attention=False)
+        self.around = around
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """All-gather ``[T, H]`` to ``[1, tp * T, H]``."""
+        x = get_hidden_states(args, kwargs)
+        self.around.port(module, x)
+        recompute, x = recompute_of(x), x.unsqueeze(0)
+        if recompute is not None:
+            again = functools.partial(_unsqueezed, function=recompute.function)
+            attach_recompute(x, Recompute(again, recompute.inputs))
+        return super().enter(module, *replace_hidden_states(args, kwargs, x))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Reduce-scatter, back to ``[T, H]``."""
+        out = super().leave(module, args, output)
+        return out.squeeze(0) if isinstance(out, Tensor) else out
+
+
+def _unsqueezed(*inputs: Tensor, function: Any) -> Tensor:
+    return function(*inputs).unsqueeze(0)
 
 
 def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
@@ -136,48 +194,6 @@ def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
     """
     mine = local_of_groups(p, state.data) if state.spread else local(p)
     return cast_for_autocast(mine, like)
-
-
-class RouterWeight:
-    """What HF's router reads as ``self.weight``: ``F.linear`` with it does not save the tokens.
-
-    No tensor, but to torch's functions like one; its attributes and methods are the weight's.
-    """
-
-    def __init__(self, weight: Tensor, boundary: SparseBoundary) -> None:
-        self._weight, self._boundary = weight, boundary
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._weight, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """A linear on the gathered tokens goes through the block's entry; all else is plain."""
-        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
-            boundary = args[1]._boundary
-            entry = boundary.current()
-            if entry is not None:
-                entry.mark(args[0])
-            found = entered(args[0], boundary.router)
-            if found is not None:
-                return entered_linear(args[0], *found)
-        plain = tree_map_only(cls, lambda weight: weight._weight, (args, kwargs or {}))
-        return func(*plain[0], **plain[1])
-
-
-class RouterParameters(LocalParameters):
-    """Shows the router its weight as a ``RouterWeight``."""
-
-    def __init__(self, boundary: SparseBoundary) -> None:
-        super().__init__(boundary.state, "always")
-        self.boundary = boundary
-
-    def show(self, module: nn.Module, args: Any) -> None:
-        """Shadow the weight."""
-        super().show(module, args)
-        module.__dict__["weight"] = RouterWeight(module.__dict__["weight"], self.boundary)
 
 
 class ExpertsForward:
@@ -191,116 +207,42 @@ class ExpertsForward:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """This rank's part, or the whole output for this rank's tokens."""
-        boundary, module = self.boundary, self.boundary.experts
+        boundary, module, index = self.boundary, self.boundary.experts, top_k_index
         state, form = boundary.state, boundary.form
-        x = cast_for_autocast(hidden_states, hidden_states)
-        found = entered(hidden_states, module)
-        if found is None:
-            place, gate_up = Place(), ExpertsMember(module, state).local_parameters(x)[0]
-        else:
-            entry, slot = found
-            assert isinstance(entry, FlatEntry)
-            place, gate_up = Place(entry, slot), entry.parameters[slot][0]
+        port = boundary.port(module, hidden_states)
+        x = hidden_states if port is not None else cast_for_autocast(hidden_states, hidden_states)
+        if port is not None and port.outputs[1].shape[0] != index.numel():
+            port = None
         down = expert_weight(cast(Tensor, module.down_proj), state, x)
-        weights = Weights(gate_up, down, state.kernels)
-        index = top_k_index
-        if state.sharded and boundary.own:
-            index = _real_tokens_only(x, index, boundary.current(), state, form)
-        _note_load(index, boundary.current(), state, form)
-        if not boundary.own:
-            return local_experts(x, index, top_k_weights, weights, place)
-        if state.sharded:
-            return self._travel(x, index, top_k_weights, weights, place)
-        if state.spread:
-            # One token of a generation, another on each data parallel rank: one tp rank sends it.
-            index = index if state.rank == 0 else torch.full_like(index, form.count)
-            out = self._travel(x, index, top_k_weights, weights, place)
-            return comm.allreduce_identity(out, state.axis)
-        # One token of a generation, which every rank has: each adds what its experts make of it.
-        first = state.rank * gate_up.shape[0]
-        out = local_experts(x, index, top_k_weights, weights, place, first)
-        return comm.allreduce_identity(out, state.axis)
-
-    def _travel(
-        self, x: Tensor, index: Tensor, scale: Tensor, weights: Weights, place: Place
-    ) -> Tensor:
-        """Send the tokens, run what waits for that, and have the experts' output back."""
-        axis, around = self.boundary.state.expert_axis, self.boundary.current()
-        sent = send(x, index, scale, weights.down.shape[0], axis)
-        try:
-            if around is not None:
-                around.run_beside()
-        except BaseException:
-            sent.land()  # whatever was launched is waited for
-            raise
-        return travelling_experts(x, sent, scale, weights, place, axis)
-
-
-def _length_here(state: ParallelState, s: int) -> int | None:
-    """How many of the ``s`` places of this rank's shard are real, if that is known."""
-    length = state.attended if state.length is None else state.length
-    if length is None or comm.padded(length, state.tp) != s * state.tp:
-        return None
-    return min(max(length - state.rank * s, 0), s)
-
-
-def _real_tokens_only(
-    x_TH: Tensor, index_Tk: Tensor, entry: FlatEntry | None, state: ParallelState, form: Experts
-) -> Tensor:
-    """Send no padding: E for the experts of tokens past the end of the sequence.
-
-    They are zeros, and what an expert makes of them is zero. That is asked of the tokens, too: in a
-    recomputation of the block alone the length may be another forward's.
-    """
-    if entry is None:
-        return index_Tk
-    batch, s, hidden = entry.shape
-    here = _length_here(state, s)
-    if here is None or here == s:
-        return index_Tk
-    zero = ~(x_TH.detach().view(batch, s, hidden)[:, here:] != 0).any(-1, keepdim=True)
-    index = index_Tk.view(batch, s, -1).clone()
-    index[:, here:].masked_fill_(zero, form.count)
-    return index.view(batch * s, -1)
-
-
-def _note_load(
-    index_Tk: Tensor, entry: FlatEntry | None, state: ParallelState, form: Experts
-) -> None:
-    """Count the tokens of each expert, for whoever reads ``expert_load``."""
-    if state.length is None or entry is None:
-        return  # a recomputation in backward: counted before
-    if entry.own and not state.sharded and state.rank > 0:
-        index_Tk = torch.full_like(index_Tk, form.count)  # each rank has them: the first counts
-    if state.sharded and not entry.own:
-        batch, length, _ = entry.shape
-        index_Tk = index_Tk.view(batch, length, -1)[:, : state.length]
-    flat = index_Tk.detach().reshape(-1)
-    counts = flat.new_zeros(form.count + 1)
-    state.load[form.path] = counts.scatter_add_(0, flat, torch.ones_like(flat))[: form.count]
-
-
-def leave_router_logits(
-    logits: tuple[Tensor, ...], state: ParallelState, batch: int
-) -> tuple[Tensor, ...]:
-    """Router logits as HF has them, ``[B * S, E]``, with gradients that count once.
-
-    What is computed from them (the auxiliary loss) is computed alike on all ranks, while the
-    router's gradient is a sum over ranks. Where each rank has routed its own tokens, it takes its
-    own part; where all have routed all tokens, one rank's gradient counts.
-    """
-    length = state.length
-    assert length is not None
-
-    def leave(local_TE: Tensor) -> Tensor:
-        if not state.sharded:
-            # Tokens travel in no such forward: every rank has routed every token.
-            return comm.identity_onerank(local_TE, state.axis)
-        by_row = local_TE.view(batch, -1, local_TE.shape[-1])
-        if state.plan.ep > 1:
-            full = comm.allgather_scatter(by_row, length, state.axis)
+        gate_up = boundary.gate_up(x) if port is None else port.weight
+        weights, count = Weights(gate_up, down, state.kernels), down.shape[0]
+        self._note_load(index)
+        if not boundary.whole_experts:
+            return run_experts(x, top_k_weights, weights, Dispatcher.local(index, count), port)
+        if state.sharded or state.spread:
+            if not state.sharded and state.rank > 0:
+                # One token of a generation, another on each data parallel rank: one rank sends it.
+                index = torch.full_like(index, form.count)
+            dispatcher = Dispatcher.all_to_all(index, count, state.expert_axis)
         else:
-            full = comm.identity_onerank(by_row[:, :length], state.axis)
-        return full.reshape(batch * length, -1)
+            # One token of a generation, which every rank has: each adds what its experts make.
+            dispatcher = Dispatcher.local(index, count, state.rank * count)
+        out = run_experts(x, top_k_weights, weights, dispatcher, None)
+        return out if state.sharded else pairs.allreduce_identity(out, state.axis)
 
-    return tuple(leave(x) for x in logits)
+    def _note_load(self, index_Tk: Tensor) -> None:
+        """Count the tokens of each expert, for whoever reads ``expert_load``."""
+        boundary, state, form = self.boundary, self.boundary.state, self.boundary.form
+        if state.length is None or boundary.block.gathered is None:
+            return  # a recomputation in backward: counted before
+        if boundary.whole_experts and not state.sharded and state.rank > 0:
+            # Each rank has them: the first counts.
+            index_Tk = torch.full_like(index_Tk, form.count)
+        if state.sharded:
+            # Not the rows that pad the sequence to a multiple of tp.
+            batch, rows, _ = boundary.shape
+            real = state.length - (state.rank * rows if boundary.whole_experts else 0)
+            index_Tk = index_Tk.view(batch, rows, -1)[:, : max(real, 0)]
+        flat = index_Tk.detach().reshape(-1)
+        counts = flat.new_zeros(form.count + 1)
+        state.load[form.path] = counts.scatter_add_(0, flat, torch.ones_like(flat))[: form.count]

@@ -27,7 +27,7 @@ class Groups:
     ends: Tensor
     host: list[int] | None = None
 
-    def stretches(self) -> list[tuple[int, int]]:
+    def row_ranges(self) -> list[tuple[int, int]]:
         """(first row, one past the last) for each expert."""
         if self.host is None:
             self.host = self.ends.tolist()
@@ -68,7 +68,7 @@ def grouped_linear(x_Ri: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:
     if kernel is not None:
         return kernel(x, weight.transpose(1, 2), offs=groups.ends)
     y = x_Ri.new_empty(x_Ri.shape[0], weight_Eoi.shape[1])
-    for (a, b), w_oi in zip(groups.stretches(), weight_Eoi, strict=True):
+    for (a, b), w_oi in zip(groups.row_ranges(), weight_Eoi, strict=True):
         if b > a:
             torch.mm(x_Ri[a:b], w_oi.t(), out=y[a:b])
     return y
@@ -83,7 +83,7 @@ def grouped_input_gradient(dy_Ro: Tensor, weight_Eoi: Tensor, groups: Groups) ->
     if kernel is not None:
         return kernel(dy, weight, offs=groups.ends)[:, :inside]
     dx = dy_Ro.new_empty(dy_Ro.shape[0], inside)
-    for (a, b), w_oi in zip(groups.stretches(), weight_Eoi, strict=True):
+    for (a, b), w_oi in zip(groups.row_ranges(), weight_Eoi, strict=True):
         if b > a:
             torch.mm(dy_Ro[a:b], w_oi, out=dx[a:b])
     return dx
@@ -98,7 +98,7 @@ def grouped_weight_gradient(dy_Ro: Tensor, x_Ri: Tensor, groups: Groups) -> Tens
         dw = kernel(dy.t(), x, offs=groups.ends)
         return dw[:, :outside, :inside].contiguous()
     dw = dy_Ro.new_zeros(groups.ends.shape[0], outside, inside)
-    for (a, b), dw_oi in zip(groups.stretches(), dw, strict=True):
+    for (a, b), dw_oi in zip(groups.row_ranges(), dw, strict=True):
         if b > a:
             torch.mm(dy_Ro[a:b].t(), x_Ri[a:b], out=dw_oi)
     return dw

@@ -103,12 +103,12 @@ def experts_block(
             leaves.append(Leaf(other, "column" if style == "column" else "row", shape))
             shared = owner
         elif plain and not owner and set(own) == {"weight"} and shape == (1, hidden):
-            leaves.append(Leaf(other, "column_replicated", shape, heads=1))
+            leaves.append(Leaf(other, "replicated", shape))
         elif not owner and set(own) == {"weight"} and shape == (count, hidden) and not router:
             router = other
         else:
             raise _unknown(other, f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}")
-    kinds = {leaf.style for leaf in leaves if leaf.style != "column_replicated"}
+    kinds = {leaf.style for leaf in leaves if leaf.style != "replicated"}
     if not router or kinds not in (set(), {"column", "row"}):
         raise _unknown(path, "no router" if not router else f"a shared expert of {kinds} linears")
     found = Experts(

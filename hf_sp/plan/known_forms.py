@@ -255,9 +255,9 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         form = block.experts
         if form is None:
             continue
-        gates = [leaf.path for leaf in block.leaves if leaf.style == "column_replicated"] or [""]
+        gates = [leaf.path for leaf in block.leaves if leaf.style == "replicated"]
         paths = {"router": form.router, "experts": form.path, "shared": form.shared}
-        paths["shared_gate"] = gates[0]
+        paths |= {"shared_gate": gates[0]} if gates else {}
         names = {role: path.removeprefix(block.path + ".") for role, path in paths.items() if path}
         wanted = {
             "experts": (form.path, {"gate_up": "gate_up_proj", "down": "down_proj"}),

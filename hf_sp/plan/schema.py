@@ -6,17 +6,17 @@ how a plan is carried out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_sp.plan.describe import describe_block
-
-Style = Literal["column", "row", "column_replicated"]
+Style = Literal["column", "row", "column_replicated", "replicated"]
 """How a linear inside a TP block is split.
 
 ``column``: weight ``[out, in]`` split on dim 0. ``row``: split on dim 1. ``column_replicated``: a
 k or v projection with fewer heads than ranks; the weight is stored whole on every rank, each rank
 computes with the rows of the one head that its query heads attend to, and the gradients are summed.
+``replicated``: whole on every rank, its gradient summed (the gate of a shared expert).
 """
 
 
@@ -136,7 +136,7 @@ class Plan:
             if len(kinds) > 1:
                 lines.append(f"  layers {', '.join(layer.rpartition('.')[2] for layer in same)}:")
             for block in (b for b in self.blocks if b.path.startswith(same[0] + ".")):
-                for path, what in describe_block(block, self.tp, self.sp, self.ep):
+                for path, what in _describe_block(block, self.tp, self.sp, self.ep):
                     row(path, what)
             for path in (n for n in self.shard_norms if n.startswith(same[0] + ".")):
                 row(path, f"replicated, {partial}")
@@ -156,8 +156,47 @@ class Plan:
         for layer in self.layers:
             blocks = [b for b in self.blocks if b.path.startswith(layer + ".")]
             lines = [
-                row for block in blocks for row in describe_block(block, self.tp, self.sp, self.ep)
+                row for block in blocks for row in _describe_block(block, self.tp, self.sp, self.ep)
             ]
             key = tuple((path.replace(layer + ".", ""), what) for path, what in lines)
             kinds.setdefault(key, []).append(layer)
         return list(kinds.values())
+
+
+def _describe_block(block: Block, tp: int, sp: bool, ep: int = 1) -> Iterator[tuple[str, str]]:
+    """Pairs of a module path and what becomes of it."""
+    entry, leave = ("all-gather", "reduce-scatter") if sp else ("-", "all-reduce")
+    experts = block.experts
+    travel = experts is not None and experts.split == "experts"
+    if travel:
+        yield block.path, "MoE block: on the sequence shard, no collective of its own"
+    else:
+        kind = "TP block" if experts is None else "MoE block"
+        yield block.path, f"{kind}: {entry} on entry, {leave} on exit"
+    if experts is not None:
+        count, f, h = experts.count, experts.intermediate, experts.hidden
+        part = (count // ep, f) if travel else (count, f // tp)
+        sizes = f"[{count}, 2*{f}, {h}] -> [{part[0]}, 2*{part[1]}, {h}]"
+        yield "  " + experts.router, "router: replicated, gradient summed over tp"
+        how = "experts: all-to-all there and back" if travel else "experts: features split"
+        how += " over tp and dp_shard" if ep > tp else ""
+        yield "  " + experts.path, f"{how}, {sizes}"
+        if experts.shared and travel:
+            yield "  " + experts.shared, "TP block: all-gather on entry, reduce-scatter on exit"
+    for leaf in block.leaves:
+        yield "  " + leaf.path, _describe_leaf(leaf, tp)
+    for path in block.partial:
+        yield "  " + path, "replicated, gradient summed over tp"
+
+
+def _describe_leaf(leaf: Leaf, tp: int) -> str:
+    heads = f"  {leaf.heads} heads" if leaf.heads else ""
+    out, into = leaf.shape
+    if leaf.style == "replicated":
+        return f"replicated, gradient summed over tp  [{out}, {into}]"
+    local = {
+        "column": (out // tp, into),
+        "row": (out, into // tp),
+        "column_replicated": (out // max(leaf.heads, 1), into),
+    }[leaf.style]
+    return f"{leaf.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"

@@ -7,6 +7,7 @@ with clipping active, every factor's gradient. Both orders: PEFT first, ``parall
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
+import transformers.integrations.peft
 from harness import batches, tiny
 from harness.compare import (
     attempt,
@@ -48,6 +50,10 @@ class Lora:
     case: Case
     order: str = "before"
     config: tuple[tuple[str, Any], ...] = ()
+
+    def varied(self, **fields: Any) -> Lora:
+        """The same but for some fields of the parity case."""
+        return replace(self, case=replace(self.case, **fields))
 
     def __str__(self) -> str:
         fields = ",".join(f"{k}={v}" for k, v in self.config)
@@ -88,18 +94,22 @@ def fill(model: nn.Module, seed: int = 1) -> None:
                 p.copy_(noise / p.shape[1] ** 0.5)
 
 
+def unsharded(lora: Lora) -> nn.Module:
+    """The unsharded model with adapters."""
+    model = peft.get_peft_model(base(lora.case), config(**dict(lora.config)))
+    fill(model)
+    return model
+
+
 def pair(lora: Lora) -> tuple[nn.Module, nn.Module]:
     """(unsharded, parallel), same weights, adapters on both."""
     case, fields = lora.case, dict(lora.config)
-    plain = base(case)
-    other = copy.deepcopy(plain)
-    model = peft.get_peft_model(plain, config(**fields))
-    fill(model)
+    model = unsharded(lora)
     tp = dist.get_world_size()
     if lora.order == "before":
         parallel = parallelize(copy.deepcopy(model), tp=tp, sp=case.sp, **dict(case.parallelize))
     else:
-        other = parallelize(other, tp=tp, sp=case.sp, **dict(case.parallelize))
+        other = parallelize(base(case), tp=tp, sp=case.sp, **dict(case.parallelize))
         parallel = peft.get_peft_model(other, config(**fields))
         parallel.load_state_dict(model.state_dict())
     # A head with an adapter makes logits, which go to the model's own loss: the judge's is float64.
@@ -137,16 +147,23 @@ def use_same_masks(model: nn.Module, sp: bool) -> None:
             layer.lora_dropout["default"] = SameMasks(p, row, padded, dist.get_world_size(), sp)
 
 
+@functools.lru_cache(maxsize=16)
+def _reference_run(lora: Lora) -> Any:
+    """The unsharded model's run; its dropout has the ranks' masks."""
+    model = judge(unsharded(lora)).train()
+    if dict(lora.config).get("lora_dropout"):
+        use_same_masks(model, lora.case.sp)
+    torch.manual_seed(11)
+    return _run(model, lora.case, None)
+
+
 def train(lora: Lora) -> Report:
     """Two optimizer steps, parallel against unsharded."""
     case = lora.case
     report = Report(str(lora), dist.get_rank(), case.dtype)
     model, parallel = pair(lora)
     check_contract(report, parallel, model)
-    if dict(lora.config).get("lora_dropout"):
-        use_same_masks(model, case.sp)
-    torch.manual_seed(11)
-    want = _run(model, replace(case, checkpoint="none"), None)
+    want = _reference_run(lora.varied(checkpoint="none", around=None, parallelize=()))
     torch.manual_seed(11)
     with _around(case):
         if case.checkpoint == "reentrant":
@@ -290,8 +307,12 @@ def lifecycle(order: str, directory: str) -> Report:
 
 
 def native(directory: str) -> Report:
-    """transformers' own ``add_adapter``, ``load_adapter`` and ``save_pretrained``."""
+    """transformers' own ``add_adapter``, ``load_adapter`` and ``save_pretrained``.
+
+    transformers 5.24 wants a PEFT 0.22 that is not released: here the installed one is enough.
+    """
     report = Report("native", dist.get_rank())
+    transformers.integrations.peft.MIN_PEFT_VERSION = peft.__version__
     plain = base(Case("llama"))
     other, third = parallelize(copy.deepcopy(plain)), parallelize(copy.deepcopy(plain))
     for one in (plain, other):

@@ -6,6 +6,8 @@ import pytest
 from harness.parity import assert_parity
 from harness.pool import pool
 
+from adapters import logprob_jobs
+
 
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("sharded", [True, False])
@@ -21,4 +23,4 @@ from harness.pool import pool
     ids=str,
 )
 def test_token_statistics(tp, sharded, options):
-    assert_parity(pool(tp).run("adapters.logprob_jobs:statistics", sharded=sharded, **options))
+    assert_parity(pool(tp).run(logprob_jobs.statistics, sharded=sharded, **options))

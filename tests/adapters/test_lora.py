@@ -6,6 +6,7 @@ import pytest
 from harness.parity import Case, assert_parity
 from harness.pool import pool, run_once
 
+from adapters import jobs
 from adapters.jobs import Lora
 
 ORDERS = ("before", "after")
@@ -94,18 +95,23 @@ def _lora(name, order):
     return Lora(case, order, fields)
 
 
-@pytest.mark.parametrize(("tp", "order", "name"), CELLS)
+def _mark(tp, order, name):
+    slow = (tp, order) != (2, "after")
+    return pytest.param(tp, order, name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("tp", "order", "name"), [_mark(*cell) for cell in CELLS])
 def test_training_matches_the_unsharded_model(tp, order, name):
     mine = [n for t, o, n in CELLS if (t, o) == (tp, order)]
     cases = tuple(_lora(n, order) for n in mine)
-    per_rank = run_once(tp, "adapters.jobs:train_all", timeout=240, cases=cases)
+    per_rank = run_once(tp, jobs.train_all, timeout=240, cases=cases)
     assert_parity([reports[mine.index(name)] for reports in per_rank])
 
 
 @pytest.mark.parametrize("fields", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}])
 @pytest.mark.parametrize("seeds", ["alike", "own"])
 def test_init_is_that_of_one_process(seeds, fields):
-    first, *others = pool(2).run("adapters.jobs:initial", seeds=seeds, fields=fields)
+    first, *others = pool(2).run(jobs.initial, seeds=seeds, fields=fields)
     for found in (first, *others):
         assert found["replicas"]
         assert found["shards_differ"]
@@ -115,13 +121,11 @@ def test_init_is_that_of_one_process(seeds, fields):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_lifecycle(order, tmp_path):
-    assert_parity(
-        pool(2).run("adapters.jobs:lifecycle", order=order, directory=str(tmp_path / "adapter"))
-    )
+    assert_parity(pool(2).run(jobs.lifecycle, order=order, directory=str(tmp_path / "adapter")))
 
 
 def test_transformers_own_adapter_methods(tmp_path):
-    assert_parity(pool(2).run("adapters.jobs:native", directory=str(tmp_path / "adapter")))
+    assert_parity(pool(2).run(jobs.native, directory=str(tmp_path / "adapter")))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_transformers_own_adapter_methods(tmp_path):
 def test_low_precision_is_no_noisier(base_dtype, autocast, upcast):
     """The bound of tests/parity/test_low_precision.py, and its reasons; bfloat16 rounds to 2^-9."""
     kwargs = {"base_dtype": base_dtype, "autocast": autocast, "upcast": upcast}
-    for found in pool(2).run("adapters.jobs:noise", **kwargs):
+    for found in pool(2).run(jobs.noise, **kwargs):
         assert 1e-3 < found["unsharded"] < 0.3, f"the yardstick itself is off: {found}"
         assert found["parallel"] <= 1.5 * found["unsharded"], found
 
@@ -161,7 +165,7 @@ AFTER = [
 def test_refused_after_parallelize(fields, part):
     if "use_bdlora" in fields:
         fields = {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}
-    for message, untouched in pool(2).run("adapters.jobs:refuse_after", fields=fields):
+    for message, untouched in pool(2).run(jobs.refuse_after, fields=fields):
         assert message is not None
         assert message.startswith("ConfigError")
         assert part in message
@@ -176,9 +180,9 @@ def test_refused_after_parallelize(fields, part):
         ("AdaLoraConfig", {"total_step": 10}),
     ],
 )
-@pytest.mark.parametrize("job", ["refuse_after", "refuse_before"])
+@pytest.mark.parametrize("job", [jobs.refuse_after, jobs.refuse_before])
 def test_other_methods_are_refused(kind, fields, job):
-    for message, untouched in pool(2).run(f"adapters.jobs:{job}", fields=fields, kind=kind):
+    for message, untouched in pool(2).run(job, fields=fields, kind=kind):
         assert message is not None
         assert "is not supported for a parallelized model" in message
         assert untouched
@@ -195,7 +199,7 @@ def test_other_methods_are_refused(kind, fields, job):
     ids=str,
 )
 def test_refused_before_parallelize(fields, part):
-    for message, untouched in pool(2).run("adapters.jobs:refuse_before", fields=fields):
+    for message, untouched in pool(2).run(jobs.refuse_before, fields=fields):
         assert message is not None
         assert part in message
         assert untouched
@@ -203,14 +207,14 @@ def test_refused_before_parallelize(fields, part):
 
 def test_methods_that_are_refused(tmp_path):
     parts = ("add_weighted_adapter", "convert in one process", "adapter_names", "hotswap_adapter")
-    for messages in pool(2).run("adapters.jobs:refuse_methods", directory=str(tmp_path)):
+    for messages in pool(2).run(jobs.refuse_methods, directory=str(tmp_path)):
         for message, part in zip(messages, parts, strict=True):
             assert message is not None
             assert part in message
 
 
 def test_tensors_of_a_shards_shape_are_refused(tmp_path):
-    for message, untouched in pool(2).run("adapters.jobs:misfit", directory=str(tmp_path)):
+    for message, untouched in pool(2).run(jobs.misfit, directory=str(tmp_path)):
         assert message is not None
         assert message.startswith("CheckpointError")
         assert untouched

@@ -7,11 +7,11 @@ import inspect
 import pytest
 from integrations.test_names import check
 
-from hf_sp.adapters import peft
+from hf_sp.adapters import peft_patches
 from hf_sp.adapters.names import NAMES
-from hf_sp.integrations import trl
+from hf_sp.integrations import trl_patches
 
-TABLES = [peft.PATCHES, peft.LAYER_PATCHES, trl.patches()]
+TABLES = [peft_patches.PATCHES, peft_patches.LAYER_PATCHES, trl_patches.patches()]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda n: n.path)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
 
 
@@ -18,7 +18,7 @@ def concat_slice(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor
     whole = torch.randn(2, 3, sum(sizes), generator=generator, dtype=torch.float64)
     dy = torch.randn(2, 3, sum(sizes), generator=generator, dtype=torch.float64)
     x = whole.split(sizes, 2)[axis.rank].clone().requires_grad_()
-    y = comm.concat_slice(x, 2, sizes, axis)
+    y = pairs.concat_slice(x, 2, sizes, axis)
     y.backward(dy)
     assert y.is_contiguous()
     return y.detach(), whole, x.grad, dy.split(sizes, 2)[axis.rank].clone()

@@ -6,9 +6,11 @@ import pytest
 import torch
 from harness.pool import pool
 
+from collectives import jobs
+
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 2), (1, 0)], ids=str)
 def test_concat_slice(sizes):
-    for y, whole, dx, want in pool(2).run("collectives.jobs:concat_slice", sizes=sizes):
+    for y, whole, dx, want in pool(2).run(jobs.concat_slice, sizes=sizes):
         assert torch.equal(y, whole)
         assert torch.equal(dx, want)

@@ -15,6 +15,7 @@ from torch.distributed import _local_tensor as lt
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
 from hf_sp.estimate.simulate import fake_world
 
@@ -66,7 +67,7 @@ def test_scatter_allgather(world, length):
     x = _random(world, B, length, H, same=True)
     s = comm.padded(length, world) // world
     dy = _random(world, B, s, H)
-    y, dx = _run(world, comm.scatter_allgather, x, dy)
+    y, dx = _run(world, pairs.scatter_allgather, x, dy)
     _equal(y, _shards(x[0], world))
     _equal(dx, [torch.cat(dy, 1)[:, :length]] * world)
 
@@ -76,7 +77,7 @@ def test_allgather_scatter(world, length):
     s = comm.padded(length, world) // world
     x = _random(world, B, s, H)
     dy = _random(world, B, length, H, same=True)
-    y, dx = _run(world, lambda t, a: comm.allgather_scatter(t, length, a), x, dy)
+    y, dx = _run(world, lambda t, a: pairs.allgather_scatter(t, length, a), x, dy)
     _equal(y, [torch.cat(x, 1)[:, :length]] * world)
     _equal(dx, _shards(dy[0], world))
 
@@ -89,7 +90,7 @@ def test_gathered_reducescatter(world, length):
 
     def pair(shard, axis):
         gathered = _each(world, lambda r: full.clone())
-        return comm.gathered_reducescatter(shard, gathered, axis)
+        return pairs.gathered_reducescatter(shard, gathered, axis)
 
     y, dx = _run(world, pair, x, dy)
     _equal(y, [full] * world)
@@ -101,21 +102,21 @@ def test_reducescatter_allgather(world, length):
     x = _random(world, B, length, H)
     s = comm.padded(length, world) // world
     dy = _random(world, B, s, H)
-    y, dx = _run(world, comm.reducescatter_allgather, x, dy)
+    y, dx = _run(world, pairs.reducescatter_allgather, x, dy)
     _equal(y, _shards(sum(x), world))
     _equal(dx, [torch.cat(dy, 1)[:, :length]] * world)
 
 
 def test_identity_allreduce(world):
     x, dy = _random(world, 5, same=True), _random(world, 5)
-    y, dx = _run(world, comm.identity_allreduce, x, dy)
+    y, dx = _run(world, pairs.identity_allreduce, x, dy)
     _equal(y, x)
     _equal(dx, [sum(dy)] * world)
 
 
 def test_allreduce_identity(world):
     x, dy = _random(world, 5), _random(world, 5, same=True)
-    y, dx = _run(world, comm.allreduce_identity, x, dy)
+    y, dx = _run(world, pairs.allreduce_identity, x, dy)
     _equal(y, [sum(x)] * world)
     _equal(dx, dy)
 
@@ -126,7 +127,7 @@ def test_reducescatter_allgather_is_its_own_adjoint():
     with fake_world(n):
         x = _random(n, B, length, H)
         dy = _random(n, B, comm.padded(length, n) // n, H)
-        y, dx = _run(n, comm.reducescatter_allgather, x, dy)
+        y, dx = _run(n, pairs.reducescatter_allgather, x, dy)
         left = sum((a * b).sum() for a, b in zip(y, dy, strict=True))
         right = sum((a * b).sum() for a, b in zip(x, dx, strict=True))
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)

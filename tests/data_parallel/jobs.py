@@ -11,6 +11,7 @@ import peft
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from behaviour.generation import compare_generation
 from harness import batches, tiny
 from harness.compare import (
     compare_gradients,
@@ -22,7 +23,6 @@ from harness.compare import (
     gradients,
     whole,
 )
-from harness.generation import compare_generation
 from harness.parity import Case, pair
 from harness.report import Report
 from sparse.jobs import DECODING, Sends, compare_files, zero

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import sparse.jobs
 import torch
 from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
 
+from data_parallel import jobs
 from hf_sp.estimate.experts import (
     ExpertsShape,
     experts_weight_bytes,
     fsdp_experts_moved,
     travelling_experts_moved_per_token,
 )
+
+pytestmark = pytest.mark.slow
 
 LLAMA = Case("llama", data=2)
 SPREAD = Case("qwen2_moe", data=2, parallelize=(("ep", 4),))
@@ -22,49 +26,47 @@ CASES = pytest.mark.parametrize("case", [LLAMA, SPREAD], ids=str)
 
 @CASES
 def test_inputs(case):
-    assert_parity(pool(4).run("data_parallel.jobs:inputs", case=case))
+    assert_parity(pool(4).run(jobs.inputs, case=case))
 
 
 @CASES
 def test_between_steps(case):
-    assert_parity(pool(4).run("data_parallel.jobs:between_steps", case=case))
+    assert_parity(pool(4).run(jobs.between_steps, case=case))
 
 
 def test_a_vocabulary_that_no_degree_divides():
     case = Case("llama", data=2, model_kwargs=(("vocab_size", 97),))
-    assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
+    assert_parity(pool(4).run(jobs.outputs, case=case))
 
 
 @CASES
 def test_accumulation_without_sync(case):
-    assert_parity(pool(4).run("data_parallel.jobs:accumulates", case=case))
+    assert_parity(pool(4).run(jobs.accumulates, case=case))
 
 
 @CASES
 def test_outputs(case):
-    assert_parity(pool(4).run("data_parallel.jobs:outputs", case=case))
+    assert_parity(pool(4).run(jobs.outputs, case=case))
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_generation(ep):
     options = (("ep", ep),) if ep > 1 else ()
     case = Case("qwen2_moe", data=2, dtype="float32", parallelize=options)
-    assert_parity(pool(4).run("data_parallel.jobs:generates", case=case))
+    assert_parity(pool(4).run(jobs.generates, case=case))
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_saving(ep, tmp_path):
     case = Case("qwen2_moe", data=2, parallelize=(("ep", ep),))
-    assert_parity(pool(4).run("data_parallel.jobs:saves", case=case, folder=str(tmp_path)))
+    assert_parity(pool(4).run(jobs.saves, case=case, folder=str(tmp_path)))
 
 
 def test_optimizer_state_of_any_split(tmp_path):
     plain = Case("qwen2_moe")
     ways = [{"ep": 1}, {"ep": 2}, {"ep": 4}]
     cases = tuple(Case("qwen2_moe", data=2, parallelize=tuple(way.items())) for way in ways)
-    reports = pool(4).run(
-        "sparse.jobs:optimizer_states", cases=(plain, *cases), folder=str(tmp_path)
-    )
+    reports = pool(4).run(sparse.jobs.optimizer_states, cases=(plain, *cases), folder=str(tmp_path))
     assert_parity(reports, tol=0)
 
 
@@ -72,12 +74,12 @@ def test_optimizer_state_of_any_split(tmp_path):
 def test_load_of_one_token(ep, total):
     """Of one sequence of one token, or of both groups': each counts for its two experts."""
     case = Case("mixtral", data=2, parallelize=(("ep", ep),))
-    for layers in pool(4).run("data_parallel.jobs:single_token_load", case=case):
+    for layers in pool(4).run(jobs.single_token_load, case=case):
         assert layers == [total, total]
 
 
 def test_groups_drop_other_places():
-    for losses in pool(4).run("data_parallel.jobs:dropped"):
+    for losses in pool(4).run(jobs.dropped):
         assert losses[0] == losses[1]
         assert losses[2] == losses[3]
         assert abs(losses[0] - losses[2]) > 1e-3
@@ -87,7 +89,7 @@ def test_groups_drop_other_places():
 def test_load(ep):
     """Of this group's batch, or of all batches where experts have the tokens of all."""
     case = Case("mixtral", data=2, parallelize=(("ep", ep),))
-    for rank in pool(4).run("data_parallel.jobs:load", case=case):
+    for rank in pool(4).run(jobs.load, case=case):
         one, other = rank["wanted"]
         total = [
             [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(one, other, strict=True)
@@ -96,7 +98,7 @@ def test_load(ep):
 
 
 def test_weights_of_the_first_rank():
-    assert_parity(pool(4).run("data_parallel.jobs:other_weights"))
+    assert_parity(pool(4).run(jobs.other_weights))
 
 
 @pytest.mark.parametrize(
@@ -109,13 +111,13 @@ def test_weights_of_the_first_rank():
     ],
 )
 def test_mesh_of_the_user(shape, names, ep):
-    reports = pool(4).run("data_parallel.jobs:user_mesh", shape=shape, names=names, ep=ep)
+    reports = pool(4).run(jobs.user_mesh, shape=shape, names=names, ep=ep)
     assert_parity(reports)
 
 
 def test_replicas_stay_equal():
     case = Case("llama", data=2, parallelize=(("dp_shard", None), ("dp_replicate", 2)))
-    assert_parity(pool(4).run("data_parallel.jobs:replicas", case=case))
+    assert_parity(pool(4).run(jobs.replicas, case=case))
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_each_token_travels_once_to_each_of_its_experts():
         parallelize=(("ep", 4),),
         model_kwargs=(("num_hidden_layers", 1),),
     )
-    ranks = pool(4).run("data_parallel.jobs:traffic", case=case)
+    ranks = pool(4).run(jobs.traffic, case=case)
     rows = [rank["rows"] for rank in ranks]
     # The batch of 2 of each of 2 groups, each token routed by one rank.
     assert sum(rows) == 2 * 2 * tokens * choices
@@ -158,7 +160,7 @@ def test_weights_sent(ep):
     """A layer's weights go out twice and its gradients once; experts over all ranks never do."""
     case = Case("mixtral", data=2, dtype="bfloat16", parallelize=(("ep", ep),))
     shape = ExpertsShape(hidden=64, intermediate=96, experts=4, choices=2)
-    for rank in pool(4).run("data_parallel.jobs:weights_sent", case=case):
+    for rank in pool(4).run(jobs.weights_sent, case=case):
         more = {}
         for phase, one, two in zip(("forward", "backward"), rank["one"], rank["two"], strict=True):
             for kind in ("_allgather_base_", "_reduce_scatter_base_"):
@@ -178,8 +180,8 @@ def test_weights_sent(ep):
 
 def test_bytes_alive():
     """FSDP keeps no activation: a layer saves the same bytes, and stores half the weights."""
-    (alone, stored), *_ = pool(2).run("data_parallel.jobs:alive", case=Case("llama"))
-    for kept, part in pool(4).run("data_parallel.jobs:alive", case=LLAMA):
+    (alone, stored), *_ = pool(2).run(jobs.alive, case=Case("llama"))
+    for kept, part in pool(4).run(jobs.alive, case=LLAMA):
         assert kept == alone
         assert part == stored // 2
 
@@ -196,7 +198,7 @@ def test_bytes_alive():
     ],
 )
 def test_ranks_that_differ_refuse_together(kind, part):
-    for message, untouched in pool(4).run("data_parallel.jobs:ranks_differ", kind=kind):
+    for message, untouched in pool(4).run(jobs.ranks_differ, kind=kind):
         assert untouched
         assert message is not None
         assert part in message
@@ -206,7 +208,7 @@ def test_ranks_that_differ_refuse_together(kind, part):
     ("kind", "part"), [("batch", "tp rank 1 of group 1"), ("kinds", "inputs of different kinds")]
 )
 def test_batches_that_differ_are_refused_on_all_ranks(kind, part):
-    answers = pool(4).run("data_parallel.jobs:batch_differs", kind=kind)
+    answers = pool(4).run(jobs.batch_differs, kind=kind)
     for message, _ in answers:
         assert message is not None
         assert part in message
@@ -223,7 +225,7 @@ def test_what_is_not_built(tmp_path):
         "a layer alone": "called by itself",
         "dtypes": "trained weights of one FSDP group have different dtypes",
     }
-    for found in pool(4).run("data_parallel.jobs:refusals", folder=str(tmp_path)):
+    for found in pool(4).run(jobs.refusals, folder=str(tmp_path)):
         assert not found.pop("touched")
         assert found.keys() == parts.keys()
         for name, part in parts.items():
@@ -267,7 +269,7 @@ _TWO = ["ep=4 cannot be used", "experts=2, 2 % 4 = 2", "legal:  ep = 1, 2"]
     ids=str,
 )
 def test_degrees(family, kwargs, parts):
-    for message, untouched in pool(4).run("data_parallel.jobs:refuse", family=family, **kwargs):
+    for message, untouched in pool(4).run(jobs.refuse, family=family, **kwargs):
         assert untouched
         assert message is not None
         assert all(part in message for part in parts), message

@@ -10,8 +10,10 @@ three such is not the rounded third (1e-7).
 from __future__ import annotations
 
 import pytest
-from harness.parity import Case, assert_parity
+from harness.parity import Case, assert_parity, train_all
 from harness.pool import run_once
+
+pytestmark = pytest.mark.slow
 
 # As in tests/sparse: HF's auxiliary loss has no gradient in a reentrant checkpoint.
 WITHOUT_AUX = (("output_router_logits", False),)
@@ -60,5 +62,5 @@ CELLS = [
 
 @pytest.mark.parametrize(("world", "cases", "index"), CELLS)
 def test_training_matches_the_unsharded_model(world, cases, index):
-    per_rank = run_once(world, "harness.parity:train_all", timeout=240, cases=cases)
+    per_rank = run_once(world, train_all, timeout=240, cases=cases)
     assert_parity([reports[index] for reports in per_rank])

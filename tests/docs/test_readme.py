@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sp import parallelize
 from hf_sp.errors import PlanError
 from hf_sp.plan import derive_plan
+from hf_sp.versions import TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -61,6 +62,7 @@ def _run(script: Path, ranks: int, *args: str) -> list[list[float]]:
     return json.loads(line.removeprefix("RESULT"))
 
 
+@pytest.mark.slow
 def test_the_two_line_diff(tmp_path):
     """Without the added lines on one process, with them on two: same losses and gradient norms.
 
@@ -93,12 +95,13 @@ def test_the_two_line_diff(tmp_path):
 
 
 def test_signature():
-    shown = _block("python", "loss_chunk").strip()
-    signature = inspect.signature(parallelize)
-    for part in re.search(r"\((.*)\)", shown)[1].split(", "):
-        name, _, default = part.partition("=")
-        if name not in ("model", "*"):
-            assert repr(signature.parameters[name].default) == default
+    """Every parameter, in order, with its default."""
+    shown = re.search(r"\((.*)\)", _block("python", "loss_chunk").strip())[1].split(", ")
+    want = [
+        name if p.default is p.empty else f"{name}={p.default!r}"
+        for name, p in inspect.signature(parallelize).parameters.items()
+    ]
+    assert [part for part in shown if part != "*"] == want
 
 
 def test_refusal():
@@ -133,6 +136,22 @@ def test_numbers_are_the_committed_ones():
         numbers = [float(x) for x in re.findall(r"(\d+) MiB", line)]
         want = [alive[(shape, layout)] for shape in ("Llama-3.1-8B", "Llama-3.1-70B")]
         assert numbers == [round(x) for x in want]
+
+
+def test_installs_the_newest_tested_versions():
+    """As tests/unit/test_versions.py has it of that file."""
+    commands = _block("bash", "pip install").splitlines()
+    assert all(line.startswith("pip install -c constraints.txt -e ") for line in commands)
+
+
+def test_tested_versions_are_those_that_do_not_warn():
+    prose = " ".join(README.split())
+    rows = re.findall(r"^\| (5\.[\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    for package, (oldest, newest) in TESTED.items():
+        assert f"{package} {oldest}" + (f" to {newest}," if newest != oldest else ",") in prose
+    columns = zip(*rows, strict=True)
+    for package, column in zip(("transformers", "torch", "accelerate"), columns, strict=True):
+        assert {".".join(v.split(".")[:2]) for v in column} >= set(TESTED[package])
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))

@@ -162,9 +162,9 @@ def count_targets(batch: Batch) -> int:
 
 
 def with_num_items(batch: Batch, items: int | None = None) -> Batch:
-    """Divide by a given number of items (default.
+    """Divide by a given number of items, as Trainer does, and not by the targets seen.
 
-    Twice this batch's), not by the targets seen: Trainer's way.
+    The default is twice the number of this batch's targets.
     """
     return {
         **batch,

@@ -1,6 +1,6 @@
 """Gradient parity of a parallelized model with the unsharded one; rank functions, for a pool.
 
-    reports = pool(2).run("harness.parity:train", case=Case("llama", sp=True))
+    reports = pool(2).run(train, case=Case("llama", sp=True))
     assert_parity(reports)                      # tolerance from the case's dtype
 
 A perfect forward proves nothing here (two of three deliberate faults leave the loss bit-equal), so
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,9 +48,8 @@ class Case:
 
     `data` groups of tp ranks have batches of their own; the truth is the mean of their losses.
 
-    `around` names a context manager factory ("module:function", no arguments) entered for the life
-    of the parallel model only, on every rank: the place for a mutant. `model_kwargs` are
-    configuration overrides.
+    `around` names a mutant of tests/mutants, which is in place for the life of the parallel model
+    only, on every rank. `model_kwargs` are configuration overrides.
     """
 
     family: str
@@ -77,6 +75,10 @@ class Case:
             f"{self.family}-{on}-{self.checkpoint}-accum{self.accum}-{self.optimizer}-{self.dtype}"
             + (f"-data{self.data}" if self.data > 1 else "")
         )
+
+    def varied(self, **fields: Any) -> Case:
+        """The same case but for some fields."""
+        return replace(self, **fields)
 
     @property
     def tp(self) -> int:
@@ -271,10 +273,12 @@ def _around(case: Case):
     if case.around is None:
         yield
         return
+    # Mutants are made of cases: they import this module.
+    from mutants import applied
+
     with contextlib.ExitStack() as stack:
         try:
-            module, name = case.around.split(":")
-            stack.enter_context(getattr(importlib.import_module(module), name)())
+            stack.enter_context(applied(case.around))
         except Exception as error:
             # A mutant that can't be put in place must not pass for one that was noticed.
             raise HarnessError(f"around={case.around!r} could not be entered") from error

@@ -4,7 +4,7 @@ Owns: processes, rendezvous (a FileStore: no ports, no retries), timeouts, trace
 Must not know: models, hf_sp.
 
     from harness.pool import pool, run_on_ranks
-    results = pool(2).run("harness.parity:check", case=case)        # a list, one result per rank
+    results = pool(2).run(harness.parity.train, case=case)           # a list, one result per rank
     results = run_on_ranks(4, my_module_level_function, x=3)         # the same thing
     first, second = pool(2).run_batch([(f, dict(x=1)), (g, dict(y=2))])
 
@@ -67,22 +67,22 @@ def pool(world: int) -> Pool:
     return _POOLS[world]
 
 
-def run_on_ranks(
-    world: int, fn: str | Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any
-) -> list:
+def run_on_ranks(world: int, fn: Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
     """Run `fn(**kwargs)` on each of `world` ranks; the results in rank order."""
     return pool(world).run(fn, timeout=timeout, **kwargs)
 
 
 @functools.cache
-def _outcome(world: int, fn: str, timeout: float, kwargs: tuple) -> tuple[list | None, str | None]:
+def _outcome(
+    world: int, fn: Callable, timeout: float, kwargs: tuple
+) -> tuple[list | None, str | None]:
     try:
         return run_on_ranks(world, fn, timeout=timeout, **dict(kwargs)), None
     except RankError as error:
         return None, str(error)
 
 
-def run_once(world: int, fn: str, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
+def run_once(world: int, fn: Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
     """`run_on_ranks`, once a session for the same arguments (hashable): many tests, one job.
 
     A failure is kept and raised for each of them; running into the same limit again tells nothing.
@@ -114,12 +114,12 @@ class Pool:
         """Process ids of the ranks that are up (empty before the first job and after a failure)."""
         return [rank.process.pid for rank in self._ranks]
 
-    def run(self, fn: str | Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
+    def run(self, fn: Callable, *, timeout: float = TIMEOUT_S, **kwargs: Any) -> list:
         """Run one job; the list of results in rank order. Raises RankError."""
         return self.run_batch([(fn, kwargs)], timeout=timeout)[0]
 
     def run_batch(
-        self, jobs: Sequence[tuple[str | Callable, dict]], *, timeout: float = TIMEOUT_S
+        self, jobs: Sequence[tuple[Callable, dict]], *, timeout: float = TIMEOUT_S
     ) -> list[list]:
         """Run jobs one after another, `timeout` seconds for each; per job the results by rank.
 
@@ -257,15 +257,11 @@ def _environment(**values: str):
                 os.environ[name] = value
 
 
-def _as_path(fn: str | Callable) -> str:
+def _as_path(fn: Callable) -> str:
     """`module:function` of a module-level function.
 
     Raises ValueError for what a rank could not import.
     """
-    if isinstance(fn, str):
-        if fn.count(":") != 1:
-            raise ValueError(f"rank function {fn!r}: want 'module:function'")
-        return fn
     if fn.__module__ == "__main__" or "." in fn.__qualname__:
         raise ValueError(
             f"rank function {fn.__module__}:{fn.__qualname__} is not at the top level of a module"

@@ -95,9 +95,9 @@ class Report:
 
 
 def assert_parity(reports: Report | Sequence[Report], tol: float | None = None) -> None:
-    """Fail with the worst five errors of each rank if any is above `tol` (default.
+    """Fail with the worst five errors of each rank if one is above `tol` or a contract is broken.
 
-    By dtype), or any contract broken.
+    `tol` is that of the report's dtype unless given.
     """
     reports = [reports] if isinstance(reports, Report) else list(reports)
     lines = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.compare import compare_gradients
-from harness.parity import Case
+from harness.parity import Case, train, train_all
 from harness.pool import RankError, pool
 from harness.report import FLOOR, Report, assert_parity
 
@@ -86,15 +86,15 @@ def test_vanishing_gradient_is_judged_by_its_block():
 
 
 def test_a_fault_that_cannot_be_put_in_place_is_not_a_finding():
-    case = Case("llama", around="harness.faults:no_such_fault")
+    case = Case("llama", around="no_such_mutant")
     with pytest.raises(RankError, match="could not be entered"):
-        pool(2).run("harness.parity:train_all", cases=[case])
+        pool(2).run(train_all, cases=[case])
 
 
-@pytest.mark.parametrize("fault", ["partial_gradients_not_summed", "partial_gradients_averaged"])
+@pytest.mark.parametrize("fault", ["not_summed", "averaged"])
 def test_fault_with_a_perfect_loss_is_seen(fault):
-    case = Case("qwen3", around=f"harness.faults:{fault}", steps=1)
-    reports = pool(2).run("harness.parity:train", case=case)
+    case = Case("qwen3", sp=False, around=f"partial_gradient_{fault}_qwen3_tp", steps=1)
+    reports = pool(2).run(train, case=case)
     with pytest.raises(AssertionError, match=r"grad model\..*norm\.weight"):
         assert_parity(reports)
     losses = [row.error for row in reports[0].rows if row.what.endswith("loss")]

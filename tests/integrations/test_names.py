@@ -7,13 +7,13 @@ import inspect
 
 import pytest
 
-from hf_sp.integrations import accelerate, saving, trainer, trainer_files
+from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
 from hf_sp.integrations.private_names import NAMES
 from hf_sp.patching import Name, Patches
 
 TABLES = [
-    accelerate.PATCHES,
-    accelerate.STATE_PATCHES,
+    accelerate_patches.PATCHES,
+    accelerate_patches.STATE_PATCHES,
     saving.PATCHES,
     trainer.PATCHES,
     trainer.ALL_PATCHES,

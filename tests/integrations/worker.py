@@ -748,7 +748,6 @@ def job_patches_needed():
     from accelerate.utils.operations import ConvertOutputsToFp32
 
     from hf_sp.model.lazy import LazyLogits
-    from hf_sp.patching import original_of
 
     tiny()
     known = json.loads((OUT / "plain-0.json").read_text())
@@ -899,7 +898,7 @@ def job_patches_needed():
     REPORT["patches"] = {}
     for owner, name, check in cases:
         patched = getattr(owner, name)
-        setattr(owner, name, bare(original_of(owner, name)))
+        setattr(owner, name, bare(patched.__hf_sp_original__))
         try:
             found = check()
         except Exception as error:  # any way of going wrong will do

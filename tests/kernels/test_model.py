@@ -10,12 +10,14 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
+from kernels import model_jobs
+
 
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.parametrize("family", ["llama_odd_vocab", "qwen3"])
 def test_a_step_with_triton(family, sp):
     pytest.importorskip("triton")
-    results = pool(2).run("kernels.model_jobs:step", family=family, sp=sp, dtype="float32")
+    results = pool(2).run(model_jobs.step, family=family, sp=sp, dtype="float32")
     assert_parity([report for report, _ in results])
     for _, launches in results:
         norms = 5 + (4 if family == "qwen3" else 0)

@@ -1,1 +1,16 @@
-"""Deliberate faults: each must turn the parity check red."""
+"""Deliberate faults: each must turn a check red. `registry` holds them all, by name."""
+
+from mutants import adapters, dense, embedding_and_loss, experts, fsdp, partial_gradients
+from mutants.registry import MUTANTS, Mutant, applied
+
+__all__ = [
+    "MUTANTS",
+    "Mutant",
+    "adapters",
+    "applied",
+    "dense",
+    "embedding_and_loss",
+    "experts",
+    "fsdp",
+    "partial_gradients",
+]

@@ -9,13 +9,14 @@ from harness.pool import pool
 from harness.report import assert_parity
 
 from hf_sp.model.lazy import LazyLogits
+from parity import loss_jobs
 from parity.loss_jobs import FORWARDS, WATCHERS
 
 
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.parametrize("family", tiny.RELATIVES)
 def test_models_that_scale_or_cap_their_logits(family, sp):
-    reports = pool(2).run("parity.loss_jobs:scaled_logits", family=family, sp=sp)
+    reports = pool(2).run(loss_jobs.scaled_logits, family=family, sp=sp)
     # These take a norm's weight to float32, and so round each rank's part of its gradient.
     assert_parity(reports, 1e-6 if family in ("cohere", "gemma2") and sp else None)
 
@@ -33,28 +34,28 @@ def test_models_that_scale_or_cap_their_logits(family, sp):
 )
 def test_linear_form(tp, vocab, length, chunk, options, sp):
     arguments = {"vocab": vocab, "length": length, "chunk": chunk, "options": options}
-    assert_parity(pool(tp).run("parity.loss_jobs:linear", sp=sp, **arguments))
+    assert_parity(pool(tp).run(loss_jobs.linear, sp=sp, **arguments))
 
 
 @pytest.mark.parametrize(("tp", "vocab"), [(2, 12), (4, 11)])
 def test_every_kind_of_group(tp, vocab):
-    assert_parity(pool(tp).run("parity.loss_jobs:every_kind_of_group", vocab=vocab))
+    assert_parity(pool(tp).run(loss_jobs.every_kind_of_group, vocab=vocab))
 
 
 @pytest.mark.parametrize("name", WATCHERS)
 def test_hooks_meet_whole_hidden_states(name):
-    assert_parity(pool(2).run("parity.loss_jobs:watched", name=name))
+    assert_parity(pool(2).run(loss_jobs.watched, name=name))
 
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_of_the_user(name):
     # transformers' loss rounds float64 logits to float32: 6e-8 in each gradient of the two.
     tolerance = 1e-6 if name in ("caps twice", "peeks at the logits") else None
-    assert_parity(pool(2).run("parity.loss_jobs:own_forward", name=name), tolerance)
+    assert_parity(pool(2).run(loss_jobs.own_forward, name=name), tolerance)
 
 
 def test_the_gather_is_the_losss_only_where_nobody_looks():
-    for facts in pool(2).run("parity.loss_jobs:lazy_where_it_should_be"):
+    for facts in pool(2).run(loss_jobs.lazy_where_it_should_be):
         assert all(facts.values()), facts
 
 
@@ -65,7 +66,7 @@ def test_half_precision(autocast):
     Both round each matrix product to 2^-9; the parallel one also each rank's part before a sum of
     two, which adds at most as much again.
     """
-    for errors in pool(2).run("parity.loss_jobs:half_precision", autocast=autocast):
+    for errors in pool(2).run(loss_jobs.half_precision, autocast=autocast):
         for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
             assert errors[f"parallel {name}"] < 2 * errors[f"unsharded {name}"] + 2**-9, errors
 

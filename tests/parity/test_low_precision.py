@@ -16,8 +16,11 @@ import itertools
 
 import pytest
 from harness import tiny
+from harness.noise import noise
 from harness.parity import Case
 from harness.pool import pool
+
+pytestmark = pytest.mark.slow
 
 CELLS = [
     *itertools.product(tiny.FAMILIES, (2, 4), (True,)),
@@ -33,14 +36,12 @@ def _check(found: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(("family", "tp", "sp"), CELLS)
 def test_bfloat16_gradients(family, tp, sp):
-    for found in pool(tp).run("harness.noise:noise", case=Case(family, sp, "bfloat16")):
+    for found in pool(tp).run(noise, case=Case(family, sp, "bfloat16")):
         _check(found)
 
 
 @pytest.mark.parametrize(("family", "tp", "sp"), CELLS)
 def test_autocast_gradients(family, tp, sp):
     """float32 weights under bfloat16 autocast: linears round, norms and residuals do not."""
-    for found in pool(tp).run(
-        "harness.noise:noise", case=Case(family, sp, "float32"), autocast=True
-    ):
+    for found in pool(tp).run(noise, case=Case(family, sp, "float32"), autocast=True):
         _check(found)

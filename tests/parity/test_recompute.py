@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from harness.parity import Case, assert_parity
+from harness.parity import Case, assert_parity, train_all
 from harness.pool import pool, run_once
 
+from parity import recompute_jobs
 from parity.recompute_jobs import USES
 
 CASES = tuple(
@@ -33,15 +34,16 @@ CASES = tuple(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}-{dict(c.parallelize)}")
 def test_the_frontier_changes_no_gradient(case):
-    per_rank = run_once(2, "harness.parity:train_all", timeout=180, cases=CASES)
+    per_rank = run_once(2, train_all, timeout=180, cases=CASES)
     assert_parity([reports[CASES.index(case)] for reports in per_rank])
 
 
 @pytest.mark.parametrize("name", USES)
 def test_hooks_and_frozen_parts(name):
-    per_rank = run_once(2, "parity.recompute_jobs:users", names=tuple(USES))
+    per_rank = run_once(2, recompute_jobs.users, names=tuple(USES))
     assert_parity([reports[name] for reports in per_rank])
 
 
@@ -65,4 +67,4 @@ def test_hooks_and_frozen_parts(name):
     ],
 )
 def test_what_stands_in(options, want):
-    assert pool(2).run("parity.recompute_jobs:forwards", **options) == [want, want]
+    assert pool(2).run(recompute_jobs.forwards, **options) == [want, want]

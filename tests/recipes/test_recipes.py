@@ -15,6 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 TRAIN = ["--train_file", "LICENSE", "--max_steps", "2", "--seq_length", "63", "--use_cpu"]

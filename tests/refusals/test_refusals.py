@@ -16,6 +16,7 @@ from hf_sp import parallelize
 from hf_sp.checks import check_devices
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import fake_world
+from refusals import jobs
 
 # --- on two ranks -------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ from hf_sp.estimate import fake_world
     ids=str,
 )
 def test_arguments(kwargs, error, parts):
-    for message, untouched in pool(2).run("refusals.jobs:refuse", **kwargs):
+    for message, untouched in pool(2).run(jobs.refuse, **kwargs):
         assert untouched
         assert message is not None
         assert message.startswith(error)
@@ -55,7 +56,7 @@ def test_arguments(kwargs, error, parts):
 
 def test_heads_that_tp_does_not_divide():
     for message, untouched in pool(4).run(
-        "refusals.jobs:refuse", plan=None, family="llama", per_rank=None, tp=None
+        jobs.refuse, plan=None, family="llama", per_rank=None, tp=None
     ):
         assert message is None
         assert not untouched
@@ -66,13 +67,13 @@ def test_heads_that_tp_does_not_divide():
     [(("dp",), (2,), "no axis named 'tp'"), (("dp", "tp"), (2, 1), "other axes beside tp")],
 )
 def test_meshes(names, shape, part):
-    for message, untouched in pool(2).run("refusals.jobs:mesh_axes", names=names, shape=shape):
+    for message, untouched in pool(2).run(jobs.mesh_axes, names=names, shape=shape):
         assert untouched
         assert part in message
 
 
 def test_mesh_of_the_user_is_taken():
-    for message, _ in pool(2).run("refusals.jobs:mesh_axes", names=("tp",), shape=(2,)):
+    for message, _ in pool(2).run(jobs.mesh_axes, names=("tp",), shape=(2,)):
         assert message is None
 
 
@@ -87,17 +88,17 @@ def test_mesh_of_the_user_is_taken():
     ],
 )
 def test_different_batches_are_an_error_and_not_a_hang(kind, part):
-    for message in pool(2).run("refusals.jobs:different_batches", kind=kind, timeout=60):
+    for message in pool(2).run(jobs.different_batches, kind=kind, timeout=60):
         assert message.startswith("BatchMismatchError")
         assert part in message, message
 
 
 def test_same_batches_pass():
-    assert pool(2).run("refusals.jobs:same_batches") == [None, None]
+    assert pool(2).run(jobs.same_batches) == [None, None]
 
 
 def test_parameters_added_later():
-    for message in pool(2).run("refusals.jobs:later_parameters"):
+    for message in pool(2).run(jobs.later_parameters):
         assert "given parameters after parallelize" in message
         assert "model.extra" in message
 
@@ -106,13 +107,13 @@ def test_parameters_added_later():
     ("where", "value"), [("input_ids", 96), ("input_ids", -1), ("labels", 96), ("labels", -5)]
 )
 def test_ids_outside_the_vocabulary(where, value):
-    for message in pool(2).run("refusals.jobs:ids_out_of_range", where=where, value=value):
+    for message in pool(2).run(jobs.ids_out_of_range, where=where, value=value):
         assert message.startswith("ShapeError")
         assert str(value) in message
 
 
 def test_resized_later():
-    for message, looked in pool(2).run("refusals.jobs:resized"):
+    for message, looked in pool(2).run(jobs.resized):
         assert "resize the embeddings before parallelize" in message
         assert looked is None
 
@@ -124,24 +125,24 @@ def test_model_on_a_device_of_another_backend():
 
 
 def test_twice():
-    for first, second in pool(2).run("refusals.jobs:twice"):
+    for first, second in pool(2).run(jobs.twice):
         assert "parallelized already" in first
         assert second is not None
 
 
 def test_dropout_of_generators_that_differ():
-    for message in pool(2).run("refusals.jobs:dropout_of_other_seeds", alike=False):
+    for message in pool(2).run(jobs.dropout_of_other_seeds, alike=False):
         assert "random generators differ" in message
         assert "dropout" in message
-    assert pool(2).run("refusals.jobs:dropout_of_other_seeds", alike=True) == [None, None]
+    assert pool(2).run(jobs.dropout_of_other_seeds, alike=True) == [None, None]
 
 
 def test_different_seeds_train_one_model():
-    assert pool(2).run("refusals.jobs:different_seeds") == [(True, True)] * 2
+    assert pool(2).run(jobs.different_seeds) == [(True, True)] * 2
 
 
 def test_deepcopy():
-    assert pool(2).run("refusals.jobs:deep_copy_works") == [True, True]
+    assert pool(2).run(jobs.deep_copy_works) == [True, True]
 
 
 # --- no rank needed -----------------------------------------------------------------------------

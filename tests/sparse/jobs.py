@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from behaviour.generation import compare_generation
 from harness import batches, tiny
 from harness.compare import (
     compare_gradients,
@@ -20,7 +21,6 @@ from harness.compare import (
     gradients,
     whole,
 )
-from harness.generation import compare_generation
 from harness.noise import noise
 from harness.parity import Case, pair
 from harness.report import Report

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from harness import batches, tiny
 from harness.compare import compare_gradients, compare_once, evaluating, fresh, gradients
-from harness.parity import Case, pair
+from harness.parity import Case, pair, train
 from harness.report import Report
+from hf_sp.moe.flat import FlatEntry
+from hf_sp.moe.shared import SharedBoundary
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
@@ -22,8 +24,6 @@ from hf_sp.errors import ConfigError
 from hf_sp.estimate import count_step
 from hf_sp.moe import beside
 from hf_sp.moe import dispatcher as dispatch
-from hf_sp.moe.flat import FlatEntry
-from hf_sp.moe.shared import SharedBoundary
 from sparse.flight import Products, in_flight
 
 
@@ -59,11 +59,10 @@ def _count_late() -> Iterator[list[int]]:
         yield found
 
 
-@contextlib.contextmanager
-def flying() -> Iterator[None]:
-    """For ``Case.around``."""
+def train_in_flight(case: Case) -> Report:
+    """`harness.parity.train`, where nothing may be read before its wait."""
     with in_flight():
-        yield
+        return train(case)
 
 
 def order() -> dict[str, list[str]]:

@@ -6,13 +6,12 @@ waited for, so that the waits are tested here, and logs the order, which is what
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
 
+from sparse import overlap_jobs
 from sparse.overlap_jobs import _UNWAITED, HANDS
 
 # H = 64; 8 experts of 48 features; a shared expert of 40; two rows of 16 tokens, two experts each.
@@ -21,7 +20,7 @@ HIDDEN, TOKENS, ROWS = 64, 32, 64
 
 @pytest.fixture(scope="module", params=[2, 4])
 def step(request):
-    return request.param, pool(request.param).run("sparse.overlap_jobs:order")
+    return request.param, pool(request.param).run(overlap_jobs.order)
 
 
 def _sizes(tp: int) -> tuple[str, str, int]:
@@ -103,19 +102,18 @@ WITHOUT_AUX = (("output_router_logits", False),)
     ids=lambda case: f"{case}-{dict(case.parallelize)}",
 )
 def test_nothing_is_read_before_it_has_arrived(case):
-    case = dataclasses.replace(case, around="sparse.overlap_jobs:flying")
-    assert_parity(pool(2).run("harness.parity:train", case=case))
+    assert_parity(pool(2).run(overlap_jobs.train_in_flight, case=case))
 
 
 def test_nothing_is_read_before_it_has_arrived_on_four_ranks():
-    case = Case("qwen2_moe", parallelize=(("ep", 4),), around="sparse.overlap_jobs:flying")
-    assert_parity(pool(4).run("harness.parity:train", case=case))
+    case = Case("qwen2_moe", parallelize=(("ep", 4),))
+    assert_parity(pool(4).run(overlap_jobs.train_in_flight, case=case))
 
 
 @pytest.mark.parametrize("what", sorted(_UNWAITED))
 def test_every_wait_is_needed(what):
     """The proof that ``sparse.flight`` sees."""
-    assert all(pool(2).run("sparse.overlap_jobs:unwaited", what=what))
+    assert all(pool(2).run(overlap_jobs.unwaited, what=what))
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -125,7 +123,7 @@ def test_it_costs_next_to_nothing(tp):
     At the peak of a layer's backward, the gathered gradient of the shared expert's output is there
     already, in bfloat16, where there was this rank's shard of it.
     """
-    for rank in pool(tp).run("sparse.overlap_jobs:cost"):
+    for rank in pool(tp).run(overlap_jobs.cost):
         later, at_once = rank["later"], rank["at once"]
         assert (later.pop("late"), at_once.pop("late")) == (2, 0)
         more = later.pop("peak") - at_once.pop("peak")
@@ -140,15 +138,15 @@ def test_it_costs_next_to_nothing(tp):
 @pytest.mark.parametrize("kind", sorted(HANDS))
 def test_hands_on_the_shared_expert(kind, checkpoint):
     """Who looks sees what HF's code shows, and gradients are right in any case."""
-    assert_parity(pool(2).run("sparse.overlap_jobs:hands", kind=kind, checkpoint=checkpoint))
+    assert_parity(pool(2).run(overlap_jobs.hands, kind=kind, checkpoint=checkpoint))
 
 
 def test_in_a_checkpoint_of_its_own():
-    assert_parity(pool(2).run("sparse.overlap_jobs:in_a_checkpoint_of_its_own"))
+    assert_parity(pool(2).run(overlap_jobs.in_a_checkpoint_of_its_own))
 
 
 def test_hooks_on_one_rank():
-    for message in pool(2).run("sparse.overlap_jobs:hooks_on_one_rank"):
+    for message in pool(2).run(overlap_jobs.hooks_on_one_rank):
         assert "different hooks in a block with a shared expert" in message
 
 
@@ -156,48 +154,48 @@ def test_hooks_on_one_rank():
     "targets", [("gate_proj", "up_proj", "down_proj"), ("up_proj", "shared_expert_gate")]
 )
 def test_lora(targets):
-    assert_parity(pool(2).run("sparse.overlap_jobs:lora", targets=targets))
+    assert_parity(pool(2).run(overlap_jobs.lora, targets=targets))
 
 
 def test_nobody_asks_for_the_input_gradient():
-    assert_parity(pool(2).run("sparse.overlap_jobs:first_layer_frozen"))
+    assert_parity(pool(2).run(overlap_jobs.first_layer_frozen))
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference", "autocast", "bfloat16"])
 def test_same_numbers(mode):
-    for found in pool(2).run("sparse.overlap_jobs:same_numbers", mode=mode):
+    for found in pool(2).run(overlap_jobs.same_numbers, mode=mode):
         assert found == (True, True)
 
 
 def test_copies_and_tracing():
-    for found in pool(2).run("sparse.overlap_jobs:copied"):
+    for found in pool(2).run(overlap_jobs.copied):
         assert found == [2, 2, 0]
 
 
 @pytest.mark.parametrize("where", ["router", "shared"])
 def test_interrupted_forward(where):
-    assert_parity(pool(2).run("sparse.overlap_jobs:interrupted", where=where))
+    assert_parity(pool(2).run(overlap_jobs.interrupted, where=where))
 
 
 def test_tokens_written_before_the_router():
-    assert_parity(pool(2).run("sparse.overlap_jobs:written_between"))
+    assert_parity(pool(2).run(overlap_jobs.written_between))
 
 
 def test_tokens_written_behind_the_shared_expert():
-    for message in pool(2).run("sparse.overlap_jobs:written_behind"):
+    for message in pool(2).run(overlap_jobs.written_behind):
         assert "written into behind its shared expert" in message
 
 
 @pytest.mark.parametrize("form", ["early", "function"])
 def test_block_of_another_form(form):
     """Seen by ``parallelize``: the shared expert runs where it is called."""
-    reports = pool(2).run("sparse.overlap_jobs:block_of_another_form", when="before", form=form)
+    reports = pool(2).run(overlap_jobs.block_of_another_form, when="before", form=form)
     assert_parity(reports)
 
 
 def test_block_that_is_changed_behind_our_back():
     run = pool(2).run
-    job = "sparse.overlap_jobs:block_of_another_form"
+    job = overlap_jobs.block_of_another_form
     assert_parity(run(job, when="behind", form="early"))
     for message in run(job, when="behind", form="function"):
         assert "given to an autograd Function" in message

@@ -9,8 +9,11 @@ once more with HF's own to 1e-6.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from harness.parity import Case, assert_parity
+from harness.pairwise import pairs_of, pairwise, possible_pairs
+from harness.parity import Case, assert_parity, train_all
 from harness.pool import run_once
 
 TPS = (2, 4)
@@ -20,27 +23,47 @@ OWN_ROUTER = 1e-6
 WITHOUT_AUX = (("output_router_logits", False),)
 
 
-def _cells(family: str, tp: int) -> tuple[Case, ...]:
-    travel = (("ep", tp),)
-    return (
-        Case(family, sp=False),
-        Case(family, sp=False, accum=3, optimizer="adamw", checkpoint="non_reentrant"),
-        Case(family, accum=3, optimizer="adamw"),
-        Case(family, checkpoint="non_reentrant"),
-        Case(family, checkpoint="reentrant", model_kwargs=WITHOUT_AUX),
-        Case(family, parallelize=(("kernels", False),)),
-        Case(family, parallelize=travel),
-        Case(family, parallelize=travel, accum=3, optimizer="adamw", checkpoint="non_reentrant"),
-        Case(family, parallelize=travel, checkpoint="reentrant", model_kwargs=WITHOUT_AUX),
-        Case(family, parallelize=(*travel, ("recompute", "none"))),
-        Case(family, dtype="float32"),
-        Case(family, dtype="float32", parallelize=travel),
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Pairwise, as tests/parity/test_matrix.py is: every family at every tp meets every value below.
+FACTORS = {
+    "model": tuple(itertools.product(FAMILIES, TPS)),
+    # Plain tensor parallelism, every expert split over the ranks, and whole experts on each rank.
+    "way": ("tp-only", "sp", "ep"),
+    "checkpoint": ("none", "non_reentrant", "reentrant"),
+    "options": ((), (("kernels", False),), (("recompute", "none"),)),
+    "accum": (1, 3),
+    "optimizer": ("sgd", "adamw"),
+}
+ROWS = pairwise(FACTORS)
+
+
+def _case(row: dict) -> Case:
+    (family, tp), checkpoint = row["model"], row["checkpoint"]
+    return Case(
+        family,
+        row["way"] != "tp-only",
+        checkpoint=checkpoint,
+        accum=row["accum"],
+        optimizer=row["optimizer"],
+        parallelize=((("ep", tp),) if row["way"] == "ep" else ()) + row["options"],
+        model_kwargs=WITHOUT_AUX if checkpoint == "reentrant" else (),
     )
 
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+def _cells(family: str, tp: int) -> tuple[Case, ...]:
+    # The dtype changes the arithmetic, not the collectives: each way once, on one tp.
+    single = Case(family, dtype="float32", parallelize=() if tp == 2 else (("ep", tp),))
+    return (*(_case(row) for row in ROWS if row["model"] == (family, tp)), single)
+
+
 CELLS = [
-    pytest.param(tp, family, index, id=f"tp{tp}-{case}-{dict(case.parallelize)}")
+    pytest.param(
+        tp,
+        family,
+        index,
+        id=f"tp{tp}-{case}-{dict(case.parallelize)}",
+        marks=[pytest.mark.slow] if tp == 4 else [],
+    )
     for tp in TPS
     for family in FAMILIES
     for index, case in enumerate(_cells(family, tp))
@@ -50,13 +73,18 @@ CELLS = [
 @pytest.mark.parametrize(("tp", "family", "index"), CELLS)
 def test_training_matches_the_unsharded_model(tp, family, index):
     cases = _cells(family, tp)
-    per_rank = run_once(tp, "harness.parity:train_all", timeout=240, cases=cases)
+    per_rank = run_once(tp, train_all, timeout=240, cases=cases)
     assert_parity([reports[index] for reports in per_rank])
 
 
+def test_every_pair_is_in_the_matrix():
+    assert set().union(*map(pairs_of, ROWS)) == possible_pairs(FACTORS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("family", ["mixtral_own_router", "qwen3_moe_own_router"])
 def test_with_the_routers_of_transformers(tp, family):
     cases = (Case(family), Case(family, parallelize=(("ep", tp),)))
-    for reports in run_once(tp, "harness.parity:train_all", timeout=180, cases=cases):
+    for reports in run_once(tp, train_all, timeout=180, cases=cases):
         assert_parity(reports, tol=OWN_ROUTER)

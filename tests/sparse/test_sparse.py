@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import refusals.jobs
 import torch
 from harness import tiny
 from harness.parity import Case
@@ -12,6 +13,7 @@ from harness.report import assert_parity
 from hf_sp.errors import PlanError
 from hf_sp.plan import derive_plan
 from hf_sp.plan.known_forms import check_sparse_blocks
+from sparse import jobs
 
 SPLITS = pytest.mark.parametrize("ep", [1, 2])
 
@@ -19,34 +21,34 @@ SPLITS = pytest.mark.parametrize("ep", [1, 2])
 @SPLITS
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_inputs(family, ep):
-    assert_parity(pool(2).run("sparse.jobs:inputs", family=family, ep=ep))
+    assert_parity(pool(2).run(jobs.inputs, family=family, ep=ep))
 
 
 @pytest.mark.parametrize("ep", [1, 4])
 def test_inputs_on_four_ranks(ep):
-    assert_parity(pool(4).run("sparse.jobs:inputs", family="qwen2_moe", ep=ep))
+    assert_parity(pool(4).run(jobs.inputs, family="qwen2_moe", ep=ep))
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
 def test_router_logits_of_the_user(tp, ep):
     """The auxiliary loss's coefficient means the same at every split and world size."""
-    assert_parity(pool(tp).run("sparse.jobs:router_logits_alone", family="qwen3_moe", ep=ep))
+    assert_parity(pool(tp).run(jobs.router_logits_alone, family="qwen3_moe", ep=ep))
 
 
 @pytest.mark.parametrize(("ep", "expert"), [(1, 0), (2, 0), (2, 3), (2, 7)])
 def test_skewed_router(ep, expert):
     """One expert gets every token (and the next one too); one rank may get none."""
-    assert_parity(pool(2).run("sparse.jobs:skewed", ep=ep, expert=expert))
+    assert_parity(pool(2).run(jobs.skewed, ep=ep, expert=expert))
 
 
 def test_skewed_router_on_four_ranks():
-    assert_parity(pool(4).run("sparse.jobs:skewed", ep=4, expert=5))
+    assert_parity(pool(4).run(jobs.skewed, ep=4, expert=5))
 
 
 @SPLITS
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_load(family, ep):
-    for rank in pool(2).run("sparse.jobs:load", family=family, ep=ep):
+    for rank in pool(2).run(jobs.load, family=family, ep=ep):
         assert rank
         for found, wanted in rank:
             assert found == wanted
@@ -56,34 +58,34 @@ def test_load(family, ep):
 @pytest.mark.parametrize(("ep", "sp"), [(1, True), (2, True), (1, False)])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_generation(family, ep, sp):
-    assert_parity(pool(2).run("sparse.jobs:generates", family=family, ep=ep, sp=sp))
+    assert_parity(pool(2).run(jobs.generates, family=family, ep=ep, sp=sp))
 
 
 @SPLITS
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_jitter(ep, checkpoint):
-    assert_parity(pool(2).run("sparse.jobs:jitter", ep=ep, checkpoint=checkpoint))
+    assert_parity(pool(2).run(jobs.jitter, ep=ep, checkpoint=checkpoint))
 
 
 @SPLITS
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_saving(family, ep, tmp_path):
-    reports = pool(2).run("sparse.jobs:saves", family=family, ep=ep, folder=str(tmp_path))
+    reports = pool(2).run(jobs.saves, family=family, ep=ep, folder=str(tmp_path))
     assert_parity(reports)
 
 
 def test_optimizer_state_of_any_split(tmp_path):
     cases = tuple(Case("qwen2_moe", parallelize=(("ep", ep),)) for ep in (1, 2))
-    reports = pool(2).run("sparse.jobs:optimizer_states", cases=cases, folder=str(tmp_path))
+    reports = pool(2).run(jobs.optimizer_states, cases=cases, folder=str(tmp_path))
     assert_parity(reports, tol=0)
 
 
 def test_copies():
-    assert_parity(pool(2).run("sparse.jobs:copied"))
+    assert_parity(pool(2).run(jobs.copied))
 
 
 def test_experts_implementation_of_the_user():
-    assert_parity(pool(2).run("sparse.jobs:grouped_implementation", dtype="float32"))
+    assert_parity(pool(2).run(jobs.grouped_implementation, dtype="float32"))
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
@@ -94,7 +96,7 @@ def test_bfloat16_gradients(family, tp, ep):
     Between two experts of nearly one probability, rounding chooses: any two bfloat16 models differ
     from float64 by whole experts then, by chance.
     """
-    for found in pool(tp).run("sparse.jobs:rounding", family=family, ep=ep):
+    for found in pool(tp).run(jobs.rounding, family=family, ep=ep):
         assert 1e-3 < found["unsharded"] < 0.2, found
         assert found["parallel"] <= 1.5 * found["unsharded"], found
 
@@ -110,7 +112,7 @@ def test_each_token_travels_once_to_each_of_its_experts(tp, frozen):
     Without trained experts the rows need not travel again for their gradient: 4 R.
     """
     hidden, choices, tokens, experts = 64, 2, 37, 4
-    ranks = pool(tp).run("sparse.jobs:traffic", frozen=frozen)
+    ranks = pool(tp).run(jobs.traffic, frozen=frozen)
     rows = [rank["rows"] for rank in ranks]
     # Each token of the batch of 2 is routed by one rank; padding is not.
     assert sum(rows) == 2 * tokens * choices
@@ -141,7 +143,7 @@ def test_bytes_alive(tp, ep):
     tokens that were picked or have travelled, nor products, nor outputs.
     """
     length, hidden, f, choices, experts = 64, 64, 48, 2, 8
-    ranks = pool(tp).run("sparse.jobs:alive", ep=ep, length=length)
+    ranks = pool(tp).run(jobs.alive, ep=ep, length=length)
     for rank, found in enumerate(ranks):
         if ep == 1:
             rows = here = length * choices
@@ -182,7 +184,7 @@ def test_bytes_alive(tp, ep):
     ids=str,
 )
 def test_refusals(family, kwargs, parts):
-    for message, untouched in pool(2).run("refusals.jobs:refuse", family=family, **kwargs):
+    for message, untouched in pool(2).run(refusals.jobs.refuse, family=family, **kwargs):
         assert untouched
         assert message is not None
         assert all(part in message for part in parts), message
@@ -198,7 +200,7 @@ def test_print_of_sizes_that_do_not_divide():
 
 
 def test_jitter_of_ranks_that_are_not_seeded_alike():
-    for message in pool(2).run("sparse.jobs:jitter_without_a_common_seed"):
+    for message in pool(2).run(jobs.jitter_without_a_common_seed):
         assert "the ranks' random generators differ" in message
 
 
@@ -206,7 +208,7 @@ def test_jitter_of_ranks_that_are_not_seeded_alike():
 @pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("up_proj", "shared_expert_gate")])
 def test_lora(ep, targets):
     """Adapters on attention; on the shared expert and its gate."""
-    assert_parity(pool(2).run("sparse.jobs:adapters", ep=ep, targets=targets))
+    assert_parity(pool(2).run(jobs.adapters, ep=ep, targets=targets))
 
 
 @pytest.mark.parametrize("change", ["activation", "residual", "router over tokens", "scaled twice"])
@@ -250,5 +252,5 @@ def test_blocks_of_another_form(change):
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_hooks_on_a_blocks_input(family, ep):
-    reports = pool(2).run("sparse.jobs:foreign_hands", family=family, ep=ep)
+    reports = pool(2).run(jobs.foreign_hands, family=family, ep=ep)
     assert_parity([one for several in reports for one in several])

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hf_sp"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES = 300
+# Longer today; the list may only get shorter, and so may the files.
+LONGER = {
+    "adapters.lora_linear": 316,
+    "adapters.peft": 327,
+    "checkpoint.optimizer": 305,
+    "integrations.accelerate": 362,
+    "kernels.norm": 343,
+    "model.columns": 341,
+    "model.loss": 322,
+    "moe.block": 307,
+    "plan.derive": 349,
+}
+# The package in all, and the attributes that it leaves on modules and tensors of others.
+MAX_LINES_OF_ALL = 11_800
+MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
 # groups are blind to each other (plan knows no collectives, mesh no kernels).
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "torch_private", "patching"}],
+    [{"errors", "torch_private", "patching", "versions"}],
     [{"plan"}, {"comm"}],
     [{"kernels"}, {"state"}],
     [{"model"}],
     [{"moe"}],
-    [{"install", "checkpoint", "optimizer_state"}],
+    [{"install", "checkpoint", "optimizer_state"}, {"checks"}],
     [{"adapters"}],
-    [{"checks", "api"}],
-    [{"integrations"}],
+    [{"integrations", "api"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
 # handed; it must not know how the model was made parallel.
@@ -123,7 +138,62 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_file_is_short(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES, f"{lines} lines; split it by what it owns"
+    assert lines <= LONGER.get(_name(path), MAX_LINES), f"{lines} lines; split it by what it owns"
+
+
+def test_files_that_are_longer_are_still_there():
+    lines = {_name(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name for name in LONGER if lines.get(name, 0) <= MAX_LINES} == set()
+
+
+def test_the_package_is_short():
+    lines = sum(len(path.read_text().splitlines()) for path in MODULES)
+    assert lines <= MAX_LINES_OF_ALL
+
+
+def test_few_attributes_are_left_on_modules_and_tensors():
+    found = set().union(*(re.findall(r"_hf_sp_\w+", path.read_text()) for path in MODULES))
+    assert len(found) <= MAX_ATTRIBUTES, sorted(found)
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in a circle; none if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(arrows.get(name, ())):
+            if found := visit(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := visit(name, []))), [])
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Imports inside functions count too."""
+    names = {_name(path).removesuffix(".__init__"): path for path in MODULES}
+    arrows = {
+        module: {
+            name.removeprefix("hf_sp.")
+            for name in imports(ast.parse(path.read_text()), module)
+            if name.removeprefix("hf_sp.") in names
+        }
+        - {module}
+        for module, path in names.items()
+        if module != ROOT
+    }
+    assert _circle(arrows) == []
+
+
+def test_a_circle_is_found():
+    arrows = {"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}
+    assert _circle(arrows) == ["b", "d"]
+    assert _circle({"a": {"b"}, "b": set()}) == []
 
 
 def test_the_package_is_seen():
@@ -143,8 +213,8 @@ def test_the_package_is_seen():
         ("from hf_sp.state import ParallelState", "kernels.norm", "above"),
         ("from ..moe import experts", "model.linear", "above"),
         ("from transformers import Trainer", "api", "integrations"),
-        ("import accelerate.utils", "mesh", "integrations"),
-        ("from hf_sp.plan import Plan", "estimate.report", "only"),
+        ("import accelerate.utils", "comm.mesh", "integrations"),
+        ("from hf_sp.plan import Plan", "estimate.step", "only"),
         ("from hf_sp import estimate", "model.loss", "top layer"),
         ("from hf_sp import parallelize", "model.loss", "itself"),
         ("from hf_sp import parallelize", "estimate.step", "only"),

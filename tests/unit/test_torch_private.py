@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import ast
 import warnings
 from pathlib import Path
 
@@ -16,8 +16,50 @@ from hf_sp import torch_private as private
 from hf_sp.estimate import fake_world
 
 PACKAGE = Path(private.__file__).parent
-# Apart, each with the reason in the module: the estimate's simulation, and the rendezvous store.
-ELSEWHERE = {"estimate/accounting.py", "estimate/simulate.py", "checkpoint/weights.py"}
+# Private names of others that may stand outside torch_private.py: each with the file that uses it.
+# integrations/ and adapters/ have tables and tests of their own for what they stand on.
+ELSEWHERE = {
+    "checkpoint/weights.py": {"_get_default_store"},
+    "checks.py": {"_hf_hook"},
+    "estimate/accounting.py": {
+        "_allgather",
+        "_c10d_functional",
+        "_c10d_functional_autograd",
+        "_cdata",
+        "_guards",
+        "_python_dispatch",
+        "_pytree",
+        "_reduce_scatter",
+    },
+    "estimate/simulate.py": {"_internal", "_subclasses"},
+    "kernels/interpreter.py": {"_patch_lang_tensor"},
+    "model/forward.py": {
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+    },
+    "model/head.py": {"_backward_hooks", "_backward_pre_hooks"},
+    "model/lazy.py": {"_pytree"},
+    "model/norm.py": {
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+    },
+    "moe/block.py": {"_pytree"},
+    "moe/grouped.py": {"_grouped_mm"},
+    "moe/shared.py": {
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+    },
+    "plan/recognise.py": {"_hooks"},
+    "state.py": {"_orig_mod"},
+}
+# What a module is made of, and what namedtuples call their methods.
+EVERYWHERE = {"_parameters", "_buffers", "_modules", "_asdict", "_replace"}
 
 
 @pytest.mark.parametrize(
@@ -132,14 +174,67 @@ def test_global_hooks():
     assert not private.has_global_hooks()
 
 
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith(("__", "_hf_sp_"))
+
+
+def _made(tree: ast.AST) -> set[str]:
+    """Names that this code gives to something itself."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if getattr(node.value, "id", "") == "self" else set()
+    return names
+
+
+def _used(tree: ast.AST) -> set[str]:
+    """Private names that are read: attributes, imports, and strings, as for getattr."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant) and str(node.value).isidentifier():
+            names.add(str(node.value))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            dotted = [alias.name for alias in node.names]
+            dotted += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names |= {part for one in dotted for part in one.split(".")}
+    return {name for name in names if _private(name)}
+
+
 def test_they_stand_in_one_place():
-    pattern = re.compile(r"torch\._(?!distributed)|torch\.ops\._|\._cdata|from torch\._")
-    found = {
-        str(path.relative_to(PACKAGE))
+    """Both ways: a name that is new, and a name in the table that nobody uses any more."""
+    trees = {
+        str(path.relative_to(PACKAGE)): ast.parse(path.read_text())
         for path in PACKAGE.rglob("*.py")
-        if pattern.search(path.read_text())
     }
-    assert found - ELSEWHERE == {"torch_private.py"}
+    ours = set().union(*map(_made, trees.values()))
+    found = {
+        file: names
+        for file, tree in trees.items()
+        if file != "torch_private.py" and not file.startswith(("integrations/", "adapters/"))
+        if (names := _used(tree) - ours - EVERYWHERE)
+    }
+    assert found == ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("source", "want"),
+    [
+        ("import torch._dynamo", {"_dynamo"}),
+        ("from torch.utils import _pytree as pytree", {"_pytree"}),
+        ("torch.ops._c10d_functional.all_reduce(x)", {"_c10d_functional"}),
+        ("torch.nn.functional._grouped_mm(x, y)", {"_grouped_mm"}),
+        ("getattr(module, '_forward_hooks')", {"_forward_hooks"}),
+        ("x.__class__, x._hf_sp_state, x.data", set()),
+    ],
+)
+def test_private_names_are_seen(source, want):
+    assert _used(ast.parse(source)) == want
 
 
 def test_packed_halves():

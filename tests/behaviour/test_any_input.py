@@ -1,15 +1,19 @@
 """Any batch, any way of calling: answers and gradients as of the unsharded model.
 
 One pytest id for each input; those of a model and tp run in one job on the persistent ranks, at the
-first of them. What each input or use is, is in harness/inputs.py and harness/uses.py.
+first of them. What each input or use is, is in inputs.py and uses.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from harness import inputs, uses
 from harness.parity import Case, assert_parity
 from harness.pool import run_on_ranks, run_once
+
+from behaviour import inputs, uses
+from behaviour.generation import generation
 
 # (tp, case): a padding row and biases; a vocabulary that no tp divides; a window shorter than the
 # sequence, under the eager mask; qk-norm and a tied head; kv heads on several ranks; plain tensor
@@ -44,7 +48,7 @@ GENERATION_MODELS = [
 FROZEN = ["norm", "q_proj", "down_proj", "layers.1", "embed_tokens", "lm_head"]
 
 
-def _check(tp: int, probe: str, case: Case, name: str) -> None:
+def _check(tp: int, probe: Callable, case: Case, name: str) -> None:
     per_rank = run_once(tp, probe, timeout=240, case=case)
     assert_parity([reports[name] for reports in per_rank])
 
@@ -56,10 +60,15 @@ def _ids(models):
 
 
 def _cells(models, names):
-    """Each name with each model, grouped by model so that a job's cells are neighbours."""
+    """Each name with each model, grouped by model so that a job's cells are neighbours.
+
+    The first model is quick enough for the inner loop.
+    """
     return [
-        pytest.param(tp, case, name, id=f"{label}-{name}")
-        for (tp, case), label in zip(models, _ids(models), strict=True)
+        pytest.param(tp, case, name, id=f"{label}-{name}", marks=marks)
+        for (tp, case), label, marks in zip(
+            models, _ids(models), [(), *[pytest.mark.slow] * (len(models) - 1)], strict=True
+        )
         for name in (names(tp, case) if callable(names) else names)
     ]
 
@@ -69,7 +78,7 @@ def _cells(models, names):
 )
 def test_input(tp, case, name):
     """Loss and every gradient in training, loss and logits in eval, logits without labels."""
-    _check(tp, "harness.inputs:inputs", case, name)
+    _check(tp, inputs.inputs, case, name)
 
 
 @pytest.mark.parametrize(
@@ -82,23 +91,23 @@ def test_input(tp, case, name):
 )
 def test_use(tp, case, name):
     """Gradients through logits, hidden states, several graphs, no_grad, tuples, ..."""
-    _check(tp, "harness.uses:uses", case, name)
+    _check(tp, uses.uses, case, name)
 
 
 @pytest.mark.parametrize(("tp", "case", "name"), _cells(GENERATION_MODELS, PROMPTS))
 def test_generate(tp, case, name):
-    _check(tp, "harness.generation:generation", case, name)
+    _check(tp, generation, case, name)
 
 
 @pytest.mark.parametrize("pattern", FROZEN)
 def test_frozen_parameters(pattern):
     """Parameters frozen before `parallelize` stay frozen; the gradients of the others are right."""
-    per_rank = run_once(2, "harness.uses:frozen", case=Case("llama"), patterns=tuple(FROZEN))
+    per_rank = run_once(2, uses.frozen, case=Case("llama"), patterns=tuple(FROZEN))
     assert_parity([reports[pattern] for reports in per_rank])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_different_batches_on_the_ranks_are_refused(tp):
     """Silent otherwise: each rank's loss would be a mixture of two batches."""
-    answers = run_on_ranks(tp, "harness.uses:different_batches", case=Case("llama"))
+    answers = run_on_ranks(tp, uses.different_batches, case=Case("llama"))
     assert all("Error" in answer for answer in answers), answers

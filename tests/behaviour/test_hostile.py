@@ -6,32 +6,33 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
-from features.hostile import USES
+from behaviour import hostile
+from behaviour.hostile import USES
 
 
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.parametrize("name", sorted(USES))
 def test_use(name, sp):
-    assert_parity(pool(2).run("features.hostile:compare", name=name, sp=sp))
+    assert_parity(pool(2).run(hostile.compare, name=name, sp=sp))
 
 
 @pytest.mark.parametrize("sp", [True, False])
 def test_hooks_of_before(sp):
-    assert_parity(pool(2).run("features.hostile:hooks_of_before", sp=sp))
+    assert_parity(pool(2).run(hostile.hooks_of_before, sp=sp))
 
 
 def test_tuples():
-    assert pool(2).run("features.hostile:tuples") == [(True, True, True)] * 2
+    assert pool(2).run(hostile.tuples) == [(True, True, True)] * 2
 
 
 def test_second_derivative_is_refused():
-    for message in pool(2).run("features.hostile:second_derivative"):
+    for message in pool(2).run(hostile.second_derivative):
         assert "no second derivative" in message
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "dtype", "trainability"])
 def test_ranks_with_other_tensors(kind):
-    for message in pool(2).run("features.hostile:ranks_with_other_tensors", kind=kind):
+    for message in pool(2).run(hostile.ranks_with_other_tensors, kind=kind):
         assert "asked for different things" in message
         assert "weight" in message
 
@@ -40,6 +41,6 @@ def test_ranks_with_other_tensors(kind):
     ("kind", "name"), [("evaluation", "input_ids"), ("scalar", "num_items_in_batch")]
 )
 def test_batches_of_later(kind, name):
-    for message in pool(2).run("features.hostile:batches_of_later", kind=kind):
+    for message in pool(2).run(hostile.batches_of_later, kind=kind):
         assert "different batches" in message
         assert name in message

@@ -1,24 +1,21 @@
-"""One deliberate fault for every sum, scale and mask of the adapters."""
+"""Mutants of the adapters: one for every sum, scale and mask."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
+import functools
 
 import torch
+from adapters.jobs import Lora, train_all
 from harness.parity import Case
 
-from adapters.jobs import Lora
 from hf_sp.adapters import lora_linear as layers
 from hf_sp.adapters import lora_vocab as vocab
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model import columns as entry
 from hf_sp.model import factors, lora
-
-Patch = tuple[Any, str, Any]
+from mutants import registry
+from mutants.registry import Patch
 
 PLAIN = Lora(Case("llama"), "after")
 DORA = Lora(Case("llama_bias", seed=1), "after", (("use_dora", True),))
@@ -29,45 +26,20 @@ VOCABULARY = Lora(
 SHARED = Lora(Case("llama_kv1"), "after")
 
 
-@dataclass(frozen=True)
-class Fault:
-    patches: Callable[[], list[Patch]]
-    lora: Lora
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(lora: Lora = PLAIN) -> Callable:
-    def register(patches: Callable[[], list[Patch]]) -> Callable:
-        name = patches.__name__
-        case = replace(lora.case, around=f"adapters.faults:{name}")
-        FAULTS[name] = Fault(patches, replace(lora, case=case))
-
-        @contextlib.contextmanager
-        def active() -> Iterator[None]:
-            with contextlib.ExitStack() as stack:
-                for owner, attribute, value in patches():
-                    stack.enter_context(mock.patch.object(owner, attribute, value))
-                yield
-
-        globals()[name] = active
-        return active
-
-    return register
+mutant = functools.partial(registry.mutant, check=train_all)
 
 
 def _averaged(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
-    y = comm._IdentityAllReduce.apply(x, axis)
+    y = pairs._IdentityAllReduce.apply(x, axis)
     return y.detach() + (y - y.detach()) / axis.size
 
 
-@fault()
+@mutant(PLAIN)
 def sum_of_column_factors_dropped() -> list[Patch]:
     return [(factors, "_sum_together", lambda grads, axis: None)]
 
 
-@fault()
+@mutant(PLAIN)
 def sum_of_column_factors_averaged() -> list[Patch]:
     right = factors._sum_together
 
@@ -78,7 +50,7 @@ def sum_of_column_factors_averaged() -> list[Patch]:
     return [(factors, "_sum_together", wrong)]
 
 
-@fault()
+@mutant(PLAIN)
 def sum_of_column_factors_in_another_order() -> list[Patch]:
     right = factors._sum_together
 
@@ -89,7 +61,7 @@ def sum_of_column_factors_in_another_order() -> list[Patch]:
     return [(factors, "_sum_together", wrong)]
 
 
-@fault()
+@mutant(PLAIN)
 def factor_gradients_not_reduced() -> list[Patch]:
     right = factors.split_gradients
 
@@ -107,7 +79,7 @@ def factor_gradients_not_reduced() -> list[Patch]:
     return [(entry.factors, "split_gradients", wrong)]
 
 
-@fault()
+@mutant(PLAIN)
 def input_gradient_without_the_factors() -> list[Patch]:
     right = factors.split_gradients
 
@@ -119,7 +91,7 @@ def input_gradient_without_the_factors() -> list[Patch]:
     return [(entry.factors, "split_gradients", wrong)]
 
 
-@fault(Lora(Case("llama", sp=False), "after"))
+@mutant(Lora(Case("llama", sp=False), "after"))
 def plain_tp_sums_whole_gradients() -> list[Patch]:
     right = factors.split_gradients
 
@@ -131,51 +103,51 @@ def plain_tp_sums_whole_gradients() -> list[Patch]:
     return [(entry.factors, "split_gradients", wrong)]
 
 
-@fault()
+@mutant(PLAIN)
 def sum_of_row_factor_dropped() -> list[Patch]:
     return [(layers._ParallelLoraLinear, "_summed", lambda self, p: p)]
 
 
-@fault()
+@mutant(PLAIN)
 def sum_of_row_factor_averaged() -> list[Patch]:
     return [
         (layers._ParallelLoraLinear, "_summed", lambda self, p: _averaged(p, self._axis())),
     ]
 
 
-@fault()
+@mutant(PLAIN)
 def row_adapter_scaled_as_if_it_were_whole() -> list[Patch]:
     right = layers.RowLoraLinear._delta
     return [(layers.RowLoraLinear, "_delta", lambda self, *a: right(self, *a) / self._axis().size)]
 
 
-@fault(SHARED)
+@mutant(SHARED)
 def sum_over_ranks_that_share_a_head_dropped() -> list[Patch]:
     return [(layers.ColumnLoraLinear, "_summed", lambda self, p: p)]
 
 
-@fault(DORA)
+@mutant(DORA)
 def dora_norm_of_the_shard() -> list[Patch]:
     return [(layers.RowLoraLinear, "_row_norm", layers._ParallelLoraLinear._row_norm)]
 
 
-@fault(DORA)
+@mutant(DORA)
 def dora_bias_on_every_rank() -> list[Patch]:
     return [(layers.RowLoraLinear, "_adds_bias", lambda self: True)]
 
 
-@fault(DORA)
+@mutant(DORA)
 def dora_magnitude_not_summed() -> list[Patch]:
     return [(layers.RowLoraLinear, "_summed", lambda self, p: p)]
 
 
-@fault(DROPOUT)
+@mutant(DROPOUT)
 def dropout_alike_on_other_features() -> list[Patch]:
     right = factors.Dropout.part
     return [(factors.Dropout, "part", lambda self, x, index: right(self, x, 0))]
 
 
-@fault(DROPOUT)
+@mutant(DROPOUT)
 def dropout_of_another_shard_in_backward() -> list[Patch]:
     right = factors.split_gradients
 
@@ -187,7 +159,7 @@ def dropout_of_another_shard_in_backward() -> list[Patch]:
     return [(entry.factors, "split_gradients", wrong)]
 
 
-@fault(DROPOUT)
+@mutant(DROPOUT)
 def dropout_not_undone_in_backward() -> list[Patch]:
     right = lora._FactorLinear.backward
 
@@ -198,11 +170,11 @@ def dropout_not_undone_in_backward() -> list[Patch]:
     return [(lora._FactorLinear, "backward", staticmethod(backward))]
 
 
-@fault(VOCABULARY)
+@mutant(VOCABULARY)
 def head_adapter_keeps_own_rows_gradient() -> list[Patch]:
-    return [(vocab.comm, "identity_allreduce", lambda x, axis: x)]
+    return [(pairs, "identity_allreduce", lambda x, axis: x)]
 
 
-@fault(VOCABULARY)
+@mutant(VOCABULARY)
 def embedding_adapter_looks_up_ids_of_other_ranks() -> list[Patch]:
     return [(vocab, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]

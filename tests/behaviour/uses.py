@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from harness import batches, tiny
 from harness.batches import Batch
 from harness.compare import (
@@ -25,6 +23,7 @@ from harness.compare import (
 )
 from harness.parity import Case, each, pair
 from harness.report import Report
+from torch import Tensor, nn
 
 
 def uses(case: Case) -> dict[str, Report]:
@@ -148,10 +147,7 @@ def _decoder_alone(report: Report, model: nn.Module, parallel: nn.Module, batch:
 
 
 def _head_by_hand(report: Report, model: nn.Module, parallel: nn.Module, batch: Batch) -> None:
-    """The head called on the decoder's output, outside the model's forward (TRL's chunked losses).
-
-    He head called on the decoder's output, outside the model's forward (TRL's chunked losses).
-    """
+    """The head called on the decoder's output, outside the model: TRL's chunked losses."""
 
     def run(one: nn.Module) -> list[Tensor]:
         hidden = one.model(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from harness import batches
 from harness.batches import Batch
 from harness.parity import Case, each, pair

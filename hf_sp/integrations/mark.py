@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 
-def mark(model: nn.Module, tp: int) -> None:
+def mark_tensor_parallel(model: nn.Module, tp: int) -> None:
     """Mark a transformers model; any other needs no mark. Can be called again."""
     if isinstance(model, PreTrainedModel):
         model._tp_size = tp  # type: ignore[assignment]

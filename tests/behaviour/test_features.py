@@ -6,11 +6,13 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
+from behaviour import jobs
+
 
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.parametrize("kind", ["sequence", "token"])
 def test_classifiers(kind, sp):
-    assert_parity(pool(2).run("features.jobs:classifier", kind=kind, sp=sp))
+    assert_parity(pool(2).run(jobs.classifier, kind=kind, sp=sp))
 
 
 @pytest.mark.parametrize(
@@ -29,31 +31,31 @@ def test_classifiers(kind, sp):
     ],
 )
 def test_kin_outside_the_matrix(model_type, config):
-    assert_parity(pool(2).run("features.jobs:kin", model_type=model_type, **config))
+    assert_parity(pool(2).run(jobs.kin, model_type=model_type, **config))
 
 
 @pytest.mark.parametrize("sp", [True, False])
 def test_world_of_one(sp):
-    assert_parity(pool(1).run("features.jobs:world_of_one", sp=sp))
+    assert_parity(pool(1).run(jobs.world_of_one, sp=sp))
 
 
 def test_noise_on_the_embedding():
-    assert_parity(pool(2).run("features.jobs:embedding_noise"))
+    assert_parity(pool(2).run(jobs.embedding_noise))
 
 
 def test_loss_function_of_the_user():
-    assert_parity(pool(2).run("features.jobs:own_loss_function"))
+    assert_parity(pool(2).run(jobs.own_loss_function))
 
 
 @pytest.mark.parametrize(
     ("chunk", "options"), [(1, {}), (7, {"ignore_index": 5}), (16, {"num_items_in_batch": 11})]
 )
 def test_loss_options(chunk, options):
-    assert_parity(pool(2).run("features.jobs:loss_options", chunk=chunk, **options))
+    assert_parity(pool(2).run(jobs.loss_options, chunk=chunk, **options))
 
 
 def test_float16_loss_does_not_underflow():
-    for errors in pool(2).run("features.jobs:half_precision_loss"):
+    for errors in pool(2).run(jobs.half_precision_loss):
         # float16 rounds to 2^-11; the unsharded model, which loses small terms, may be far off.
         assert errors["parallel"] < 4e-3
         assert errors["parallel"] <= errors["unsharded"] * 1.5
@@ -61,9 +63,9 @@ def test_float16_loss_does_not_underflow():
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_attention_dropout(checkpoint):
-    for facts in pool(2).run("features.jobs:attention_dropout", checkpoint=checkpoint):
+    for facts in pool(2).run(jobs.attention_dropout, checkpoint=checkpoint):
         assert all(facts.values()), facts
 
 
 def test_logits_that_nobody_reads():
-    assert pool(2).run("features.jobs:no_logits") == [(True, True, True)] * 2
+    assert pool(2).run(jobs.no_logits) == [(True, True, True)] * 2

@@ -1,65 +1,51 @@
-"""Deliberate faults in what mixture-of-experts layers add. Imported by ``mutants.faults``."""
+"""Mutants of what mixture-of-experts layers add."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from harness.parity import Case
 from torch.distributed.tensor import Shard
 
-from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.model import forward
 from hf_sp.model import shard as swap
 from hf_sp.model.local import local
 from hf_sp.moe import beside, experts, flat
 from hf_sp.moe import block as sparse
 from hf_sp.moe import dispatcher as dispatch
-from mutants.faults import Patch, _backward, _own_copies, _own_part, fault
+from mutants import wrongly
+from mutants.registry import Patch, mutant
 
 TRAVEL = (("ep", 2),)
-
-
-def _scaled(factor: float) -> Any:
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-            return grads[0] * factor
-
-    return Scaled
 
 
 # --- the auxiliary loss -------------------------------------------------------------------------
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def auxiliary_loss_counted_on_every_rank() -> list[Patch]:
-    return [_backward(comm._IdentityOneRank, lambda ctx, grad: (grad, None))]
+    return [wrongly.backward(pairs._IdentityOneRank, lambda ctx, grad: (grad, None))]
 
 
-@fault(Case("qwen3_moe", sp=False))
+@mutant(Case("qwen3_moe", sp=False))
 def auxiliary_loss_counted_on_every_rank_without_sp() -> list[Patch]:
-    return [_backward(comm._IdentityOneRank, lambda ctx, grad: (grad, None))]
+    return [wrongly.backward(pairs._IdentityOneRank, lambda ctx, grad: (grad, None))]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def auxiliary_loss_averaged() -> list[Patch]:
-    right = comm._IdentityOneRank.backward
+    right = pairs._IdentityOneRank.backward
 
     def backward(ctx, grad):
         return right(ctx, grad)[0] / ctx.axis.size, None
 
-    return [_backward(comm._IdentityOneRank, backward)]
+    return [wrongly.backward(pairs._IdentityOneRank, backward)]
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def auxiliary_loss_of_travelling_tokens_counted_on_every_rank() -> list[Patch]:
     right = sparse.leave_router_logits
-    scaled = _scaled(2.0)
+    scaled = wrongly.scaled(2.0)
 
     def leave(logits, *rest):
         return tuple(scaled.apply(x) for x in right(logits, *rest))
@@ -67,7 +53,7 @@ def auxiliary_loss_of_travelling_tokens_counted_on_every_rank() -> list[Patch]:
     return [(forward, "leave_router_logits", leave)]
 
 
-@fault(Case("qwen3_moe", parallelize=TRAVEL))
+@mutant(Case("qwen3_moe", parallelize=TRAVEL))
 def auxiliary_loss_of_travelling_tokens_without_gradient() -> list[Patch]:
     right = sparse.leave_router_logits
 
@@ -87,21 +73,21 @@ def _router_not_summed() -> list[Patch]:
     return [(sparse.RouterMember, "local_parameters", local_parameters)]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def router_gradient_is_not_summed() -> list[Patch]:
     return _router_not_summed()
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def router_gradient_of_travelling_tokens_is_not_summed() -> list[Patch]:
     return _router_not_summed()
 
 
-@fault(Case("qwen2_moe"))
+@mutant(Case("qwen2_moe"))
 def shared_gate_gradient_is_not_summed() -> list[Patch]:
-    right = comm.identity_allreduce
+    right = pairs.identity_allreduce
     return [
-        (comm, "identity_allreduce", lambda x, axis: x if x.shape == (1, 64) else right(x, axis))
+        (pairs, "identity_allreduce", lambda x, axis: x if x.shape == (1, 64) else right(x, axis))
     ]
 
 
@@ -115,12 +101,12 @@ def _router_unmoved_by_experts() -> list[Patch]:
     return [(experts, "experts_backward", wrong), (dispatch, "experts_backward", wrong)]
 
 
-@fault(Case("qwen2_moe"))
+@mutant(Case("qwen2_moe"))
 def experts_send_the_router_no_gradient() -> list[Patch]:
     return _router_unmoved_by_experts()
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def travelled_experts_send_the_router_no_gradient() -> list[Patch]:
     return _router_unmoved_by_experts()
 
@@ -128,12 +114,12 @@ def travelled_experts_send_the_router_no_gradient() -> list[Patch]:
 # --- experts ------------------------------------------------------------------------------------
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def packed_weight_is_split_as_one() -> list[Patch]:
     return [(swap, "packed_halves", Shard)]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def packed_halves_are_swapped() -> list[Patch]:
     right = experts.swiglu_forward
     return [(experts, "swiglu_forward", lambda gate, up, **kw: right(up, gate, **kw))]
@@ -148,29 +134,29 @@ def _expert_gradient_scaled() -> list[Patch]:
     return [(experts.Place, "leave", leave)]
 
 
-@fault(Case("qwen3_moe"))
+@mutant(Case("qwen3_moe"))
 def expert_gradient_is_scaled() -> list[Patch]:
     return _expert_gradient_scaled()
 
 
-@fault(Case("qwen3_moe", parallelize=TRAVEL))
+@mutant(Case("qwen3_moe", parallelize=TRAVEL))
 def travelled_expert_gradient_is_scaled() -> list[Patch]:
     return _expert_gradient_scaled()
 
 
-@fault(Case("qwen3_moe"))
+@mutant(Case("qwen3_moe"))
 def expert_gradient_from_other_tokens() -> list[Patch]:
     right = flat.FlatEntry.tokens
     return [(flat.FlatEntry, "tokens", lambda self, x: right(self, x).roll(1, 0))]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def experts_input_gradient_is_lost() -> list[Patch]:
     right = flat.FlatEntry.receive_rows
     return [(flat.FlatEntry, "receive_rows", lambda self, dx: right(self, dx * 0))]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def down_gradient_without_the_routing_weight() -> list[Patch]:
     right = experts.experts_backward
 
@@ -181,7 +167,7 @@ def down_gradient_without_the_routing_weight() -> list[Patch]:
     return [(experts, "experts_backward", wrong)]
 
 
-@fault(Case("mixtral"))
+@mutant(Case("mixtral"))
 def outputs_go_to_the_wrong_tokens() -> list[Patch]:
     right = experts.Order.sum_choices
     return [(experts.Order, "sum_choices", lambda self, y: right(self, y).roll(1, 0))]
@@ -190,7 +176,7 @@ def outputs_go_to_the_wrong_tokens() -> list[Patch]:
 # --- on the way ---------------------------------------------------------------------------------
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def tokens_meet_the_wrong_expert() -> list[Patch]:
     right = dispatch.Route.of.__func__
 
@@ -202,13 +188,13 @@ def tokens_meet_the_wrong_expert() -> list[Patch]:
     return [(dispatch.Route, "of", classmethod(of))]
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def results_come_back_in_another_order() -> list[Patch]:
     right = dispatch.Route.launch_back
     return [(dispatch.Route, "launch_back", lambda self, x, axis: right(self, x, axis).flip(0))]
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def routing_weights_of_other_tokens() -> list[Patch]:
     right = dispatch.Route.land_there
 
@@ -219,13 +205,13 @@ def routing_weights_of_other_tokens() -> list[Patch]:
     return [(dispatch.Route, "land_there", land_there)]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def shared_expert_made_again_from_the_wrong_tokens() -> list[Patch]:
     right = flat._flat
     return [(flat, "_flat", lambda x, dim: right(x, dim).roll(1, 0))]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def real_tokens_stay_at_home() -> list[Patch]:
     def keep(x, index, *rest):
         index = index.clone()
@@ -238,46 +224,46 @@ def real_tokens_stay_at_home() -> list[Patch]:
 # --- meanwhile ----------------------------------------------------------------------------------
 
 
-@fault(Case("mixtral", parallelize=TRAVEL))
+@mutant(Case("mixtral", parallelize=TRAVEL))
 def input_gradient_on_its_way_is_left_out() -> list[Patch]:
     right = flat.FlatEntry.receive_later
     wrong = lambda self, land: right(self, lambda: land() * 0)  # noqa: E731
     return [(flat.FlatEntry, "receive_later", wrong)]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def gradient_of_a_late_shared_expert_is_lost() -> list[Patch]:
     right = beside._Depart.backward
-    return [_backward(beside._Depart, lambda ctx, grad: (right(ctx, grad)[0] * 0, None))]
+    return [wrongly.backward(beside._Depart, lambda ctx, grad: (right(ctx, grad)[0] * 0, None))]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def late_shared_expert_is_not_reduced() -> list[Patch]:
     def forward(ctx, partial, crossing):
         ctx.crossing = crossing
-        crossing.flying = _own_part(partial.transpose(0, 1), crossing.axis)
+        crossing.flying = wrongly.own_part(partial.transpose(0, 1), crossing.axis)
         return partial.new_empty(0)
 
     return [(beside._Depart, "forward", staticmethod(forward))]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def late_shared_expert_gets_the_gradient_of_its_own_tokens() -> list[Patch]:
     def launch(self):
         gradient, self.gradient = self.gradient, None
         if gradient is not None:
-            self.flying = _own_copies(gradient, self.axis)
+            self.flying = wrongly.own_copies(gradient, self.axis)
 
     return [(beside.Crossing, "launch", launch)]
 
 
-@fault(Case("qwen2_moe", parallelize=TRAVEL))
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def late_shared_expert_sees_its_own_tokens() -> list[Patch]:
     right = beside.EarlyEntry.gather
 
     def gather(self, x):
         right(self, x)
-        self.gathered = _own_copies(x.transpose(0, 1), self.axis)
+        self.gathered = wrongly.own_copies(x.transpose(0, 1), self.axis)
         return self.gathered.transpose(0, 1)
 
     return [(beside.EarlyEntry, "gather", gather)]

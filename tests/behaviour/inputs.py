@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
 from harness import batches
 from harness.batches import Batch
 from harness.compare import compare_loss, compare_once, compare_plain, evaluating, fresh
 from harness.parity import Case, each, pair
 from harness.report import Report
+from torch import nn
 
 
 def input_names(tp: int) -> list[str]:

@@ -1,23 +1,19 @@
 """accelerate and a parallelized model: same batch on all tp ranks, no wrapper, no duplicates.
 
-An ``Accelerator`` is told of the model's mesh through a ``ParallelismConfig`` that carries the
-mesh itself (no second set of process groups) and our mark. The patches act where that mark is.
-Versions named here: accelerate 1.12 to 1.15.
+The patches act where accelerate's state carries our mark (``accelerate_mesh``), or on arguments
+that are parallelized models. Versions named here: accelerate 1.12 to 1.15.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, recursively_apply, synchronize_rng_states
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
@@ -25,163 +21,29 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sp.checkpoint.weights import gather_state_dict
 from hf_sp.errors import ConfigError
+from hf_sp.integrations.accelerate_mesh import (
+    adopt,
+    check_optimizer,
+    current_is_ours,
+    is_ours,
+    models,
+)
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
-_MARK = "_hf_sp"
-_OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def remember(model: nn.Module) -> None:
-    """Note that a parallelized model is alive in this process."""
-    _models.add(model)
-
-
-def is_ours(config: ParallelismConfig | None) -> bool:
-    """Whether this configuration was made for a parallelized model."""
-    return bool(getattr(config, _MARK, False))
-
-
-def _current_is_ours() -> bool:
-    shared = AcceleratorState._shared_state
-    return is_ours(shared.get("parallelism_config"))
-
-
-def check_world(state: ParallelState, where: str) -> None:
-    """Refuse ranks beyond the tp group: Trainer and accelerate would give them the same batch."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world != state.tp:
-        raise ConfigError(
-            f"tp={state.tp} does not make up the {world} processes: data parallel is not supported",
-            where=where,
-            got=f"world size {world}, tp {state.tp}, {state.data} data parallel group(s)",
-            rule="under transformers and accelerate all processes are tensor parallel in this "
-            "release; dp_shard and dp_replicate are for training loops of one's own",
-            legal=f"{state.tp} processes, or parallelize(model, tp={world})",
-        )
-
-
-def check_config(config: ParallelismConfig, state: ParallelState, where: str) -> None:
-    """Refuse a user's ParallelismConfig that says other than the model."""
-    sizes = {
-        name: getattr(config, f"{name}_size")
-        for name in ("tp", "dp_replicate", "dp_shard", "cp", "sp")
-    }
-    wanted = {**dict.fromkeys(sizes, 1), "tp": state.tp}
-    if sizes != wanted:
-        differing = [n for n in sizes if sizes[n] != wanted[n]]
-        raise ConfigError(
-            "the ParallelismConfig does not agree with the parallelized model",
-            where=where,
-            got=", ".join(f"{n}_size={sizes[n]}" for n in differing),
-            rule="the model's degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
-            legal=", ".join(f"{n}_size={wanted[n]}" for n in differing),
-            remedy="leave the ParallelismConfig out: it is made from the model",
-        )
-
-
-def config_for(
-    state: ParallelState, given: ParallelismConfig | None, where: str
-) -> ParallelismConfig:
-    """The ParallelismConfig of a parallelized model, carrying its mesh and our mark."""
-    if given is not None:
-        check_config(given, state, where)
-    # Explicit ones: absent sizes are read from the environment.
-    config = given or ParallelismConfig(
-        tp_size=state.tp, dp_replicate_size=1, dp_shard_size=1, cp_size=1, sp_size=1
-    )
-    config.device_mesh = state.mesh
-    setattr(config, _MARK, True)
-    return config
-
-
-def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
-    """Tell an accelerator that was made without knowing the model of its mesh.
-
-    Raises:
-        ConfigError: it runs another engine, disagrees with the model, or has already cut a data
-            loader into different batches for each rank.
-    """
-    check_world(state, where)
-    engine = accelerator.distributed_type.value
-    if engine in _OTHER_ENGINES:
-        raise refuse_engine(engine, where)
-    current = accelerator.state.parallelism_config
-    if state.tp == 1 or is_ours(current):
-        return
-    if accelerator._dataloaders and accelerator.num_processes > 1:
-        raise ConfigError(
-            "a data loader was prepared before the parallelized model",
-            where=where,
-            got="it gives every rank another batch",
-            rule="all ranks of a tensor-parallel group are given the same batch",
-            remedy="prepare them together, or the model first: accelerator.prepare(model, loader)",
-        )
-    accelerator.state.parallelism_config = config_for(state, current, where)
-    accelerator.state.device_mesh = state.mesh
-
-
-def release() -> None:
-    """Forget the mesh of an earlier model: accelerate's state outlives the accelerator."""
-    if _current_is_ours():
-        shared = AcceleratorState._shared_state
-        shared["parallelism_config"] = None
-        shared["device_mesh"] = None
-
-
-def refuse_engine(engine: str, where: str) -> ConfigError:
-    """The refusal of another engine on top of a parallelized model."""
-    return ConfigError(
-        f"{engine} cannot be applied to a parallelized model by transformers or accelerate",
-        where=where,
-        got=engine,
-        rule="the parameters are already sharded; the engine would shard or wrap them again",
-        legal="no fsdp, deepspeed or megatron_lm plugin",
-        remedy="leave the plugin out (TrainingArguments fsdp/deepspeed, or the accelerate config)",
-    )
-
-
-def check_optimizer(
-    optimizers: Iterable[torch.optim.Optimizer], models: Iterable[nn.Module], where: str
-) -> None:
-    """Refuse an optimizer over parameters that ``parallelize`` has replaced: it trains nothing."""
-    known = {id(p) for m in models for p in m.parameters()}
-    for optimizer in optimizers:
-        held = [p for g in optimizer.param_groups for p in g["params"]]
-        foreign = sum(id(p) not in known for p in held)
-        if foreign:
-            raise ConfigError(
-                "the optimizer was not made from the parallelized model's parameters",
-                where=where,
-                got=f"{foreign} of its {len(held)} parameters are not the model's",
-                rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
-                remedy="make the optimizer after parallelize(model)",
-            )
-
-
-def agree_on_rng(state: ParallelState) -> None:
-    """Give all ranks the first rank's CPU random state, which samplers draw from."""
-    if state.tp > 1:
-        synchronize_rng_states(["torch"])
-
-
-# --- Accelerator --------------------------------------------------------------------------------
-
 PATCHES = Patches(lambda _: True)
 """Patches that look at their arguments."""
 
-STATE_PATCHES = Patches(lambda _: _current_is_ours())
+STATE_PATCHES = Patches(lambda _: current_is_ours())
 """Patches that act while accelerate's state carries our mark."""
 
 
 @PATCHES.on(ParallelismConfig, "_validate_accelerator")
-def allow_gloo(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
+def allow_cpu_processes(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
     """Accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes."""
     cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
-    if not (cpu and (is_ours(self) or len(_models) > 0)):
+    if not (cpu and (is_ours(self) or len(models) > 0)):
         original(self, accelerator)
     elif self.total_size != accelerator.num_processes:
         raise ConfigError(
@@ -198,7 +60,9 @@ def _parallel(objects: Iterable[Any]) -> list[tuple[nn.Module, ParallelState]]:
 
 
 @PATCHES.on(Accelerator, "prepare")
-def know_the_model_first(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+def attach_mesh_before_prepare(
+    original: Patch, self: Accelerator, *args: Any, **kwargs: Any
+) -> Any:
     """``Accelerator()`` knows nothing of the model: it would cut the batches over the tp ranks.
 
     On several GPUs it would then raise (DTensor under DDP), on CPU wrap and train wrongly.
@@ -207,14 +71,14 @@ def know_the_model_first(original: Patch, self: Accelerator, *args: Any, **kwarg
     for _, state in ours:
         adopt(self, state, "Accelerator.prepare")
     if ours:
-        models = [m for m in (*args, *self._models) if isinstance(m, nn.Module)]
+        prepared = [m for m in (*args, *self._models) if isinstance(m, nn.Module)]
         optimizers = [o for o in args if isinstance(o, torch.optim.Optimizer)]
-        check_optimizer(optimizers, models, "Accelerator.prepare")
+        check_optimizer(optimizers, prepared, "Accelerator.prepare")
     return original(self, *args, **kwargs)
 
 
 @PATCHES.on(Accelerator, "prepare_model")
-def know_the_model_here_too(
+def attach_mesh_before_prepare_model(
     original: Patch, self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     """As ``prepare``, for those who call this directly."""
@@ -224,7 +88,7 @@ def know_the_model_here_too(
 
 
 @PATCHES.on(Accelerator, "_prepare_tp")
-def keep_the_parameters(original: Patch, self: Accelerator, *args: Any) -> Any:
+def skip_param_remap(original: Patch, self: Accelerator, *args: Any) -> Any:
     """Do not map the optimizer's parameters anew by their address.
 
     accelerate 1.12 to 1.15 finds each by its local data pointer, which is 0 for all empty shards (a
@@ -255,7 +119,7 @@ def keep_logits_lazy(original: Patch, self: ConvertOutputsToFp32, *args: Any, **
 
 
 @STATE_PATCHES.on(Accelerator, "prepare_data_loader")
-def same_batch_everywhere(
+def sync_sampler_rng(
     original: Patch, self: Accelerator, data_loader: DataLoader, *args: Any, **kwargs: Any
 ) -> Any:
     """Two ways to unequal batches that accelerate leaves open on tp ranks.
@@ -283,13 +147,13 @@ def same_batch_everywhere(
 
 
 @STATE_PATCHES.on(DataLoaderDispatcher, "__len__")
-def length_in_batches(original: Patch, self: DataLoaderDispatcher) -> int:
+def count_every_batch(original: Patch, self: DataLoaderDispatcher) -> int:
     """Accelerate 1.12 to 1.15 divides by the number of processes though each batch goes to all."""
     return len(self.base_dataloader)
 
 
 @STATE_PATCHES.on(Accelerator, "gather_for_metrics")
-def own_rows_are_all_rows(
+def skip_gather_for_metrics(
     original: Patch, self: Accelerator, input_data: Any, use_gather_object: bool = False
 ) -> Any:
     """Every tp rank already has all rows; gathering would repeat each one tp times.
@@ -316,7 +180,7 @@ def own_rows_are_all_rows(
 
 
 @STATE_PATCHES.on(Accelerator, "get_state_dict")
-def whole_state_dict(
+def gather_whole_state_dict(
     original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
 ) -> dict[str, Any]:
     """Accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
@@ -351,7 +215,7 @@ def refuse_load_state(original: Patch, self: Accelerator, *args: Any, **kwargs: 
 
 
 @STATE_PATCHES.on(AcceleratedScheduler, "step")
-def one_step_per_step(
+def step_scheduler_once(
     original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any
 ) -> Any:
     """Accelerate steps the schedule once per process, counting tp ranks as data parallel."""

@@ -1,4 +1,4 @@
-"""Deliberate faults in what data parallel ranks add. Imported by ``mutants.faults``."""
+"""Mutants of what data parallel ranks add."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from harness.parity import Case
 from hf_sp import api
 from hf_sp.model.local import cast_for_autocast, local, local_of_groups
 from hf_sp.moe import block as sparse
-from mutants.faults import Patch, fault
+from mutants.registry import Patch, mutant
 
 SPREAD = Case("mixtral", data=2, parallelize=(("ep", 4),))
 
 
-@fault(SPREAD, tp=4)
+@mutant(SPREAD, tp=4)
 def experts_of_all_groups_summed() -> list[Patch]:
     return [(sparse, "local_of_groups", lambda x, count: x.to_local())]
 
 
-@fault(SPREAD, tp=4)
+@mutant(SPREAD, tp=4)
 def experts_averaged_over_ranks_instead_of_groups() -> list[Patch]:
     return [(sparse, "local_of_groups", lambda x, count: local_of_groups(x, 2 * count))]
 
 
-@fault(Case("qwen2_moe", data=2, parallelize=(("ep", 2),)), tp=4)
+@mutant(Case("qwen2_moe", data=2, parallelize=(("ep", 2),)), tp=4)
 def experts_averaged_by_fsdp_and_by_us() -> list[Patch]:
     def averaged(p, state, like):
         mine = local_of_groups(local(cast(torch.Tensor, p)), state.data)
@@ -34,6 +34,6 @@ def experts_averaged_by_fsdp_and_by_us() -> list[Patch]:
     return [(sparse, "expert_weight", averaged)]
 
 
-@fault(Case("llama", data=2), tp=4)
+@mutant(Case("llama", data=2), tp=4)
 def groups_train_for_themselves() -> list[Patch]:
     return [(api, "shard_over_data", lambda *args: None)]

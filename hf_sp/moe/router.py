@@ -1,0 +1,105 @@
+"""The router: HF's own code, on a weight whose product does not save the tokens.
+
+Everything in a sparse block is linear in the gradient that comes in, and each rank computes on its
+own part: of the experts' features, or of the tokens. So the router's weight, which is stored whole,
+gets a partial gradient, which is summed.
+
+Shape letters: B batch, S sequence, T tokens of the block, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_sp.comm import pairs
+from hf_sp.model.local import cast_for_autocast, local
+from hf_sp.model.parameters import LocalParameters, Partial
+from hf_sp.state import ParallelState
+from hf_sp.torch_private import tree_map_only
+
+
+class RouterColumn:
+    """The router's weight as one of the columns that read a block's gathered input."""
+
+    def __init__(self, module: nn.Module, state: ParallelState) -> None:
+        self.module, self.state = module, state
+
+    def node_parameters(self, like: Tensor) -> tuple[Tensor, None]:
+        """The weight; its gradient is summed over the ranks."""
+        weight = local(cast(Tensor, self.module._parameters["weight"]))
+        return cast_for_autocast(pairs.identity_allreduce(weight, self.state.axis), like), None
+
+
+class RouterWeight:
+    """What HF's router reads as ``self.weight``: ``F.linear`` with it runs ``linear``.
+
+    No tensor, but to torch's functions like one; its attributes and methods are the weight's.
+    """
+
+    def __init__(self, weight: Tensor, linear: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        self._weight, self._linear = weight, linear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weight, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A linear goes to the block, which knows its tokens; all else is plain."""
+        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
+            result = args[1]._linear(args[0], args[1]._weight)
+            if result is not None:
+                return result
+        plain = tree_map_only(cls, lambda weight: weight._weight, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+class RouterParameters(LocalParameters):
+    """Shows the router its weight as a ``RouterWeight``.
+
+    Args:
+        state: the model's.
+        linear: the product of tokens with the weight; None for tokens that it does not know.
+    """
+
+    def __init__(
+        self, state: ParallelState, linear: Callable[[Tensor, Tensor], Tensor | None]
+    ) -> None:
+        super().__init__(state, Partial.HEADS)
+        self.linear = linear
+
+    def show(self, module: nn.Module, args: Any) -> None:
+        """Shadow the weight."""
+        super().show(module, args)
+        module.__dict__["weight"] = RouterWeight(module.__dict__["weight"], self.linear)
+
+
+def leave_router_logits(
+    logits: tuple[Tensor, ...], state: ParallelState, batch: int
+) -> tuple[Tensor, ...]:
+    """Router logits as HF has them, ``[B * S, E]``, with gradients that count once.
+
+    What is computed from them (the auxiliary loss) is computed alike on all ranks, while the
+    router's gradient is a sum over ranks. Where each rank has routed its own tokens, it takes its
+    own part; where all have routed all tokens, one rank's gradient counts.
+    """
+    length = state.length
+    assert length is not None
+
+    def leave(local_TE: Tensor) -> Tensor:
+        if not state.sharded:
+            # Tokens travel in no such forward: every rank has routed every token.
+            return pairs.identity_onerank(local_TE, state.axis)
+        by_row = local_TE.view(batch, -1, local_TE.shape[-1])
+        if state.plan.ep > 1:
+            full = pairs.allgather_scatter(by_row, length, state.axis)
+        else:
+            full = pairs.identity_onerank(by_row[:, :length], state.axis)
+        return full.reshape(batch * length, -1)
+
+    return tuple(leave(x) for x in logits)

@@ -1,0 +1,159 @@
+"""Mutants of the embedding, the head and the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from harness.parity import Case
+
+from hf_sp.comm import pairs
+from hf_sp.kernels import cross_entropy_steps as steps
+from hf_sp.model import block as boundary
+from hf_sp.model import embedding, head, lazy, loss
+from mutants import wrongly
+from mutants.registry import Patch, mutant
+
+
+@mutant()
+def embedding_is_not_summed() -> list[Patch]:
+    right = pairs.allreduce_identity
+    return [(pairs, "allreduce_identity", lambda x, axis: right(x, axis) * 0 + x)]
+
+
+@mutant(Case("llama_odd_vocab"))
+def embedding_looks_up_ids_of_other_ranks() -> list[Patch]:
+    return [(embedding, "vocab_range", lambda vocab, axis: (0, -(-vocab // axis.size)))]
+
+
+@mutant()
+def loss_uses_local_statistics() -> list[Patch]:
+    return [(loss, "share", lambda stats, axis: torch.stack([stats] * axis.size))]
+
+
+@mutant()
+def loss_combines_sums_without_their_peaks() -> list[Patch]:
+    right = loss.combine
+
+    def wrong(stats, labels, terms):
+        highest = stats[:, 0].amax(0).expand_as(stats[:, 0])
+        return right(torch.cat([highest[:, None], stats[:, 1:]], 1), labels, terms)
+
+    return [(loss, "combine", wrong)]
+
+
+def _with_terms(**wrong: Any) -> list[Patch]:
+    """The gradient of another loss than the one whose value is returned."""
+    right = loss.write_gradient
+
+    def write(logits, labels, whole, terms):
+        return right(logits, labels, whole, dataclasses.replace(terms, **wrong))
+
+    return [(loss, "write_gradient", write)]
+
+
+@mutant()
+def loss_gradient_smooths_the_labels() -> list[Patch]:
+    return _with_terms(label_smoothing=0.1)
+
+
+@mutant(Case("granite"))
+def loss_gradient_is_not_scaled() -> list[Patch]:
+    return _with_terms(scale=1.0)
+
+
+@mutant(Case("granite"))
+def scale_of_the_logits_is_dropped() -> list[Patch]:
+    return [(lazy.LazyLogits, "scale_and_softcap", lambda self: (1.0, None))]
+
+
+@mutant(Case("llama_capped"))
+def derivative_of_the_softcap_is_dropped() -> list[Patch]:
+    right = steps._slab_gradient
+
+    def wrong(x, labels, peak, total, dloss, terms):
+        capped = steps._mapped(x, terms)
+        plain = dataclasses.replace(terms, softcap=None, scale=1.0)
+        return right(capped, labels, peak, total, dloss, plain) * terms.scale
+
+    return [(steps, "_slab_gradient", wrong)]
+
+
+@mutant(Case("llama_capped"))
+def soft_cap_is_dropped() -> list[Patch]:
+    return [(lazy.LazyLogits, "scale_and_softcap", lambda self: (1.0, None))]
+
+
+@mutant()
+def loss_counts_the_target_on_every_rank() -> list[Patch]:
+    right = loss.write_gradient
+    return [(loss, "write_gradient", lambda *args: right(*args).clamp_min_(0))]
+
+
+@mutant()
+def loss_gradient_is_not_reduced() -> list[Patch]:
+    return [(loss, "_launch", lambda dx, spec: wrongly.own_part(dx, spec.axis))]
+
+
+@mutant(Case("llama", sp=False))
+def loss_gradient_is_averaged() -> list[Patch]:
+    right = loss._launch
+    return [(loss, "_launch", lambda dx, spec: right(dx / spec.axis.size, spec))]
+
+
+@mutant(Case("llama", parallelize=(("loss_chunk", 8),)))
+def loss_gradient_goes_to_another_chunk() -> list[Patch]:
+    right = loss._store
+
+    def store(dsource, dx, rows, spec):
+        a, b = rows
+        room = dsource.shape[1] - (b - a)
+        right(dsource, dx, (room - a, room - a + b - a) if room >= a else rows, spec)
+
+    return [(loss, "_store", store)]
+
+
+@mutant()
+def loss_gathers_a_chunk_in_wrong_rank_order() -> list[Patch]:
+    right = loss._chunks
+
+    def wrong(source, full, labels, pieces, spec):
+        for x, y, rows in right(source, full, labels, pieces, spec):
+            yield x.roll(x.shape[0] // spec.axis.size, 0), y, rows
+
+    return [(loss, "_chunks", wrong)]
+
+
+@mutant(Case("llama", parallelize=(("loss_chunk", 8),)))
+def loss_keeps_only_the_last_chunks_weight_gradient() -> list[Patch]:
+    return [(loss, "_plus", lambda total, part, wide, parts: part.to(wide))]
+
+
+@mutant()
+def labels_are_not_shifted() -> list[Patch]:
+    right = head.F.pad
+    return [(head.F, "pad", lambda x, pad, value: right(x, (1, 0), value=value))]
+
+
+@mutant()
+def labels_of_the_wrong_shard_order() -> list[Patch]:
+    right = loss._chunks
+
+    def wrong(source, full, labels, pieces, spec):
+        for x, y, rows in right(source, full, labels, pieces, spec):
+            yield x, y.roll(y.shape[0] // spec.axis.size), rows
+
+    return [(loss, "_chunks", wrong)]
+
+
+@mutant()
+def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
+    right = boundary.StackEntry.__call__
+
+    def wrong(self, module, args, kwargs):
+        args, kwargs = right(self, module, args, kwargs)
+        x = boundary.take_hidden(args, kwargs)
+        return boundary.put_hidden(args, kwargs, x.detach() + 0 * x)
+
+    return [(boundary.StackEntry, "__call__", wrong)]

@@ -1,0 +1,67 @@
+"""Mutants of gradients of which each rank has a part."""
+
+from __future__ import annotations
+
+from harness.parity import Case
+
+from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
+from hf_sp.model import norm as fused
+from hf_sp.model import parameters
+from mutants import wrongly
+from mutants.registry import Patch, mutant, register
+
+
+def _partial_not_summed() -> list[Patch]:
+    return [
+        wrongly.backward(pairs._IdentityAllReduce, lambda ctx, grad: (grad, None)),
+        (fused, "sum_over_ranks", lambda dw, axis: dw),
+    ]
+
+
+def _partial_averaged() -> list[Patch]:
+    def backward(ctx, grad):
+        return comm.all_reduce(grad, ctx.axis) / ctx.axis.size, None
+
+    return [
+        wrongly.backward(pairs._IdentityAllReduce, backward),
+        (fused, "sum_over_ranks", wrongly.averaged(comm.all_reduce)),
+    ]
+
+
+for _family, _sp, _tp, _kernels in [
+    ("llama", True, 2, True),  # norms on sequence shards
+    ("llama", True, 2, False),
+    ("qwen3", False, 2, True),  # q_norm, k_norm on local heads, in plain TP too
+    ("qwen3", False, 2, False),
+    ("llama_kv1", False, 2, True),  # k and v of a head that several ranks compute
+    ("llama_kv2", True, 4, True),
+]:
+    _where = f"{_family}_{'sp' if _sp else 'tp'}" + ("" if _kernels else "_own_norms")
+    _case = Case(_family, sp=_sp, parallelize=(("kernels", _kernels),))
+    register(f"partial_gradient_not_summed_{_where}", _partial_not_summed, _case, _tp)
+    register(f"partial_gradient_averaged_{_where}", _partial_averaged, _case, _tp)
+
+
+@mutant(Case("llama", accum=3))
+def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
+    """transformers 5.23's fault: a hook on ``param.grad`` reduces the running sum every time."""
+    calls: list[int] = []
+
+    def again(dw, axis):
+        # The first micro-batch's sums (two layers' norms and the final one) are reduced again.
+        calls.append(1)
+        reduced = comm.all_reduce(dw, axis)
+        return reduced * axis.size if len(calls) <= 5 else reduced
+
+    return [(fused, "sum_over_ranks", again)]
+
+
+@mutant(Case("llama_bias", parallelize=(("kernels", False),)))
+def norm_gradients_left_partial() -> list[Patch]:
+    def show(self, module, args):
+        for name, p in module._parameters.items():
+            if p is not None:
+                module.__dict__[name] = parameters.local(p)
+
+    return [(parameters.LocalParameters, "show", show)]
