@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import columns as entry
-from hf_sp.model import embedding
-from hf_sp.model import mlp as gated
-from hf_sp.model import norm as fused
-from hf_sp.model import shard as swap
+from hf_sp.model import block, columns, embedding, linear, mlp, norm, ports
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -62,13 +56,7 @@ def block_entry_gathers_own_copies() -> list[Patch]:
 
 @mutant()
 def block_entry_regathers_in_wrong_rank_order() -> list[Patch]:
-    right = entry._weight_gradients
-
-    def wrong(*args):
-        with mock.patch.object(comm, "all_gather", wrongly.rolled):
-            return right(*args)
-
-    return [(entry, "_weight_gradients", wrong)]
+    return [(columns, "_gather_again", lambda x, axis, grads: wrongly.rolled(x, axis))]
 
 
 @mutant()
@@ -93,13 +81,41 @@ def block_entry_backward_averages() -> list[Patch]:
 
 @mutant()
 def block_keeps_only_the_last_input_gradient() -> list[Patch]:
-    right = entry.Entry.receive
+    right = columns._input_gradient
 
-    def wrong(self, slot, dy, weight, keep):
-        self.dx = None
-        right(self, slot, dy, weight, keep)
+    def wrong(ctx, dfull, dys, weights):
+        last = max(i for i, dy in enumerate(dys) if dy is not None)
+        return right(ctx, dfull, [dy if i == last else None for i, dy in enumerate(dys)], weights)
 
-    return [(entry.Entry, "receive", wrong)]
+    return [(columns, "_input_gradient", wrong)]
+
+
+@mutant()
+def port_gets_no_gradient() -> list[Patch]:
+    right = ports._Column.backward
+    lost = lambda ctx, grad: tuple(g if g is None else g * 0 for g in right(ctx, grad))  # noqa: E731
+    return [wrongly.backward(ports._Column, lost)]
+
+
+@mutant()
+def key_s_gradient_goes_to_the_value_s_port() -> list[Patch]:
+    right = columns.gather_columns
+
+    def wrong(x, linears, *rest, **kwargs):
+        gathered = right(x, linears, *rest, **kwargs)
+        if gathered.batch_major and gathered.ports:
+            _, key, value = (gathered.ports[one] for one, _ in linears)
+            gathered.ports[linears[1][0]] = key._replace(outputs=value.outputs)
+            gathered.ports[linears[2][0]] = value._replace(outputs=key.outputs)
+        return gathered
+
+    return [(block, "gather_columns", wrong)]
+
+
+@mutant()
+def port_s_gradient_is_of_other_tokens() -> list[Patch]:
+    right = columns._tokens
+    return [(columns, "_tokens", lambda x: right(x.roll(1, 1)))]
 
 
 @mutant(Case("llama_bias", sp=False))
@@ -156,53 +172,53 @@ def tp_exit_backward_reduces_again() -> list[Patch]:
 
 @mutant()
 def norm_made_again_without_its_weight() -> list[Patch]:
-    right = fused._norm_again
+    right = norm._norm_again
 
     def wrong(x, weight, **kwargs):
         return right(x, torch.ones_like(weight), **kwargs)
 
-    return [(fused, "_norm_again", wrong)]
+    return [(norm, "_norm_again", wrong)]
 
 
 @mutant()
 def norm_made_again_from_the_wrong_shard() -> list[Patch]:
-    right = fused._norm_again
+    right = norm._norm_again
     return [
-        (fused, "_norm_again", lambda x, weight, **kwargs: right(x.roll(1, 1), weight, **kwargs))
+        (norm, "_norm_again", lambda x, weight, **kwargs: right(x.roll(1, 1), weight, **kwargs))
     ]
 
 
 @mutant()
 def product_made_again_from_gate_alone() -> list[Patch]:
-    right = gated.swiglu_backward
+    right = mlp.swiglu_backward
 
     def wrong(dz, gate, up, **kwargs):
         dgate, dup, product = right(dz, gate, up, **kwargs)
         return dgate, dup, product / up
 
-    return [(gated, "swiglu_backward", wrong)]
+    return [(mlp, "swiglu_backward", wrong)]
 
 
 @mutant()
 def gated_gradient_without_its_slope() -> list[Patch]:
     """d silu(g) taken for sigmoid(g): the second term of the derivative is missing."""
-    right = gated.swiglu_backward
+    right = mlp.swiglu_backward
 
     def wrong(dz, gate, up, **kwargs):
         _, dup, product = right(dz, gate, up, **kwargs)
         return dz * up * gate.sigmoid(), dup, product
 
-    return [(gated, "swiglu_backward", wrong)]
+    return [(mlp, "swiglu_backward", wrong)]
 
 
 @mutant()
 def gated_row_bias_added_on_every_rank() -> list[Patch]:
-    right = gated.GatedRowLinear.forward
+    right = mlp.SwiGLURowLinear.forward
 
-    def forward(ctx, gate, up, product, weight, bias, add_bias, *rest):
-        return right(ctx, gate, up, product, weight, bias, True, *rest)
+    def forward(ctx, triton, gate, up, product, weight, bias, add_bias, *rest):
+        return right(ctx, triton, gate, up, product, weight, bias, True, *rest)
 
-    return [(gated.GatedRowLinear, "forward", staticmethod(forward))]
+    return [(mlp.SwiGLURowLinear, "forward", staticmethod(forward))]
 
 
 # --- row bias, padding row, replicated heads ----------------------------------------------------
@@ -210,23 +226,23 @@ def gated_row_bias_added_on_every_rank() -> list[Patch]:
 
 @mutant()
 def row_bias_added_on_every_rank() -> list[Patch]:
-    right = gated.RowLinear.forward
+    right = linear.RowLinear.forward
 
-    def forward(ctx, x, weight, bias, add_bias, sharded):
-        return right(ctx, x, weight, bias, True, sharded)
+    def forward(ctx, x, weight, bias, add_bias, *rest):
+        return right(ctx, x, weight, bias, True, *rest)
 
-    return [(gated.RowLinear, "forward", staticmethod(forward))]
+    return [(linear.RowLinear, "forward", staticmethod(forward))]
 
 
 @mutant()
 def row_bias_gradient_summed_again() -> list[Patch]:
-    right = gated.RowLinear.backward
+    right = linear.RowLinear.backward
 
     def backward(ctx, grad):
         dx, dw, db, *rest = right(ctx, grad)
         return dx, dw, db * 2, *rest
 
-    return [wrongly.backward(gated.RowLinear, backward)]
+    return [wrongly.backward(linear.RowLinear, backward)]
 
 
 @mutant(Case("llama_odd_vocab"))
@@ -237,15 +253,15 @@ def padding_row_gets_a_gradient() -> list[Patch]:
 
 @mutant(Case("llama_kv2"), tp=4)
 def replicated_head_is_the_wrong_one() -> list[Patch]:
-    right = swap._swap_linear
+    right = linear.ColumnParallelLinear.convert_.__func__
 
-    def wrong(module, leaf, *rest):
-        right(module, leaf, *rest)
+    def wrong(cls, module, *rest):
+        right(cls, module, *rest)
         if module.rows is not None:
             first, width = module.rows
             module.rows = (width - first, width)
 
-    return [(swap, "_swap_linear", wrong)]
+    return [(linear.ColumnParallelLinear, "convert_", classmethod(wrong))]
 
 
 @mutant(Case("llama"))

@@ -10,8 +10,7 @@ from harness.parity import Case
 
 from hf_sp.comm import pairs
 from hf_sp.kernels import cross_entropy_steps as steps
-from hf_sp.model import block as boundary
-from hf_sp.model import embedding, head, lazy, loss
+from hf_sp.model import block, embedding, head, lazy, loss, stack
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -149,11 +148,11 @@ def labels_of_the_wrong_shard_order() -> list[Patch]:
 
 @mutant()
 def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
-    right = boundary.StackEntry.__call__
+    right = stack.StackEntry.__call__
 
     def wrong(self, module, args, kwargs):
         args, kwargs = right(self, module, args, kwargs)
-        x = boundary.take_hidden(args, kwargs)
-        return boundary.put_hidden(args, kwargs, x.detach() + 0 * x)
+        x = block.get_hidden_states(args, kwargs)
+        return block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
 
-    return [(boundary.StackEntry, "__call__", wrong)]
+    return [(stack.StackEntry, "__call__", wrong)]
