@@ -67,6 +67,8 @@ def launch_all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def launch_all_reduce_(x: Tensor, axis: Axis) -> Tensor:
     """Start a sum over the axis in the memory of ``x``, which is contiguous and the caller's."""
+    if torch.compiler.is_compiling():
+        return launch_all_reduce(x, axis)  # a compiler finds by itself that it can be in place
     return _launch(collective_ops.all_reduce_.default, x, "sum", axis.group)
 
 

@@ -144,7 +144,8 @@ def gather_columns(
         ports[factor.key] = Port((outputs[slot],), values[len(linears) + slot], None, dropouts[j])
     if experts is not None:
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
-    return GatheredInput(full, version(full), batch_major, axis.size if sharded else 1, ports)
+    written = None if torch.compiler.is_compiling() else version(full)
+    return GatheredInput(full, written, batch_major, axis.size if sharded else 1, ports)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,12 +120,11 @@ class PartialSums:
         """Give each norm a port."""
         if not torch.is_grad_enabled():
             return
-        chosen = [
-            (parameters, weight)
-            for norm, parameters in self.norms
-            if parameters.summed() and (weight := norm._parameters["weight"]) is not None
-            if weight.requires_grad
-        ]
+        chosen = []
+        for norm, parameters in self.norms:
+            weight = norm._parameters["weight"]
+            if weight is not None and weight.requires_grad and parameters.summed():
+                chosen.append((parameters, weight))
         if not chosen:
             return
         compiling = torch.compiler.is_compiling()
