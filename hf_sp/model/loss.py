@@ -126,7 +126,15 @@ def linear_vocab_parallel_cross_entropy(
     _check_shapes(hidden, weight, labels, axis if sharded else None)
     vocab, start = place(weight.shape[0], weight.device, axis, vocab_size, vocab_start)
     check_ids(labels, vocab, "labels", ignore_index)
-    terms = LossTerms(vocab, start, ignore_index, label_smoothing, softcap, scale, triton)
+    terms = LossTerms(
+        vocab=vocab,
+        start=start,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        scale=scale,
+        triton=triton,
+    )
     hidden = cast_for_autocast(hidden, hidden)
     weight = cast_for_autocast(weight, hidden)
     bias = None if bias is None else cast_for_autocast(bias, hidden)
@@ -200,7 +208,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_Tv = write_gradient(logits_Tv, labels_T, whole, spec.terms)
             dx_TH = _launch(grad_Tv @ weight_vH, spec) if dsource is not None else None
             if needs_weight:
-                dweight = _plus(dweight, grad_Tv.t() @ x_TH, wide, len(pieces))
+                if dweight is None or dweight.dtype != grad_Tv.dtype:
+                    dweight = _plus(dweight, grad_Tv.t() @ x_TH, wide, len(pieces))
+                else:
+                    dweight.addmm_(grad_Tv.t(), x_TH)
             if needs_bias:
                 dbias = _plus(dbias, grad_Tv.sum(0, dtype=wide), wide, len(pieces))
             if dsource is not None and dx_TH is not None:
@@ -249,7 +260,8 @@ def scaled_loss(total: Tensor, items: Tensor | float) -> Tensor:
     label trains nothing; dividing by its count would make every gradient nan.
     """
     if not isinstance(items, Tensor):
-        items = total.new_tensor(float(items))
+        # A plain number stays one: a tensor of it would be copied to the device in each step.
+        return total / items if items else total * 0 + total.detach() / 0
     counted = items != 0
     return (total / items.masked_fill(~counted, 1)).where(counted, total.detach() / items)
 
