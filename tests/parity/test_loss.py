@@ -55,11 +55,11 @@ def test_forwards_of_the_user(name):
 
 
 def test_logits_that_are_made_from_the_shard():
-    assert_parity(pool(2).run("parity.loss_jobs:touched_logits"))
+    assert_parity(pool(2).run(loss_jobs.touched_logits))
 
 
 def test_a_sliced_shard_is_refused():
-    for message in pool(2).run("parity.loss_jobs:sliced_shard"):
+    for message in pool(2).run(loss_jobs.sliced_shard):
         assert "between the final norm and the LM head" in message
 
 
