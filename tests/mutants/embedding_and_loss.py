@@ -99,26 +99,17 @@ def loss_gradient_is_not_reduced() -> list[Patch]:
     return [(HeadGradients, "launch", launch)]
 
 
-def _averaged_launch() -> list[Patch]:
+@mutant(Case("llama", sp=False))
+def loss_gradient_is_averaged() -> list[Patch]:
     right = HeadGradients.launch
     return [
         (HeadGradients, "launch", lambda self, dx: right(self, dx / self.chunks.spec.axis.size))
     ]
 
 
-@mutant(Case("llama", sp=False))
-def loss_gradient_is_averaged() -> list[Patch]:
-    return _averaged_launch()
-
-
 # The final hidden states are gathered, and each rank has a part of their gradient.
 @mutant(Case("llama", parallelize=(("keep_logits", True),)))
-def loss_gradient_of_gathered_hidden_states_is_averaged() -> list[Patch]:
-    return _averaged_launch()
-
-
-@mutant(Case("llama", parallelize=(("keep_logits", True),)))
-def loss_takes_gathered_hidden_states_for_partial_ones() -> list[Patch]:
+def loss_gradient_of_gathered_hidden_states_is_not_reduced() -> list[Patch]:
     return [(HeadGradients, "launch", lambda self, dx: dx)]
 
 
