@@ -89,9 +89,6 @@ def dtensor_of(x: Tensor, spec: DTensorSpec) -> DTensor:
     parameter's. Without ``__init__``, which does nothing but call a decorator of torch.compile's.
     """
     x = x if x.is_contiguous() else x.contiguous()
-    meta = spec.tensor_meta
-    if meta is not None and x.dtype != meta.dtype:
-        x = x.to(meta.dtype)
     return DTensor.__new__(DTensor, x, spec, requires_grad=False)
 
 
