@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
 from hf_sp.plan.schema import Plan
-from hf_sp.torch_private import has_gradient_hooks, process_group, same_storage, version
+from hf_sp.torch_private import process_group
 
 CHECKS = 8
 """Forwards of each kind whose inputs are compared over the tp ranks."""
@@ -28,10 +27,6 @@ Recompute = Literal["none", "norm", "norm+act"]
 KINDS = ("training", "evaluation", "decoding")
 
 ATTRIBUTE = "_hf_sp_state"
-_SHARD = "_hf_sp_shard"
-_VERSION = "_hf_sp_version"
-# Autograd nodes of slices that keep the whole tensor.
-_VIEWS = {"SliceBackward0", "AliasBackward0", "ViewBackward0"}
 
 
 @dataclass
@@ -52,7 +47,10 @@ class ParallelState:
         single_token: this forward decodes one token: plain TP, nothing is scattered.
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
-        lazy_hidden: this forward wants the loss alone, which gathers hidden states by chunks.
+        final_hidden: what the final norm returns in this forward of the whole model: all ranks'
+            hidden states, or, where only the head meets them, this rank's sequence shard.
+        final_length: whole sequence length of the final hidden states, from when the final norm has
+            returned their shard to the end of the forward; None where they are whole.
         load: tokens of each expert in the latest forward, by the path of the experts; counted on
             this rank's own tokens where experts are split whole.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
@@ -71,12 +69,12 @@ class ParallelState:
     recompute: Recompute = "norm+act"
     single_token: bool = False
     in_model: bool = False
-    lazy_hidden: bool = False
+    final_hidden: Literal["gathered", "shard"] = "gathered"
+    final_length: int | None = None
     length: int | None = None
     load: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logits_wanted: bool = True
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
-    _hidden: Any = field(default=None, repr=False)
 
     @property
     def tp(self) -> int:
@@ -147,68 +145,21 @@ class ParallelState:
         finally:
             self.logits_wanted = wanted
 
-    def remember_hidden(self, full_BSH: Tensor, shard_BsH: Tensor) -> None:
-        """Tie the gathered final hidden states to the shard they were gathered from."""
-        # The shard lives as long as the tensor that the user holds, not as long as the model.
-        setattr(full_BSH, _SHARD, shard_BsH)
-        setattr(full_BSH, _VERSION, version(full_BSH))
-        self._hidden = weakref.ref(full_BSH)
-
-    def shard_of(self, x: Tensor) -> Tensor | None:
-        """The sequence shard that ``x`` was gathered from, if ``x`` is that tensor, whole.
-
-        HF slices the hidden states (``[:, -logits_to_keep:]``, by default all of them) before the
-        head, which makes a new tensor over the same memory. The same memory is not enough: what was
-        detached, or is watched by a gradient hook, has a gradient of its own to receive, and goes
-        the way of any replicated tensor.
-        """
-        full = self._hidden() if self._hidden is not None else None
-        if full is None or x.shape != full.shape or x.dtype != full.dtype:
-            return None
-        same_memory = (
-            same_storage(x, full)
-            and x.storage_offset() == full.storage_offset()
-            and x.stride() == full.stride()
-        )
-        # The version tells whether someone has written into it since.
-        unchanged = version(x) == getattr(full, _VERSION)
-        watched = has_gradient_hooks(full) or has_gradient_hooks(x)
-        if not same_memory or not unchanged or watched or not _is_view_of(x, full):
-            return None
-        return getattr(full, _SHARD)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
-        # The mesh is a handle on process groups, shared like them; weak references do not copy.
+        # The mesh is a handle on process groups, shared like them.
         copy = dataclasses.replace(
             self,
             single_token=False,
             in_model=False,
-            lazy_hidden=False,
+            final_hidden="gathered",
+            final_length=None,
             length=None,
             load={},
             logits_wanted=True,
             checks_left=dict(self.checks_left),
-            _hidden=None,
         )
         memo[id(self)] = copy
         return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state["_hidden"] = None
-        return state
-
-
-def _is_view_of(x: Tensor, full: Tensor) -> bool:
-    """Whether x's gradient goes to ``full`` and nowhere else: by views alone."""
-    if x is full or not full.requires_grad:
-        return x.requires_grad == full.requires_grad
-    node = x.grad_fn
-    while node is not None and node is not full.grad_fn:
-        if node.name() not in _VIEWS or len(node.next_functions) != 1:
-            return False
-        node = node.next_functions[0][0]
-    return node is not None
 
 
 def parallel_state(model: nn.Module | None) -> ParallelState | None:

@@ -8,6 +8,7 @@ Not listed: ``nn.Module._parameters`` and its kin, which every package that edit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
@@ -49,14 +50,36 @@ def device_assert(holds: Tensor, message: str) -> None:
     torch._assert_async(holds, message)
 
 
-def local_tensor(x: Tensor) -> Tensor:
+def local_tensor(x: Any) -> Tensor:
     """The local tensor of a DTensor itself: no autograd node, and no gradient."""
-    return cast(Any, x)._local_tensor
+    return x._local_tensor
 
 
-def spec_of(x: Tensor) -> DTensorSpec:
+def spec_of(x: Any) -> DTensorSpec:
     """Mesh, placements, shape and dtype of a DTensor."""
-    return cast(Any, x)._spec
+    return x._spec
+
+
+def unpack(parameters: Iterable[Any]) -> tuple[list[Any], list[DTensorSpec | None]]:
+    """Parameters' local values, without a gradient path, and what ``pack`` needs of DTensors."""
+    values: list[Any] = []
+    specs: list[DTensorSpec | None] = []
+    for p in parameters:
+        if isinstance(p, DTensor):
+            values.append(p._local_tensor)
+            specs.append(p._spec)
+        else:
+            values.append(None if p is None else p.detach())
+            specs.append(None)
+    return values, specs
+
+
+def pack(grads: Iterable[Tensor | None], specs: Iterable[DTensorSpec | None]) -> list[Any]:
+    """Local gradients as the gradients of the parameters that were unpacked."""
+    return [
+        grad if grad is None or spec is None else dtensor_of(grad, spec)
+        for grad, spec in zip(grads, specs, strict=True)
+    ]
 
 
 def dtensor_of(x: Tensor, spec: DTensorSpec) -> DTensor:
@@ -66,9 +89,6 @@ def dtensor_of(x: Tensor, spec: DTensorSpec) -> DTensor:
     parameter's. Without ``__init__``, which does nothing but call a decorator of torch.compile's.
     """
     x = x if x.is_contiguous() else x.contiguous()
-    meta = spec.tensor_meta
-    if meta is not None and x.dtype != meta.dtype:
-        x = x.to(meta.dtype)
     return DTensor.__new__(DTensor, x, spec, requires_grad=False)
 
 

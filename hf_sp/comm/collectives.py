@@ -67,6 +67,8 @@ def launch_all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def launch_all_reduce_(x: Tensor, axis: Axis) -> Tensor:
     """Start a sum over the axis in the memory of ``x``, which is contiguous and the caller's."""
+    if torch.compiler.is_compiling():
+        return launch_all_reduce(x, axis)  # a compiler finds by itself that it can be in place
     return _launch(collective_ops.all_reduce_.default, x, "sum", axis.group)
 
 
@@ -83,28 +85,22 @@ def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis
     return _launch(op, x.contiguous(), receive, send, axis.group)
 
 
-def waits_at_launch(x: Tensor) -> bool:
-    """Whether a collective on x is waited for when it is launched: on CPU.
-
-    Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
-    hf_sp: docs/numerics.md), and nothing could run beside one anyway.
-    """
-    return x.device.type == "cpu"
-
-
 def _launch(op: Any, x: Tensor, *args: Any) -> Tensor:
+    # Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
+    # hf_sp: docs/numerics.md). On CPU each is waited for at its launch; nothing could run beside
+    # it anyway.
     if torch.compiler.is_compiling():
         result = op(x, *args)
-        return collective_ops.wait_tensor.default(result) if waits_at_launch(x) else result
+        return collective_ops.wait_tensor.default(result) if x.is_cpu else result
     # All callers are inside of autograd Functions: nothing here is to be recorded.
     with below_autograd():
         result = op(x, *args)
-        return collective_ops.wait_tensor.default(result) if waits_at_launch(x) else result
+        return collective_ops.wait_tensor.default(result) if x.is_cpu else result
 
 
 def wait(x: Tensor) -> Tensor:
     """Block (the stream, on a GPU) until the collective that makes ``x`` is done."""
-    return x if waits_at_launch(x) else collective_ops.wait_tensor.default(x)
+    return x if x.is_cpu else collective_ops.wait_tensor.default(x)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

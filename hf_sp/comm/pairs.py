@@ -39,11 +39,11 @@ class _AllGatherScatter(Node):
         return comm.own_shard(grads[0], ctx.axis), None, None
 
 
-class _GatheredReduceScatter(Node):
+class _AllGatherReduceScatter(Node):
     @staticmethod
-    def forward(ctx: Any, x_BsH: Tensor, full_BSH: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return full_BSH.view_as(full_BSH)
+        return comm.gather_sequence(x_BsH, length, axis)
 
     @staticmethod
     @once_differentiable
@@ -147,7 +147,7 @@ def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
     """All-gather a sequence shard for code that is replicated; the backward takes the shard.
 
     Right only where every rank computes the same thing with the result, so that each holds the
-    whole gradient. After tensor-parallel code it is partial: gathered_reducescatter.
+    whole gradient. After tensor-parallel code it is partial: allgather_reducescatter.
 
     Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
     Forward:  1 all-gather
@@ -157,16 +157,16 @@ def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
     return _AllGatherScatter.apply(x_BsH, length, axis)
 
 
-def gathered_reducescatter(x_BsH: Tensor, full_BSH: Tensor, axis: Axis) -> Tensor:
-    """Hand the gathered tensor to tensor-parallel code; the backward reduce-scatters to the shard.
+def allgather_reducescatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
+    """All-gather a sequence shard for tensor-parallel code; the backward reduce-scatters to it.
 
-    Shapes:   x [B, s, H], full [B, S, H] = all shards -> full, with x's gradient path
-    Forward:  no collective
+    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
+    Forward:  1 all-gather
     Backward: 1 reduce-scatter; the gradient must be partial
     Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g without its forward
+    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g
     """
-    return _GatheredReduceScatter.apply(x_BsH, full_BSH.detach(), axis)
+    return _AllGatherReduceScatter.apply(x_BsH, length, axis)
 
 
 def reducescatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:

@@ -15,12 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_sp.errors import ConfigError
-from hf_sp.kernels.vocab import check_ids, vocab_range
-from hf_sp.model.head import VocabParallelHead
+from hf_sp.kernels.vocab import check_ids
+from hf_sp.model.forward import final_hidden
+from hf_sp.model.head import HeadRequest
+from hf_sp.model.lazy import LazyLogits
 from hf_sp.model.local import cast_for_autocast
-from hf_sp.model.logprobs import FIELDS, Spec, TokenStatistics, token_statistics
+from hf_sp.model.logprobs import FIELDS, TokenStatistics, token_statistics
 from hf_sp.patching import Patch, Patches
-from hf_sp.state import ParallelState, parallel_state
+from hf_sp.state import parallel_state
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer")
 """Trainers of TRL that are tested with parallelized models."""
@@ -99,7 +101,6 @@ def add_parallel_head(
     own rows. Without it, the forward is the model's own.
     """
     plain = model.forward
-    scale, cap = _logit_transform(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -113,95 +114,47 @@ def add_parallel_head(
                 where="config.output_router_logits",
                 legal="False",
             )
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
         state = parallel_state(self)
         assert state is not None
+        state.final_hidden = final_hidden(self, state, kwargs, head_alone=True)
+        logits = plain(*args, **{**kwargs, "use_cache": False, "return_dict": True}).logits
         targets = shifted
         if targets is None:
             # The last position has no next token.
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORE)
-        found = _score(
-            _head_of(self),
-            hidden,
-            targets,
-            state,
-            scale,
-            cap,
-            temperature,
-            cast_lm_head_to_fp32,
-            tuple(f for f in FIELDS if f in outputs),
-        )
+        fields = tuple(f for f in FIELDS if f in outputs)
+        found = _score(logits, targets, temperature, cast_lm_head_to_fp32, fields)
         return _output(found, targets, items, drop_last=shifted is None)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """What the model does to its logits: a factor and a soft cap, by the names TRL reads."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value), getattr(config, "final_logit_softcapping", None)
-    scaling = getattr(config, "logits_scaling", None)
-    scale = 1.0
-    if scaling is not None:
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
-def _head_of(model: Any) -> VocabParallelHead:
-    """The head that is in use: itself, or the trained copy of it."""
-    head = model.get_output_embeddings()
-    copies = getattr(head, "modules_to_save", None)
-    if copies is not None:
-        active = not head.disable_adapters and head.active_adapters
-        head = copies[head.active_adapters[0]] if active else head.original_module
-    if not isinstance(head, VocabParallelHead):
+def _score(
+    logits: Tensor, targets: Tensor, temperature: float, in_float: bool, fields: tuple[str, ...]
+) -> TokenStatistics:
+    """Statistics of the tokens from logits that have not been made."""
+    known = logits.scale_and_softcap() if isinstance(logits, LazyLogits) else None
+    if not isinstance(logits, LazyLogits) or logits.made or known is None:
         raise ConfigError(
             "TRL's fused head needs the plain LM head",
             where="model.get_output_embeddings()",
-            got=type(head).__name__,
-            rule="log-probabilities are computed from its weight",
-            remedy="leave lm_head out of target_modules",
+            rule="log-probabilities are computed from its weight, and from a factor and a soft cap "
+            "of the logits",
+            remedy="leave lm_head out of target_modules, and backward hooks off it",
         )
-    return head
-
-
-def _score(
-    head: VocabParallelHead,
-    hidden: Tensor,
-    targets: Tensor,
-    state: ParallelState,
-    scale: float,
-    cap: float | None,
-    temperature: float,
-    in_float: bool,
-    fields: tuple[str, ...],
-) -> TokenStatistics:
+    request: HeadRequest = logits.request
+    head, hidden = request.head, request.hidden
     targets = targets.to(hidden.device)
     check_ids(targets, head.vocab, "labels", _IGNORE)
-    shard = state.shard_of(hidden)
-    source = hidden if shard is None else shard
+    hidden = hidden.float() if in_float else cast_for_autocast(hidden, hidden)
+    weight, bias = head.local_parameters(hidden)
     if in_float:
-        x, source = hidden.float(), source.float()
-        weight, bias = head.local_parameters(x)
         weight, bias = weight.float(), None if bias is None else bias.float()
-    else:
-        x, source = cast_for_autocast(hidden, hidden), cast_for_autocast(source, hidden)
-        weight, bias = head.local_parameters(x)
-    spec = Spec(
-        axis=state.axis,
-        sharded=shard is not None,
-        start=vocab_range(head.vocab, state.axis)[0],
-        vocab=head.vocab,
-        chunk=state.loss_chunk,
-        scale=scale,
-        cap=cap,
-        temperature=temperature,
-        fields=fields,
-    )
-    return token_statistics(source, x, weight, bias, targets, spec, _IGNORE)
+    scale, cap = known
+    # cap * tanh(scale * x / cap) / temperature is of the same form.
+    cap = None if cap is None else cap / temperature
+    spec = head.spec(request, _IGNORE, scale / temperature, cap)
+    return token_statistics(hidden, weight, bias, targets, spec, fields)
 
 
 def _output(found: TokenStatistics, targets: Tensor, items: Any, drop_last: bool) -> Any:

@@ -33,11 +33,11 @@ from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.model import low_rank
 from hf_sp.model.dropout import Dropout
-from hf_sp.model.local import as_gradient, cast_for_autocast, likeness, values_of
+from hf_sp.model.local import cast_for_autocast
 from hf_sp.model.low_rank import FactorGradient
 from hf_sp.model.ports import GatheredInput, Port
 from hf_sp.model.recompute import restored, saved_form
-from hf_sp.torch_private import version
+from hf_sp.torch_private import pack, unpack, version
 
 
 class ColumnLinear(Protocol):
@@ -133,10 +133,9 @@ def gather_columns(
     draws = {p: Dropout.draw(p) for p in {factor.p for factor in factors}}
     dropouts = [draws[factor.p] for factor in factors]
     spec = _Spec(axis, sharded, length, contiguous, len(linears), dropouts, experts, function)
-    full, *outputs = _GatherColumns.apply(
-        spec, None if function is None else inputs, x, *parameters
-    )
-    values = [values_of(p) for p in parameters]
+    values, specs = unpack(parameters)
+    given = _Given(inputs if function is not None else None, values, specs)
+    full, *outputs = _GatherColumns.apply(spec, given, x, *parameters)
     ports: dict[Any, Port] = {}
     for i, (key, _) in enumerate(linears):
         ports[key] = Port((outputs[i],), values[2 * i], values[2 * i + 1])
@@ -145,7 +144,8 @@ def gather_columns(
         ports[factor.key] = Port((outputs[slot],), values[len(linears) + slot], None, dropouts[j])
     if experts is not None:
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
-    return GatheredInput(full, version(full), batch_major, axis.size if sharded else 1, ports)
+    written = None if torch.compiler.is_compiling() else version(full)
+    return GatheredInput(full, written, batch_major, axis.size if sharded else 1, ports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,14 @@ class _Spec:
     dropouts: Sequence[Dropout | None]
     experts: Experts | None
     recompute: Any
+
+
+class _Given(NamedTuple):
+    """What the node's forward is given beside its inputs: ``unpack`` of the parameters."""
+
+    inputs: Any
+    values: list[Any]
+    specs: list[Any]
 
 
 @torch.library.custom_op("hf_sp::gather_again", mutates_args=())
@@ -193,16 +201,14 @@ def _tokens(x: Tensor) -> Tensor:
 class _GatherColumns(Node):
     @staticmethod
     def forward(
-        ctx: Any, spec: _Spec, inputs: Any, x: Tensor, *parameters: Tensor | None
+        ctx: Any, spec: _Spec, given: _Given, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.spec, ctx.dtype = spec, x.dtype
+        ctx.spec, ctx.specs, ctx.dtype = spec, given.specs, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.like = [likeness(p) for p in parameters]
-        values = [values_of(p) for p in parameters]
-        n = spec.linears
+        n, values = spec.linears, given.values
         weights = values[: 2 * n : 2] + values[2 * n :]
         # What reads x again; nothing does if all is frozen.
-        inputs = (x,) if inputs is None else inputs
+        inputs = (x,) if given.inputs is None else given.inputs
         ctx.save_for_backward(*weights, *(inputs if any(ctx.needs_input_grad[3:]) else ()))
         if spec.sharded:
             full = comm.gather_sequence(x, spec.length, spec.axis)
@@ -281,7 +287,7 @@ class _GatherColumns(Node):
             )
             for du, dA in zip(dus, dAs, strict=True):
                 out[du.slot] = dA
-        out = [as_gradient(grad, like) for grad, like in zip(out, ctx.like, strict=True)]
+        out = pack(out, ctx.specs)
         return None, None, None if dx is None else dx.transpose(0, 1), *out
 
 

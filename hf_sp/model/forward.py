@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_sp.comm import pairs
 from hf_sp.model.head import CausalLMLoss
 from hf_sp.model.input_checks import check_forward
-from hf_sp.model.lazy import LazyHidden, LazyLogits, LazyTensor
+from hf_sp.model.lazy import LazyLogits
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import has_global_hooks
@@ -78,11 +78,6 @@ class DecoderBoundary:
             return None
         hidden = output.get("hidden_states")
         last = output.get("last_hidden_state")
-        if hidden is not None and isinstance(last, LazyHidden):
-            # The last of them: one tensor in both places, as HF has it.
-            lazy, last = last, last.materialize()
-            output["last_hidden_state"] = last
-            hidden = tuple(last if h is lazy else h for h in hidden)
         if hidden is not None and sharded:
             output["hidden_states"] = tuple(
                 h
@@ -120,45 +115,71 @@ class ModelBoundary:
         inputs = _bind(module, args, kwargs)
         check_forward(module, self.state, inputs)
         self.state.in_model = True
-        self.state.lazy_hidden = (
+        loss_alone = (
             inputs.get("labels") is not None
             and isinstance(getattr(module, "loss_function", None), CausalLMLoss)
             and not self._logits_wanted(module)
-            and not _watched(module, self.state.plan)
         )
+        self.state.final_hidden = final_hidden(module, self.state, inputs, loss_alone)
 
     def _logits_wanted(self, module: nn.Module) -> bool:
         return self.state.keep_logits if module.training else self.state.logits_wanted
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Make the logits that someone may read; drop those that a training step does not."""
-        self.state.in_model = self.state.lazy_hidden = False
+        self.state.in_model, self.state.final_hidden = False, "gathered"
+        self.state.final_length = None
         if isinstance(output, tuple):
             # Logits that are not made leave their place to None: the others keep theirs.
             has_loss = len(output) > 1 and isinstance(output[1], LazyLogits)
             return tuple(self._resolve(x, module, has_loss) for x in output)
         if not hasattr(output, "get"):
             return None
-        lazy = {name: x for name, x in output.items() if isinstance(x, LazyTensor)}
+        lazy = {name: x for name, x in output.items() if isinstance(x, LazyLogits)}
         has_loss = output.get("loss") is not None
         for name, x in lazy.items():
             output[name] = self._resolve(x, module, has_loss)
         return output if lazy else None
 
     def _resolve(self, x: Any, module: nn.Module, has_loss: bool) -> Any:
-        if not isinstance(x, LazyTensor):
+        if not isinstance(x, LazyLogits):
             return x
-        if isinstance(x, LazyLogits) and has_loss and not self._logits_wanted(module):
+        if has_loss and not self._logits_wanted(module):
             return None
         return x.materialize()
+
+
+def final_hidden(
+    model: nn.Module, state: ParallelState, inputs: dict[str, Any], head_alone: bool
+) -> Literal["gathered", "shard"]:
+    """What the final norm returns in a forward of the whole model.
+
+    Args:
+        model: the whole model.
+        state: its state.
+        inputs: what its forward was called with.
+        head_alone: whether nothing is asked for but what the head makes of it by chunks.
+    """
+    if not head_alone or _watched(model, state.plan):
+        return "gathered"
+    # A slice that keeps the last positions is of the whole sequence.
+    keep = inputs.get("logits_to_keep")
+    wanted = [inputs.get("output_hidden_states")]
+    for module in (model, model.get_submodule(state.plan.decoder)):
+        wanted.append(getattr(module.config, "output_hidden_states", None))
+    # 0 asks for the first of them.
+    recorded = any(w is not None and w is not False for w in wanted)
+    return "gathered" if isinstance(keep, Tensor) or keep or recorded else "shard"
 
 
 def _watched(model: nn.Module, plan: Plan) -> bool:
     """Whether code that we do not know would meet the final hidden states inside the forward.
 
     Someone's hooks on the final norm, on the decoder and what holds it, or on the head; a forward
-    that was replaced.
+    that was replaced, or that is not transformers' own.
     """
+    if not type(model).forward.__module__.startswith("transformers."):
+        return True
     if plan.head is None or has_global_hooks():
         return True
     decoder = plan.decoder.split(".")

@@ -13,27 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
+from hf_sp.comm.collectives import padded
+from hf_sp.errors import ShapeError
 from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
-from hf_sp.model.lazy import LazyHidden, LazyLogits
+from hf_sp.model.chunks import HeadSpec
+from hf_sp.model.lazy import LazyLogits
 from hf_sp.model.local import cast_for_autocast, local
-from hf_sp.model.loss import LossSpec, linear_cross_entropy, scaled_loss
+from hf_sp.model.loss import linear_cross_entropy, scaled_loss
 from hf_sp.state import ParallelState
 
 
 @dataclass(frozen=True, slots=True)
 class HeadRequest:
-    """The head and what it was called on, for a loss that does without logits.
+    """The head and what it was called on, for who does without logits.
 
     Args:
         head: the head.
-        hidden: whole hidden states, or a stand-in for them.
-        shard: the sequence shard that they are gathered from, if they are.
+        hidden: final hidden states, replicated ``[..., H]`` or a sequence shard ``[B, s, H]``.
+        length: whole sequence length of a shard, None if replicated.
     """
 
     head: VocabParallelHead
     hidden: Tensor
-    shard: Tensor | None
+    length: int | None
 
 
 class VocabParallelHead(nn.Linear):
@@ -41,10 +44,14 @@ class VocabParallelHead(nn.Linear):
 
     Inside the model's forward it returns ``LazyLogits``; called by anyone else, whole logits.
 
-    Shapes:   x [B, S, H] replicated -> [B, S, V] replicated
-    Forward:  1 all-gather (of the vocabulary), when the logits are made
-    Backward: 1 reduce-scatter if x is the gathered final hidden state, else 1 all-reduce
+    Shapes:   x [B, S, H] replicated, or [B, s, H] where the final norm returned its sequence shard
+              (``state.final_length``) -> [B, S, V] replicated
+    Forward:  1 all-gather of the vocabulary, and 1 of a shard, when the logits are made
+    Backward: 1 all-reduce, for a shard 1 reduce-scatter
     Saves:    x, the weight
+
+    Raises:
+        ShapeError: the hidden states were sliced between the final norm and the head.
     """
 
     state: ParallelState
@@ -61,21 +68,30 @@ class VocabParallelHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
-        if isinstance(x, LazyHidden) and not x.made:
-            shard: Tensor | None = x.shard
-        else:
-            # Touched: what it is now may be other than what was gathered.
-            x = x.materialize() if isinstance(x, LazyHidden) else x
-            shard = self.state.shard_of(x)
-        request = HeadRequest(self, x, shard)
+        length = self.state.final_length
+        shape = (*x.shape[:-1], self.vocab)
+        if length is not None:
+            self._check_shard(x, length)
+            shape = (x.shape[0], length, self.vocab)
+        request = HeadRequest(self, x, length)
         # Backward hooks wrap the output in a Function: it has to be a real tensor.
         hooked = self._backward_hooks or self._backward_pre_hooks
         if not self.state.in_model or hooked:
             return self.logits(request)
-        real = x if shard is None else shard
-        like = cast_for_autocast(real.new_empty(0), real)
-        shape = (*x.shape[:-1], self.vocab)
-        return LazyLogits(shape, like, lambda: self.logits(request), real, request)
+        like = cast_for_autocast(x.new_empty(0), x)
+        return LazyLogits(shape, like, lambda: self.logits(request), x, request)
+
+    def _check_shard(self, x: Tensor, length: int) -> None:
+        rows = padded(length, self.state.tp) // self.state.tp
+        if x.dim() != 3 or x.shape[1] != rows:
+            raise ShapeError(
+                "something between the final norm and the LM head changed the sequence",
+                where=type(self).__name__,
+                got=f"hidden states {tuple(x.shape)}",
+                rule=f"a forward that returns the loss alone hands over [B, {rows}, H], this "
+                f"rank's shard of {length} tokens",
+                remedy="parallelize(..., keep_logits=True)",
+            )
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight rows and bias as this forward uses them, differentiable."""
@@ -85,33 +101,19 @@ class VocabParallelHead(nn.Linear):
     def logits(self, request: HeadRequest) -> Tensor:
         """The whole logits ``[..., V]``."""
         axis = self.state.axis
-        x = _whole(request.hidden)
-        x = cast_for_autocast(x, x)
-        if request.shard is not None:
-            x = pairs.gathered_reducescatter(cast_for_autocast(request.shard, x), x, axis)
-        else:
+        x = cast_for_autocast(request.hidden, request.hidden)
+        if request.length is None:
             x = pairs.identity_allreduce(x, axis)
+        else:
+            x = pairs.allgather_reducescatter(x, request.length, axis)
         weight, bias = self.local_parameters(x)
         sizes = vocab_sizes(self.vocab, axis)
         return pairs.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
 
-    def summed_loss(
-        self,
-        request: HeadRequest,
-        labels_BS: Tensor,
-        ignore_index: int,
-        scale: float = 1.0,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Sum over tokens of the cross entropy, without logits. See ``linear_cross_entropy``."""
-        hidden, shard = request.hidden, request.shard
-        full = None
-        if not isinstance(hidden, LazyHidden) or hidden.made:
-            full = _whole(hidden)
-            full = cast_for_autocast(full, full)
-        source = full if shard is None else cast_for_autocast(shard, shard)
-        assert source is not None
-        weight, bias = self.local_parameters(source)
+    def spec(
+        self, request: HeadRequest, ignore_index: int, scale: float, softcap: float | None
+    ) -> HeadSpec:
+        """How the request is computed with in chunks."""
         terms = LossTerms(
             vocab=self.vocab,
             start=vocab_range(self.vocab, self.state.axis)[0],
@@ -120,18 +122,13 @@ class VocabParallelHead(nn.Linear):
             scale=scale,
             triton=self.state.kernels,
         )
-        chunk = self.state.loss_chunk
-        spec = LossSpec(terms, self.state.axis, sharded=shard is not None, chunk=chunk)
-        return linear_cross_entropy(source, full, weight, bias, labels_BS, spec)
+        sharded = request.length is not None
+        return HeadSpec(terms, self.state.axis, sharded, self.state.loss_chunk)
 
     def extra_repr(self) -> str:
         """Local sizes and the place on the tp axis."""
         axis = self.state.axis
         return f"{super().extra_repr()}, vocab={self.vocab}, tp={axis.size}, tp_rank={axis.rank}"
-
-
-def _whole(hidden: Tensor) -> Tensor:
-    return hidden.materialize() if isinstance(hidden, LazyHidden) else hidden
 
 
 class CausalLMLoss:
@@ -184,7 +181,10 @@ class CausalLMLoss:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(request.hidden.device)
         check_ids(targets, request.head.vocab, "labels", ignore_index)
-        total = request.head.summed_loss(request, targets, ignore_index, *mapped)
+        hidden = cast_for_autocast(request.hidden, request.hidden)
+        weight, bias = request.head.local_parameters(hidden)
+        spec = request.head.spec(request, ignore_index, *mapped)
+        total = linear_cross_entropy(hidden, weight, bias, targets, spec)
         items: Any = num_items_in_batch
         if items is None:
             items = targets.ne(ignore_index).sum()

@@ -20,17 +20,14 @@ from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.model.local import (
-    as_gradient,
     autocast_dtype,
     cast_for_autocast,
     check_gathered,
-    likeness,
     local,
-    values_of,
 )
 from hf_sp.model.ports import BlockInput, column_linear
 from hf_sp.model.recompute import recompute_of
-from hf_sp.torch_private import has_gradient_hooks
+from hf_sp.torch_private import has_gradient_hooks, pack, unpack
 
 
 class ParallelLinear(nn.Linear):
@@ -203,8 +200,7 @@ class RowLinear(Node):
     ) -> Tensor:
         """Apply the weight."""
         ctx.sharded, ctx.length = sharded, x.shape[1] if sharded else None
-        ctx.like = likeness(weight), likeness(bias)
-        weight, bias = values_of(weight), values_of(bias)
+        (weight, bias), ctx.specs = unpack((weight, bias))
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return row_output(x, weight, bias if add_bias else None, sharded, height)
 
@@ -225,4 +221,4 @@ class RowLinear(Node):
             dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             db = dy_TH.sum(0)
-        return dx, as_gradient(dw, ctx.like[0]), as_gradient(db, ctx.like[1]), None, None, None
+        return dx, *pack((dw, db), ctx.specs), None, None, None

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ConfigError
-from hf_sp.torch_private import DTensorSpec, dtensor_of, local_tensor, spec_of
+from hf_sp.torch_private import dtensor_of, local_tensor, spec_of
 
 
 class _Local(Node):
@@ -63,7 +63,7 @@ def check_gathered(x: DTensor) -> None:
     Raises:
         ConfigError: it has more axes than tp.
     """
-    if x.device_mesh.ndim > 1:
+    if len(spec_of(x).placements) > 1:
         raise ConfigError(
             "a module of a model with data parallel ranks was called outside the model's forward",
             got=f"a weight {tuple(x.shape)} sharded over {x.device_mesh.mesh_dim_names}",
@@ -106,20 +106,3 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
 
 # As autocast: double precision is left alone.
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def values_of(p: Tensor | None) -> Any:
-    """A parameter's local values, without a gradient path."""
-    if p is None:
-        return None
-    return local_tensor(p) if isinstance(p, DTensor) else p.detach()
-
-
-def likeness(p: Tensor | None) -> DTensorSpec | None:
-    """What a node has to remember of a parameter that it is given as a DTensor."""
-    return spec_of(p) if isinstance(p, DTensor) else None
-
-
-def as_gradient(grad: Tensor | None, like: DTensorSpec | None) -> Tensor | None:
-    """A local gradient as the gradient of the parameter itself."""
-    return grad if like is None or grad is None else dtensor_of(grad, like)

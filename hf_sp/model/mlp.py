@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 from hf_sp.model.linear import row_output
-from hf_sp.model.local import as_gradient, likeness, values_of
 from hf_sp.model.recompute import Recompute, attach_recompute
 from hf_sp.plan.known_forms import GatedForm
+from hf_sp.torch_private import pack, unpack
 
 
 class SwiGLUForward:
@@ -113,8 +113,7 @@ class SwiGLURowLinear(Node):
     ) -> Tensor:
         """Apply the weight to the product."""
         ctx.sharded, ctx.triton, ctx.length = sharded, triton, gate.shape[1] if sharded else None
-        ctx.like = likeness(weight), likeness(bias)
-        weight, bias = values_of(weight), values_of(bias)
+        (weight, bias), ctx.specs = unpack((weight, bias))
         ctx.save_for_backward(gate, up, weight)
         return row_output(product, weight, bias if add_bias else None, sharded, height)
 
@@ -143,8 +142,7 @@ class SwiGLURowLinear(Node):
             dgate if needs_gate else None,
             dup if needs_up else None,
             None,
-            as_gradient(dw, ctx.like[0]),
-            as_gradient(db, ctx.like[1]),
+            *pack((dw, db), ctx.specs),
             None,
             None,
             None,

@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.kernels.norm import rms_norm_backward, rms_norm_forward
-from hf_sp.model.local import as_gradient, check_gathered, likeness, values_of
+from hf_sp.model.local import check_gathered
 from hf_sp.model.parameters import LocalParameters, sum_over_ranks
 from hf_sp.model.recompute import Recompute, attach_recompute
 from hf_sp.plan.known_forms import NormForm
+from hf_sp.torch_private import pack, unpack
 
 
 class RmsNorm(Node):
@@ -46,9 +47,8 @@ class RmsNorm(Node):
         triton: bool,
     ) -> Tensor:
         """Normalise."""
-        ctx.form, ctx.axis, ctx.triton, ctx.like = form, axis, triton, likeness(weight)
-        ctx.to_port = port is not None
-        weight = values_of(weight)
+        ctx.form, ctx.axis, ctx.triton, ctx.to_port = form, axis, triton, port is not None
+        (weight,), ctx.specs = unpack((weight,))
         y, rstd = rms_norm_forward(
             x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
         )
@@ -79,7 +79,7 @@ class RmsNorm(Node):
             return dx, None, dw, None, None, None
         if dw is not None:
             dw = dw if ctx.axis is None else sum_over_ranks(dw, ctx.axis)
-            dw = as_gradient(dw.to(weight.dtype), ctx.like)
+            (dw,) = pack((dw.to(weight.dtype),), ctx.specs)
         return dx, dw, None, None, None, None
 
 
@@ -124,7 +124,7 @@ class NormForward:
         y = RmsNorm.apply(x, weight, port, form, axis, self.triton)
         # A forward hook may change y through ``.data`` without a trace: y itself is saved then.
         if self.recompute and torch.is_grad_enabled() and not module._forward_hooks:
-            attach_recompute(y, Recompute(self.again, (x, values_of(weight))))
+            attach_recompute(y, Recompute(self.again, (x, unpack((weight,))[0][0])))
         return y
 
     def _known(self, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -23,8 +23,9 @@ from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
-from hf_sp.model.local import as_gradient, likeness, local
+from hf_sp.model.local import local
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import pack, unpack
 
 PARTIAL = "_hf_sp_partial"
 
@@ -119,12 +120,11 @@ class PartialSums:
         """Give each norm a port."""
         if not torch.is_grad_enabled():
             return
-        chosen = [
-            (parameters, weight)
-            for norm, parameters in self.norms
-            if parameters.summed() and (weight := norm._parameters["weight"]) is not None
-            if weight.requires_grad
-        ]
+        chosen = []
+        for norm, parameters in self.norms:
+            weight = norm._parameters["weight"]
+            if weight is not None and weight.requires_grad and parameters.summed():
+                chosen.append((parameters, weight))
         if not chosen:
             return
         compiling = torch.compiler.is_compiling()
@@ -152,7 +152,7 @@ class _SumTogether(Node):
     def forward(ctx: Any, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)
-        ctx.like, ctx.dtypes = [likeness(w) for w in weights], [w.dtype for w in weights]
+        ctx.specs, ctx.dtypes = unpack(weights)[1], [w.dtype for w in weights]
         ports = []
         for w in weights:
             dtype = torch.promote_types(w.dtype, torch.float32)
@@ -172,9 +172,9 @@ class _SumTogether(Node):
             parts = iter(total.split([grad.numel() for grad in used]))
             for i, grad in enumerate(grads):
                 if grad is not None:
-                    part = next(parts).view(grad.shape).to(ctx.dtypes[i], copy=len(used) > 1)
-                    out[i] = as_gradient(part, ctx.like[i])
-        return None, *out
+                    part = next(parts).view(grad.shape)
+                    out[i] = part.to(ctx.dtypes[i], copy=len(used) > 1)
+        return None, *pack(out, ctx.specs)
 
 
 def sum_over_ranks(dw: Tensor, axis: Axis) -> Tensor:

@@ -2,22 +2,19 @@
 
 - a pre-hook on layer 0 takes the sequence shard. HF derives masks, positions and RoPE from the
   embedding's output before that, over the whole sequence.
-- a hook on the final norm gathers the sequence, or leaves that to the loss.
+- a hook on the final norm gathers the sequence, or leaves that to the head.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.model.block import get_hidden_states, replace_hidden_states
-from hf_sp.model.lazy import LazyHidden
 from hf_sp.state import ParallelState
 
 
@@ -38,9 +35,8 @@ class StackEntry:
 class StackExit:
     """Hook of the final norm: sequence shard ``[B, s, H]`` -> replicated ``[B, S, H]``.
 
-    Replicated, because anyone may read ``last_hidden_state``. The LM head recognises it and sends
-    its partial gradient to the shard by a reduce-scatter. In a forward that wants the loss alone it
-    is a stand-in, which nobody but the head should meet: the loss gathers it by chunks.
+    Replicated, because anyone may read ``last_hidden_state``. Where only the head meets it, the
+    shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
     """
 
     def __init__(self, state: ParallelState) -> None:
@@ -51,16 +47,9 @@ class StackExit:
         state = self.state
         if not state.sharded or state.length is None:
             return None
-        gather = functools.partial(self.gather, output, state.length)
-        if not state.lazy_hidden:
-            return gather()
-        back = functools.partial(comm.own_shard, axis=state.axis)
-        return LazyHidden(output, state.length, gather, back)
-
-    def gather(self, shard_BsH: Tensor, length: int) -> Tensor:
-        """The whole hidden states, known to the head."""
-        full = pairs.allgather_scatter(shard_BsH, length, self.state.axis)
+        if state.final_hidden == "shard":
+            state.final_length = state.length
+            return None
+        full = pairs.allgather_scatter(output, state.length, state.axis)
         # HF's own is contiguous, and people call .view on it. No copy for B = 1.
-        full = full.contiguous()
-        self.state.remember_hidden(full, shard_BsH)
-        return full
+        return full.contiguous()

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
-from hf_sp.model import factors
+from hf_sp.model.dropout import Dropout
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -125,7 +125,7 @@ class SameMasks(nn.Module):
         self.p, self.row, self.padded, self.tp, self.sp = p, row, padded, tp, sp
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn = factors.Dropout.draw(self.p)
+        drawn = Dropout.draw(self.p)
         length = x.shape[1]
         if not self.row:
             if not self.sp:

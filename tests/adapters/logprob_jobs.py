@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from harness.report import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_sp.comm import collectives as comm
+from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import vocab_range
-from hf_sp.model.logprobs import FIELDS, Spec, token_statistics
+from hf_sp.model.chunks import HeadSpec
+from hf_sp.model.logprobs import FIELDS, token_statistics
 
 
 def statistics(
@@ -42,7 +43,8 @@ def statistics(
     logits = logits * options.get("scale", 1.0)
     if options.get("cap"):
         logits = options["cap"] * torch.tanh(logits / options["cap"])
-    logits = logits / options.get("temperature", 1.0)
+    temperature, cap = options.get("temperature", 1.0), options.get("cap")
+    logits = logits / temperature
     log_p = logits.log_softmax(-1)
     counted = labels != -100
     index = labels.clamp(min=0).unsqueeze(-1)
@@ -59,8 +61,16 @@ def statistics(
     start, stop = vocab_range(vocab, axis)
     source = comm.own_shard(hidden, axis) if sharded else hidden.clone()
     mine = [t.clone().requires_grad_() for t in (source, weight[start:stop], offset[start:stop])]
-    spec = Spec(axis, sharded, start, vocab, chunk, **options)
-    got = token_statistics(mine[0], hidden, mine[1], mine[2] if bias else None, labels, spec)
+    # A temperature is part of the two, as for TRL's trainers.
+    terms = LossTerms(
+        vocab=vocab,
+        start=start,
+        softcap=cap and cap / temperature,
+        scale=options.get("scale", 1.0) / temperature,
+    )
+    spec = HeadSpec(terms, axis, sharded, chunk)
+    inputs = mine[0], mine[1], mine[2] if bias else None, labels, spec
+    got = token_statistics(*inputs)
     for name, tensor in got._asdict().items():
         report.compare(name, tensor.double(), want[name].double())
     (got.log_probs * upstream[0] + got.entropy * upstream[1]).sum().backward()
@@ -71,8 +81,7 @@ def statistics(
     if bias:
         report.compare("bias", mine[2].grad, whole[2].grad[start:stop], scale)
     # Fewer fields are asked for, and no gradient of an entropy.
-    few = dataclasses.replace(spec, fields=("is_top1",))
-    again = token_statistics(mine[0], hidden, mine[1], mine[2] if bias else None, labels, few)
+    again = token_statistics(*inputs, fields=("is_top1",))
     report.compare("alone", again.log_probs, got.log_probs)
     if any(x is not None for n, x in again._asdict().items() if n in FIELDS[:3]):
         report.problems.append("fields that nobody asked for")

@@ -18,7 +18,7 @@ from adapters import logprob_jobs
         {"bias": False, "chunk": 1000},
         {"vocab": 5, "chunk": 1},
         {"temperature": 0.7, "scale": 0.5},
-        {"cap": 2.0, "scale": 1.5},
+        {"cap": 2.0, "scale": 1.5, "temperature": 0.7},
     ],
     ids=str,
 )

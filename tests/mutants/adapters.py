@@ -12,8 +12,8 @@ from hf_sp.adapters import lora_linear as layers
 from hf_sp.adapters import lora_vocab as vocab
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import columns as entry
-from hf_sp.model import factors, lora
+from hf_sp.model import low_rank, ports
+from hf_sp.model.dropout import Dropout
 from mutants import registry
 from mutants.registry import Patch
 
@@ -36,34 +36,34 @@ def _averaged(x: torch.Tensor, axis: comm.Axis) -> torch.Tensor:
 
 @mutant(PLAIN)
 def sum_of_column_factors_dropped() -> list[Patch]:
-    return [(factors, "_sum_together", lambda grads, axis: None)]
+    return [(low_rank, "_sum_together", lambda grads, axis: None)]
 
 
 @mutant(PLAIN)
 def sum_of_column_factors_averaged() -> list[Patch]:
-    right = factors._sum_together
+    right = low_rank._sum_together
 
     def wrong(grads, axis):
         right(grads, axis)
         grads[:] = [None if g is None else g / axis.size for g in grads]
 
-    return [(factors, "_sum_together", wrong)]
+    return [(low_rank, "_sum_together", wrong)]
 
 
 @mutant(PLAIN)
 def sum_of_column_factors_in_another_order() -> list[Patch]:
-    right = factors._sum_together
+    right = low_rank._sum_together
 
     def wrong(grads, axis):
         right(grads, axis)
         grads.reverse()
 
-    return [(factors, "_sum_together", wrong)]
+    return [(low_rank, "_sum_together", wrong)]
 
 
 @mutant(PLAIN)
 def factor_gradients_not_reduced() -> list[Patch]:
-    right = factors.split_gradients
+    right = low_rank.split_gradients
 
     def wrong(reduced, waiting, x, needs, wants_dx, axis, sharded):
         reduced = reduced.clone()
@@ -76,31 +76,31 @@ def factor_gradients_not_reduced() -> list[Patch]:
             start = stop
         return right(reduced, waiting, x, needs, wants_dx, axis, sharded)
 
-    return [(entry.factors, "split_gradients", wrong)]
+    return [(low_rank, "split_gradients", wrong)]
 
 
 @mutant(PLAIN)
 def input_gradient_without_the_factors() -> list[Patch]:
-    right = factors.split_gradients
+    right = low_rank.split_gradients
 
     def wrong(reduced, waiting, *rest):
         dx, grads = right(reduced, waiting, *rest)
         width = sum(one.du.shape[-1] for one in waiting)
         return reduced[..., : reduced.shape[-1] - width] if dx is not None else None, grads
 
-    return [(entry.factors, "split_gradients", wrong)]
+    return [(low_rank, "split_gradients", wrong)]
 
 
 @mutant(Lora(Case("llama", sp=False), "after"))
 def plain_tp_sums_whole_gradients() -> list[Patch]:
-    right = factors.split_gradients
+    right = low_rank.split_gradients
 
     def wrong(*args):
         dx, grads = right(*args)
-        factors._sum_together(grads, args[5])
+        low_rank._sum_together(grads, args[5])
         return dx, grads
 
-    return [(entry.factors, "split_gradients", wrong)]
+    return [(low_rank, "split_gradients", wrong)]
 
 
 @mutant(PLAIN)
@@ -143,31 +143,68 @@ def dora_magnitude_not_summed() -> list[Patch]:
 
 @mutant(DROPOUT)
 def dropout_alike_on_other_features() -> list[Patch]:
-    right = factors.Dropout.part
-    return [(factors.Dropout, "part", lambda self, x, index: right(self, x, 0))]
+    right = Dropout.part
+    return [(Dropout, "part", lambda self, x, index: right(self, x, 0))]
 
 
 @mutant(DROPOUT)
 def dropout_of_another_shard_in_backward() -> list[Patch]:
-    right = factors.split_gradients
+    right = low_rank.split_gradients
 
     def wrong(*args):
         axis = args[5]
         other = comm.Axis(axis.group, axis.size, (axis.rank + 1) % axis.size)
         return right(*args[:5], other, *args[6:])
 
-    return [(entry.factors, "split_gradients", wrong)]
+    return [(low_rank, "split_gradients", wrong)]
 
 
 @mutant(DROPOUT)
 def dropout_not_undone_in_backward() -> list[Patch]:
-    right = lora._FactorLinear.backward
+    right = low_rank._LowRank.backward
 
     def backward(ctx, *grads):
         ctx.dropout = None
         return right(ctx, *grads)
 
-    return [(lora._FactorLinear, "backward", staticmethod(backward))]
+    return [(low_rank._LowRank, "backward", staticmethod(backward))]
+
+
+@mutant(DROPOUT)
+def kept_values_are_not_scaled() -> list[Patch]:
+    """Everywhere: forward and backward agree, and the factors are another model's."""
+    return [(Dropout, "scale", 1.0)]
+
+
+@mutant(DROPOUT)
+def row_factor_is_not_scaled_for_its_dropout() -> list[Patch]:
+    return [(low_rank, "_scaled", lambda x, dropout: x)]
+
+
+@mutant(DROPOUT)
+def column_factor_is_not_scaled_for_its_dropout() -> list[Patch]:
+    right = ports._LowRankColumn.forward
+
+    def forward(ctx, x, port, A, seen, scale, batch_major):
+        return right(ctx, x, port, A, seen, 1.0, batch_major)
+
+    return [(ports._LowRankColumn, "forward", staticmethod(forward))]
+
+
+@mutant(DROPOUT)
+def column_factors_drop_as_one_rank_would() -> list[Patch]:
+    right = Dropout.parts
+    return [(Dropout, "parts", lambda self, x, count: right(self, x, 1))]
+
+
+@mutant(PLAIN)
+def column_factor_s_port_gets_no_gradient() -> list[Patch]:
+    right = ports._LowRankColumn.backward
+
+    def lost(ctx, grad):
+        return tuple(g if g is None else g * 0 for g in right(ctx, grad))
+
+    return [(ports._LowRankColumn, "backward", staticmethod(lost))]
 
 
 @mutant(VOCABULARY)

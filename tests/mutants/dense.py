@@ -130,28 +130,82 @@ def tp_entry_backward_does_not_reduce() -> list[Patch]:
 # --- exit of a TP block -------------------------------------------------------------------------
 
 
-@mutant()
+# A length that tp divides (the second micro-batch's); else the exit is handed padding rows.
+EVEN = Case("llama_bias", accum=2)
+
+
+def _exit_not_reduced(x_SBH, axis):
+    return wrongly.own_part(comm.pad_sequence(x_SBH, axis), axis).transpose(0, 1)
+
+
+@mutant(EVEN)
 def block_exit_does_not_reduce() -> list[Patch]:
     def forward(ctx, x, axis):
         ctx.axis, ctx.length = axis, x.shape[1]
-        padded = comm.pad_sequence(x.transpose(0, 1), axis)
-        return wrongly.own_part(padded, axis).transpose(0, 1)
+        return _exit_not_reduced(x.transpose(0, 1), axis)
 
     return [(pairs._ReduceScatterAllGather, "forward", staticmethod(forward))]
 
 
 @mutant()
+def padded_block_exit_does_not_reduce() -> list[Patch]:
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _exit_not_reduced(x, axis)
+
+    return [(pairs._PaddedReduceScatterAllGather, "forward", staticmethod(forward))]
+
+
+@mutant(EVEN)
 def block_exit_averages() -> list[Patch]:
     return [(pairs, "reducescatter_allgather", wrongly.averaged(pairs.reducescatter_allgather))]
 
 
 @mutant()
+def padded_block_exit_averages() -> list[Patch]:
+    right = pairs.padded_reducescatter_allgather
+    return [(pairs, "padded_reducescatter_allgather", wrongly.averaged(right))]
+
+
+@mutant(EVEN)
 def block_exit_backward_keeps_own_shard() -> list[Patch]:
     def backward(ctx, grad):
         x = wrongly.own_copies(grad.transpose(0, 1).contiguous(), ctx.axis)
         return x[: ctx.length].transpose(0, 1), None
 
     return [wrongly.backward(pairs._ReduceScatterAllGather, backward)]
+
+
+@mutant()
+def padded_block_exit_backward_keeps_own_shard() -> list[Patch]:
+    def backward(ctx, grad):
+        return wrongly.own_copies(grad.transpose(0, 1).contiguous(), ctx.axis), None
+
+    return [wrongly.backward(pairs._PaddedReduceScatterAllGather, backward)]
+
+
+@mutant()
+def padding_rows_come_first() -> list[Patch]:
+    right = pairs.padded_reducescatter_allgather
+    return [(pairs, "padded_reducescatter_allgather", lambda x, axis: right(x.roll(1, 0), axis))]
+
+
+def _padding_rows(value: float) -> list[Patch]:
+    right = linear.row_output
+
+    def wrong(x, weight, bias, sharded, height):
+        y = right(x, weight, bias, sharded, height)
+        if sharded:
+            y[x.shape[1] :] = value
+        return y
+
+    return [(module, "row_output", wrong) for module in (linear, mlp)]
+
+
+@mutant()
+def padding_rows_are_not_zeroed() -> list[Patch]:
+    """Any number there is without effect: its gradient is zero. What memory holds may be none."""
+    return _padding_rows(torch.inf)
 
 
 @mutant(Case("llama", sp=False))

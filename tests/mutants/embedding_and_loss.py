@@ -10,7 +10,8 @@ from harness.parity import Case
 
 from hf_sp.comm import pairs
 from hf_sp.kernels import cross_entropy_steps as steps
-from hf_sp.model import block, embedding, head, lazy, loss, stack
+from hf_sp.model import chunks, embedding, head, lazy, loss, stack
+from hf_sp.model.chunks import Chunks, HeadGradients
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -92,41 +93,52 @@ def loss_counts_the_target_on_every_rank() -> list[Patch]:
 
 @mutant()
 def loss_gradient_is_not_reduced() -> list[Patch]:
-    return [(loss, "_launch", lambda dx, spec: wrongly.own_part(dx, spec.axis))]
+    def launch(self, dx):
+        return wrongly.own_part(dx, self.chunks.spec.axis)
+
+    return [(HeadGradients, "launch", launch)]
 
 
 @mutant(Case("llama", sp=False))
 def loss_gradient_is_averaged() -> list[Patch]:
-    right = loss._launch
-    return [(loss, "_launch", lambda dx, spec: right(dx / spec.axis.size, spec))]
+    right = HeadGradients.launch
+    return [
+        (HeadGradients, "launch", lambda self, dx: right(self, dx / self.chunks.spec.axis.size))
+    ]
+
+
+# The final hidden states are gathered, and each rank has a part of their gradient.
+@mutant(Case("llama", parallelize=(("keep_logits", True),)))
+def loss_gradient_of_gathered_hidden_states_is_not_reduced() -> list[Patch]:
+    return [(HeadGradients, "launch", lambda self, dx: dx)]
 
 
 @mutant(Case("llama", parallelize=(("loss_chunk", 8),)))
 def loss_gradient_goes_to_another_chunk() -> list[Patch]:
-    right = loss._store
+    right = HeadGradients.store
 
-    def store(dsource, dx, rows, spec):
-        a, b = rows
-        room = dsource.shape[1] - (b - a)
-        right(dsource, dx, (room - a, room - a + b - a) if room >= a else rows, spec)
+    def store(self, dx, rows):
+        height = rows.stop - rows.start
+        start = self.source.shape[1] - height - rows.start
+        right(self, dx, slice(start, start + height) if start >= 0 else rows)
 
-    return [(loss, "_store", store)]
+    return [(HeadGradients, "store", store)]
 
 
 @mutant()
 def loss_gathers_a_chunk_in_wrong_rank_order() -> list[Patch]:
-    right = loss._chunks
+    right = Chunks.__iter__
 
-    def wrong(source, full, labels, pieces, spec):
-        for x, y, rows in right(source, full, labels, pieces, spec):
-            yield x.roll(x.shape[0] // spec.axis.size, 0), y, rows
+    def wrong(self):
+        for x, y, rows in right(self):
+            yield x.roll(x.shape[0] // self.ranks, 0), y, rows
 
-    return [(loss, "_chunks", wrong)]
+    return [(Chunks, "__iter__", wrong)]
 
 
 @mutant(Case("llama", parallelize=(("loss_chunk", 8),)))
 def loss_keeps_only_the_last_chunks_weight_gradient() -> list[Patch]:
-    return [(loss, "_plus", lambda total, part, wide, parts: part.to(wide))]
+    return [(chunks, "_plus_product", lambda total, a, b: (a @ b).to(total.dtype))]
 
 
 @mutant()
@@ -137,13 +149,13 @@ def labels_are_not_shifted() -> list[Patch]:
 
 @mutant()
 def labels_of_the_wrong_shard_order() -> list[Patch]:
-    right = loss._chunks
+    right = Chunks.__iter__
 
-    def wrong(source, full, labels, pieces, spec):
-        for x, y, rows in right(source, full, labels, pieces, spec):
-            yield x, y.roll(y.shape[0] // spec.axis.size), rows
+    def wrong(self):
+        for x, y, rows in right(self):
+            yield x, y.roll(y.shape[0] // self.ranks), rows
 
-    return [(loss, "_chunks", wrong)]
+    return [(Chunks, "__iter__", wrong)]
 
 
 @mutant()
@@ -152,7 +164,7 @@ def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
 
     def wrong(self, module, args, kwargs):
         args, kwargs = right(self, module, args, kwargs)
-        x = block.get_hidden_states(args, kwargs)
-        return block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
+        x = stack.get_hidden_states(args, kwargs)
+        return stack.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
 
     return [(stack.StackEntry, "__call__", wrong)]

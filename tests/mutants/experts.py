@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
 from harness.parity import Case
 from torch.distributed.tensor import Shard
 
+from hf_sp import install
+from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import forward
+from hf_sp.model import columns
 from hf_sp.model import shard as swap
 from hf_sp.model.local import local
-from hf_sp.moe import beside, experts, flat
 from hf_sp.moe import block as sparse
-from hf_sp.moe import dispatcher as dispatch
+from hf_sp.moe import experts, router
+from hf_sp.moe.dispatcher import Dispatcher, Order
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -44,33 +49,33 @@ def auxiliary_loss_averaged() -> list[Patch]:
 
 @mutant(Case("mixtral", parallelize=TRAVEL))
 def auxiliary_loss_of_travelling_tokens_counted_on_every_rank() -> list[Patch]:
-    right = sparse.leave_router_logits
+    right = router.leave_router_logits
     scaled = wrongly.scaled(2.0)
 
     def leave(logits, *rest):
         return tuple(scaled.apply(x) for x in right(logits, *rest))
 
-    return [(forward, "leave_router_logits", leave)]
+    return [(install, "leave_router_logits", leave)]
 
 
 @mutant(Case("qwen3_moe", parallelize=TRAVEL))
 def auxiliary_loss_of_travelling_tokens_without_gradient() -> list[Patch]:
-    right = sparse.leave_router_logits
+    right = router.leave_router_logits
 
     def leave(logits, *rest):
         return right(tuple(x.detach() for x in logits), *rest)
 
-    return [(forward, "leave_router_logits", leave)]
+    return [(install, "leave_router_logits", leave)]
 
 
 # --- router and gates ---------------------------------------------------------------------------
 
 
 def _router_not_summed() -> list[Patch]:
-    def local_parameters(self, like):
+    def node_parameters(self, like):
         return local(self.module._parameters["weight"]), None
 
-    return [(sparse.RouterMember, "local_parameters", local_parameters)]
+    return [(router.RouterColumn, "node_parameters", node_parameters)]
 
 
 @mutant(Case("mixtral"))
@@ -98,7 +103,7 @@ def _router_unmoved_by_experts() -> list[Patch]:
         dgate_up, dscale, ddown = right(*args)
         return dgate_up, dscale * 0, ddown
 
-    return [(experts, "experts_backward", wrong), (dispatch, "experts_backward", wrong)]
+    return [(experts, "experts_backward", wrong)]
 
 
 @mutant(Case("qwen2_moe"))
@@ -126,12 +131,14 @@ def packed_halves_are_swapped() -> list[Patch]:
 
 
 def _expert_gradient_scaled() -> list[Patch]:
-    right = experts.Place.leave
+    """Of gate_up: the entry makes it where the block's tokens are gathered, else the experts do."""
+    right = experts.grouped_weight_gradient
+    width = 64  # the tokens', and not the features'
 
-    def leave(self, dx, make):
-        right(self, dx, lambda x: make(x) * 2)
+    def wrong(dy, x, groups):
+        return right(dy, x, groups) * (2 if x.shape[1] == width else 1)
 
-    return [(experts.Place, "leave", leave)]
+    return [(experts, "grouped_weight_gradient", wrong)]
 
 
 @mutant(Case("qwen3_moe"))
@@ -144,16 +151,58 @@ def travelled_expert_gradient_is_scaled() -> list[Patch]:
     return _expert_gradient_scaled()
 
 
+def _gate_up_gradient(wrong: Any) -> list[Patch]:
+    right = sparse.gate_up_gradient
+    return [
+        (sparse, "gate_up_gradient", lambda *args, top_k: right(*wrong(*args, top_k), top_k=top_k))
+    ]
+
+
 @mutant(Case("qwen3_moe"))
 def expert_gradient_from_other_tokens() -> list[Patch]:
-    right = flat.FlatEntry.tokens
-    return [(flat.FlatEntry, "tokens", lambda self, x: right(self, x).roll(1, 0))]
+    return _gate_up_gradient(lambda dy, rows, ends, x, k: (dy, rows, ends, x.roll(1, 0)))
+
+
+@mutant(Case("qwen3_moe"))
+def expert_gradient_from_the_tokens_of_other_rows() -> list[Patch]:
+    return _gate_up_gradient(lambda dy, rows, ends, x, k: (dy, rows.roll(1, 0), ends, x))
+
+
+@mutant(Case("qwen3_moe"))
+def expert_gradient_of_sequence_major_tokens() -> list[Patch]:
+    def wrong(dy, rows, ends, x, k):
+        return dy, rows, ends, x.view(2, -1, x.shape[1]).transpose(0, 1).reshape(x.shape)
+
+    return _gate_up_gradient(wrong)
+
+
+@mutant(Case("qwen3_moe"))
+def expert_gradient_of_the_neighbours_rows() -> list[Patch]:
+    def wrong(dy, rows, ends, x, k):
+        return dy, rows, torch.cat([ends[1:], ends[-1:]]), x
+
+    return _gate_up_gradient(wrong)
+
+
+@mutant(Case("qwen3_moe"))
+def places_of_rows_travel_as_bfloat16() -> list[Patch]:
+    """As gradients they would be rounded: 17 bits of a place need float64's 53."""
+
+    def wrong(dy, rows, ends, x, k):
+        places = (rows + 2**10).bfloat16().long() - 2**10
+        return dy, places.clamp(0, k * x.shape[0] - 1), ends, x
+
+    return _gate_up_gradient(wrong)
 
 
 @mutant(Case("mixtral"))
 def experts_input_gradient_is_lost() -> list[Patch]:
-    right = flat.FlatEntry.receive_rows
-    return [(flat.FlatEntry, "receive_rows", lambda self, dx: right(self, dx * 0))]
+    right = columns._input_gradient
+
+    def wrong(ctx, dfull, *rest):
+        return right(ctx, None if dfull is None else dfull * 0, *rest)
+
+    return [(columns, "_input_gradient", wrong)]
 
 
 @mutant(Case("mixtral"))
@@ -169,8 +218,8 @@ def down_gradient_without_the_routing_weight() -> list[Patch]:
 
 @mutant(Case("mixtral"))
 def outputs_go_to_the_wrong_tokens() -> list[Patch]:
-    right = experts.Order.sum_choices
-    return [(experts.Order, "sum_choices", lambda self, y: right(self, y).roll(1, 0))]
+    right = Order.sum_choices
+    return [(Order, "sum_choices", lambda self, y: right(self, y).roll(1, 0))]
 
 
 # --- on the way ---------------------------------------------------------------------------------
@@ -178,92 +227,121 @@ def outputs_go_to_the_wrong_tokens() -> list[Patch]:
 
 @mutant(Case("mixtral", parallelize=TRAVEL))
 def tokens_meet_the_wrong_expert() -> list[Patch]:
-    right = dispatch.Route.of.__func__
+    right = Dispatcher.all_to_all.__func__
 
-    def of(cls, *args):
-        route = right(cls, *args)
-        route.arrived = route.arrived.flip(0)
-        return route
+    def all_to_all(cls, *args):
+        dispatcher = right(cls, *args)
+        dispatcher.places = dispatcher.places.flip(0)
+        return dispatcher
 
-    return [(dispatch.Route, "of", classmethod(of))]
+    return [(Dispatcher, "all_to_all", classmethod(all_to_all))]
 
 
 @mutant(Case("mixtral", parallelize=TRAVEL))
 def results_come_back_in_another_order() -> list[Patch]:
-    right = dispatch.Route.launch_back
-    return [(dispatch.Route, "launch_back", lambda self, x, axis: right(self, x, axis).flip(0))]
+    right = Dispatcher.launch_combine
+    return [(Dispatcher, "launch_combine", lambda self, rows: right(self, rows).flip(0))]
 
 
 @mutant(Case("mixtral", parallelize=TRAVEL))
 def routing_weights_of_other_tokens() -> list[Patch]:
-    right = dispatch.Route.land_there
+    right = Dispatcher.land_dispatch
 
-    def land_there(self, launched):
+    def land_dispatch(self, launched):
         arrived = right(self, launched)
         return arrived.roll(1, 0) if arrived.dim() == 1 else arrived
 
-    return [(dispatch.Route, "land_there", land_there)]
+    return [(Dispatcher, "land_dispatch", land_dispatch)]
 
 
-@mutant(Case("qwen2_moe", parallelize=TRAVEL))
-def shared_expert_made_again_from_the_wrong_tokens() -> list[Patch]:
-    right = flat._flat
-    return [(flat, "_flat", lambda x, dim: right(x, dim).roll(1, 0))]
+@mutant(Case("mixtral", parallelize=TRAVEL))
+def input_gradient_of_travelled_rows_is_lost() -> list[Patch]:
+    right = experts._Experts.backward
+
+    def backward(ctx, grad):
+        form, dx, *rest = right(ctx, grad)
+        return form, dx * 0, *rest
+
+    return [wrongly.backward(experts._Experts, backward)]
+
+
+@mutant(Case("mixtral", parallelize=TRAVEL))
+def tokens_made_again_are_others() -> list[Patch]:
+    right = experts.restored
+    return [(experts, "restored", lambda *args: right(*args).roll(1, 0))]
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def real_tokens_stay_at_home() -> list[Patch]:
-    def keep(x, index, *rest):
+    right = Dispatcher.all_to_all.__func__
+
+    def all_to_all(cls, index, local, axis):
         index = index.clone()
-        index[0] = 8
-        return index
+        index[0] = local * axis.size
+        return right(cls, index, local, axis)
 
-    return [(sparse, "_real_tokens_only", keep)]
-
-
-# --- meanwhile ----------------------------------------------------------------------------------
+    return [(Dispatcher, "all_to_all", classmethod(all_to_all))]
 
 
-@mutant(Case("mixtral", parallelize=TRAVEL))
-def input_gradient_on_its_way_is_left_out() -> list[Patch]:
-    right = flat.FlatEntry.receive_later
-    wrong = lambda self, land: right(self, lambda: land() * 0)  # noqa: E731
-    return [(flat.FlatEntry, "receive_later", wrong)]
+# --- the shared expert --------------------------------------------------------------------------
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
-def gradient_of_a_late_shared_expert_is_lost() -> list[Patch]:
-    right = beside._Depart.backward
-    return [wrongly.backward(beside._Depart, lambda ctx, grad: (right(ctx, grad)[0] * 0, None))]
+def shared_expert_made_again_from_the_wrong_tokens() -> list[Patch]:
+    right = sparse._unsqueezed
+
+    def wrong(*inputs, function):
+        return right(*inputs, function=function).roll(1, 1)
+
+    return [(sparse, "_unsqueezed", wrong)]
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
-def late_shared_expert_is_not_reduced() -> list[Patch]:
-    def forward(ctx, partial, crossing):
-        ctx.crossing = crossing
-        crossing.flying = wrongly.own_part(partial.transpose(0, 1), crossing.axis)
-        return partial.new_empty(0)
-
-    return [(beside._Depart, "forward", staticmethod(forward))]
+def router_s_tokens_made_again_are_others() -> list[Patch]:
+    right = sparse._flat
+    return [
+        (sparse, "_flat", lambda *inputs, function: right(*inputs, function=function).roll(1, 0))
+    ]
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
-def late_shared_expert_gets_the_gradient_of_its_own_tokens() -> list[Patch]:
-    def launch(self):
-        gradient, self.gradient = self.gradient, None
-        if gradient is not None:
-            self.flying = wrongly.own_copies(gradient, self.axis)
+def shared_expert_sees_its_own_tokens() -> list[Patch]:
+    right = sparse.SharedBoundary.enter
 
-    return [(beside.Crossing, "launch", launch)]
+    def gather(x, length, axis):
+        return wrongly.own_copies(x.transpose(0, 1).contiguous(), axis)[:length].transpose(0, 1)
+
+    def enter(self, *args):
+        with mock.patch.object(comm, "gather_sequence", gather):
+            return right(self, *args)
+
+    return [(sparse.SharedBoundary, "enter", enter)]
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
-def late_shared_expert_sees_its_own_tokens() -> list[Patch]:
-    right = beside.EarlyEntry.gather
+def shared_expert_is_not_reduced() -> list[Patch]:
+    right = sparse.SharedBoundary.leave
 
-    def gather(self, x):
-        right(self, x)
-        self.gathered = wrongly.own_copies(x.transpose(0, 1), self.axis)
-        return self.gathered.transpose(0, 1)
+    def reduce_scatter(x, axis):
+        return wrongly.own_part(x.transpose(0, 1), axis).transpose(0, 1)
 
-    return [(beside.EarlyEntry, "gather", gather)]
+    def leave(self, *args):
+        with mock.patch.object(comm, "reduce_scatter_sequence", reduce_scatter):
+            return right(self, *args)
+
+    return [(sparse.SharedBoundary, "leave", leave)]
+
+
+@mutant(Case("qwen2_moe", parallelize=TRAVEL))
+def shared_expert_gets_the_gradient_of_its_own_tokens() -> list[Patch]:
+    right = pairs._ReduceScatterAllGather.backward
+
+    def backward(ctx, grad):
+        x = wrongly.own_copies(grad.transpose(0, 1).contiguous(), ctx.axis)
+        return x[: ctx.length].transpose(0, 1), None
+
+    def either(ctx, grad):
+        # A shared expert's output is [1, T, H]; the attention's, of two rows, is not.
+        return (backward if grad.shape[0] == 1 else right)(ctx, grad)
+
+    return [wrongly.backward(pairs._ReduceScatterAllGather, either)]

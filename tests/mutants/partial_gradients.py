@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import norm as fused
-from hf_sp.model import parameters
+from hf_sp.model import norm, parameters
 from mutants import wrongly
 from mutants.registry import Patch, mutant, register
+
+
+def _every_sum(sum_over_ranks: Any) -> list[Patch]:
+    """Another sum of a layer's norm gradients, and of the final norm's."""
+    return [(module, "sum_over_ranks", sum_over_ranks) for module in (norm, parameters)]
 
 
 def _partial_not_summed() -> list[Patch]:
     return [
         wrongly.backward(pairs._IdentityAllReduce, lambda ctx, grad: (grad, None)),
-        (fused, "sum_over_ranks", lambda dw, axis: dw),
+        *_every_sum(lambda dw, axis: dw),
     ]
 
 
@@ -25,7 +32,7 @@ def _partial_averaged() -> list[Patch]:
 
     return [
         wrongly.backward(pairs._IdentityAllReduce, backward),
-        (fused, "sum_over_ranks", wrongly.averaged(comm.all_reduce)),
+        *_every_sum(wrongly.averaged(comm.all_reduce)),
     ]
 
 
@@ -49,12 +56,62 @@ def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
     calls: list[int] = []
 
     def again(dw, axis):
-        # The first micro-batch's sums (two layers' norms and the final one) are reduced again.
+        # The first micro-batch's sums (two layers' and the final norm's) are reduced again.
         calls.append(1)
         reduced = comm.all_reduce(dw, axis)
-        return reduced * axis.size if len(calls) <= 5 else reduced
+        return reduced * axis.size if len(calls) <= 3 else reduced
 
-    return [(fused, "sum_over_ranks", again)]
+    return _every_sum(again)
+
+
+# --- the one sum of a layer's norms ---------------------------------------------------------------
+
+
+@mutant(Case("llama"))
+def sum_of_a_layer_dropped() -> list[Patch]:
+    return [(parameters, "sum_over_ranks", lambda dw, axis: dw)]
+
+
+@mutant(Case("llama"))
+def sum_of_a_layer_averaged() -> list[Patch]:
+    return [(parameters, "sum_over_ranks", wrongly.averaged(parameters.sum_over_ranks))]
+
+
+@mutant(Case("qwen3"))
+def sum_of_the_first_norm_alone() -> list[Patch]:
+    def wrong(dw, axis):
+        total = comm.all_reduce(dw, axis)
+        return torch.cat([total[:64], dw[64:]])
+
+    return [(parameters, "sum_over_ranks", wrong)]
+
+
+def _swapped(a: int, b: int) -> list[Patch]:
+    right = parameters._SumTogether.backward
+
+    def backward(ctx, *grads):
+        axis, *sums = right(ctx, *grads)
+        sums[a], sums[b] = sums[b], sums[a]
+        return axis, *sums
+
+    return [wrongly.backward(parameters._SumTogether, backward)]
+
+
+@mutant(Case("llama"))
+def gradients_of_two_norms_swapped() -> list[Patch]:
+    return _swapped(0, 1)
+
+
+@mutant(Case("qwen3"))
+def gradients_of_the_norms_of_queries_and_keys_swapped() -> list[Patch]:
+    return _swapped(2, 3)
+
+
+@mutant(Case("llama", parallelize=(("kernels", False),)))
+def norm_sends_its_port_nothing() -> list[Patch]:
+    right = parameters._SendToPort.backward
+    lost = lambda ctx, grad: (None, right(ctx, grad)[1] * 0)  # noqa: E731
+    return [wrongly.backward(parameters._SendToPort, lost)]
 
 
 @mutant(Case("llama_bias", parallelize=(("kernels", False),)))

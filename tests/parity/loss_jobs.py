@@ -20,10 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from hf_sp import parallel_state, parallelize
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
+from hf_sp.errors import ShapeError
 from hf_sp.kernels import vocab_parallel_cross_entropy
+from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import vocab_range, vocab_sizes
-from hf_sp.model.lazy import LazyHidden, LazyTensor
-from hf_sp.model.loss import linear_vocab_parallel_cross_entropy
+from hf_sp.model.chunks import HeadSpec
+from hf_sp.model.lazy import LazyLogits
+from hf_sp.model.loss import linear_cross_entropy
 
 
 @contextlib.contextmanager
@@ -34,8 +38,8 @@ def no_whole_tensors() -> Iterator[None]:
         raise AssertionError("a whole tensor was made")
 
     with (
-        mock.patch.object(comm, "concat_slice", refuse),
-        mock.patch.object(comm, "allgather_scatter", refuse),
+        mock.patch.object(pairs, "concat_slice", refuse),
+        mock.patch.object(pairs, "allgather_scatter", refuse),
     ):
         yield
 
@@ -77,16 +81,16 @@ def linear(sp: bool, vocab: int, length: int, chunk: int, options: dict[str, Any
     scale, cap = form.pop("scale", 1.0), form.pop("softcap", None)
     z = (hidden @ weight.t() + bias) * scale
     z = z if cap is None else cap * torch.tanh(z / cap)
-    want = nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten(), **form)
+    want = nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="sum", **form)
     (want * 3).backward()
 
     start, stop = vocab_range(vocab, axis)
     mine = (comm.own_shard(hidden.detach(), axis) if sp else hidden.detach()).requires_grad_()
     rows = weight.detach()[start:stop].clone().requires_grad_()
     own_bias = bias.detach()[start:stop].clone().requires_grad_()
-    got = linear_vocab_parallel_cross_entropy(
-        mine, rows, labels, mesh, bias=own_bias, sequence_parallel=sp, chunk=chunk, **options
-    )
+    ignored = options.get("ignore_index", -100)
+    terms = LossTerms(vocab=vocab, start=start, ignore_index=ignored, softcap=cap, scale=scale)
+    got = linear_cross_entropy(mine, rows, own_bias, labels, HeadSpec(terms, axis, sp, chunk))
     (got * 3).backward()
     report = Report(f"linear {options}", axis.rank, "float64")
     compare_loss(report, got, want)
@@ -245,7 +249,7 @@ def own_forward(name: str) -> Report:
         (output.loss + 0.01 * output.last_hidden_state.square().mean()).backward()
         outputs.append(output)
     want, got = outputs
-    if any(isinstance(x, LazyTensor) for x in got.values()):
+    if any(isinstance(x, LazyLogits) for x in got.values()):
         report.problems.append(f"a stand-in was handed out: {got}")
     # transformers' own loss, which the caps go to, rounds to float32.
     if got.loss.dtype == want.loss.dtype:
@@ -255,8 +259,36 @@ def own_forward(name: str) -> Report:
     return report
 
 
+def touched_logits() -> Report:
+    """Logits that someone needs after all, where the head was handed the shard."""
+    model, parallel = pair(Case("llama_odd_vocab"))
+    batch = batches.plain(2, 17, 61)
+    report = Report("touched logits", dist.get_rank(), "float64")
+    model(**batch).loss.backward()
+    parallel.loss_function.original = tiny.float64_loss
+    with (
+        mock.patch.object(LazyLogits, "scale_and_softcap", return_value=None),
+        mock.patch.object(pairs, "allgather_scatter", None),
+    ):
+        parallel(**batch).loss.backward()
+    compare_gradients(report, gradients(parallel, report), gradients(model))
+    return report
+
+
+def sliced_shard() -> str:
+    """Something between the final norm and the head that hf_sp does not see cuts the sequence."""
+    model = parallelize(tiny.build("llama_odd_vocab"))
+    right = type(model.lm_head).forward
+    with mock.patch.object(type(model.lm_head), "forward", lambda self, x: right(self, x[:, 1:])):
+        try:
+            model(**batches.plain(2, 17, 61))
+        except ShapeError as error:
+            return str(error)
+    return ""
+
+
 def lazy_where_it_should_be() -> dict[str, bool]:
-    """Which forwards leave the gather to the loss."""
+    """Which forwards leave the final hidden states' shard to the loss."""
     model = parallelize(tiny.build("llama_odd_vocab"))
     state = parallel_state(model)
     batch = batches.plain(2, 17, 61)
@@ -265,7 +297,9 @@ def lazy_where_it_should_be() -> dict[str, bool]:
     right = type(model.lm_head).forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        seen.append(isinstance(x, LazyHidden) and not x.made)
+        seen.append(state.final_length == 17)
+        if x.shape[1] != (9 if seen[-1] else 17):
+            raise AssertionError(x.shape)
         return right(self, x)
 
     facts = {}
@@ -284,6 +318,12 @@ def lazy_where_it_should_be() -> dict[str, bool]:
         facts["not without labels"] = not seen.pop()
         model(**batch, output_hidden_states=True)
         facts["not with hidden states"] = not seen.pop()
+        model.config.output_hidden_states = True
+        model(**batch)
+        facts["not with hidden states by the config"] = not seen.pop()
+        model.config.output_hidden_states = False
+        model(**batch, logits_to_keep=torch.arange(17))
+        facts["not with chosen positions"] = not seen.pop()
         handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         model(**batch)
         handle.remove()
@@ -302,7 +342,11 @@ def lazy_where_it_should_be() -> dict[str, bool]:
         model.loss_function = tiny.float64_loss
         model(**batch)
         facts["not for another loss"] = not seen.pop()
-    facts["off outside"] = not state.lazy_hidden and not state.in_model
+    facts["off outside"] = (state.final_hidden, state.final_length, state.in_model) == (
+        "gathered",
+        None,
+        False,
+    )
     return facts
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sp import parallelize
+from hf_sp.comm import collectives as comm
 from hf_sp.estimate import (
     LayerShape,
     count_step,
@@ -32,7 +33,9 @@ from hf_sp.estimate import (
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
-from hf_sp.model.loss import linear_vocab_parallel_cross_entropy
+from hf_sp.kernels.cross_entropy_steps import LossTerms
+from hf_sp.model.chunks import HeadSpec
+from hf_sp.model.loss import linear_cross_entropy
 from parity import cost_jobs
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
@@ -196,6 +199,23 @@ def test_collectives_around_the_layers(chunks):
     }
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_collectives_with_kept_logits(chunks):
+    """Whole hidden states go to the head, as to anyone: their gradient is all-reduced."""
+    options = {"chunk": 256 // chunks, "keep_logits": True}
+    step = _step(LlamaConfig, GROUPED, 4, True, 2, **options)
+    assert _calls(step.forward) == {
+        "all_reduce": 1 + chunks,  # embedding, loss gradient
+        "all_gather": 2 * 2 + 1 + chunks + 1,  # layers, final norm, statistics, logits
+        "reduce_scatter": 2 * 2,
+    }
+    default = _step(LlamaConfig, GROUPED, 4, True, 2, chunk=256 // chunks)
+    # One [B, S, H] a step, in chunks, where the default reduce-scatters it.
+    added = step.forward["all_reduce"].bytes - default.forward["all_reduce"].bytes
+    assert added == 256 * GROUPED.hidden * 2
+    assert step.backward == default.backward
+
+
 def test_estimate_without_a_mesh_at_hand():
     """parallelize builds its own mesh under fake tensors too."""
     with fake_world(4), fake_tensors():
@@ -224,13 +244,12 @@ def _loss_peak(vocab, length, chunk, **options):
         hidden = torch.zeros(1, length // 4, 512, requires_grad=True)
         weight = torch.zeros(vocab // 4, 512, requires_grad=True)
         labels = torch.zeros(1, length, dtype=torch.long)
-        loss = functools.partial(
-            linear_vocab_parallel_cross_entropy, hidden, weight, labels, mesh, vocab_size=vocab
-        )
-        return count_step(lambda: loss(chunk=chunk, **options)).peak_bytes
+        spec = HeadSpec(LossTerms(vocab, **options), comm.Axis.of(mesh), True, chunk)
+        loss = functools.partial(linear_cross_entropy, hidden, weight, None, labels, spec)
+        return count_step(loss).peak_bytes
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=str)
 def test_a_logit_of_a_chunk_takes_two_bytes(options):
     """Exactly: the gradient takes the logits' place, and float32 is held by slabs only."""
     small, large = (_loss_peak(vocab, 4096, 4096, **options) for vocab in (65536, 131072))

@@ -27,9 +27,9 @@ def test_models_that_scale_or_cap_their_logits(family, sp):
     [
         (2, 40, 8, 4096, {}),
         # Rows of padding, a rank with fewer rows of the vocabulary, several chunks.
-        (4, 43, 13, 12, {"label_smoothing": 0.2, "softcap": 2.0, "scale": 1.5}),
+        (4, 43, 13, 12, {"softcap": 2.0, "scale": 1.5}),
         # A rank without vocabulary, ranks without tokens, a chunk a row; an id that is ignored.
-        (4, 5, 3, 1, {"ignore_index": 3, "reduction": "sum"}),
+        (4, 5, 3, 1, {"ignore_index": 3}),
     ],
 )
 def test_linear_form(tp, vocab, length, chunk, options, sp):
@@ -52,6 +52,15 @@ def test_forwards_of_the_user(name):
     # transformers' loss rounds float64 logits to float32: 6e-8 in each gradient of the two.
     tolerance = 1e-6 if name in ("caps twice", "peeks at the logits") else None
     assert_parity(pool(2).run(loss_jobs.own_forward, name=name), tolerance)
+
+
+def test_logits_that_are_made_from_the_shard():
+    assert_parity(pool(2).run(loss_jobs.touched_logits))
+
+
+def test_a_sliced_shard_is_refused():
+    for message in pool(2).run(loss_jobs.sliced_shard):
+        assert "between the final norm and the LM head" in message
 
 
 def test_the_gather_is_the_losss_only_where_nobody_looks():

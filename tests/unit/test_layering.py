@@ -19,7 +19,6 @@ LONGER = {
     "integrations.accelerate": 362,
     "kernels.norm": 343,
     "model.columns": 341,
-    "model.loss": 322,
     "moe.block": 307,
     "plan.derive": 349,
 }
