@@ -41,7 +41,7 @@ ELSEWHERE = {
     },
     "model/head.py": {"_backward_hooks", "_backward_pre_hooks"},
     "model/lazy.py": {"_pytree"},
-    "model/norm.py": {
+    "model/mlp.py": {
         "_backward_hooks",
         "_backward_pre_hooks",
         "_forward_hooks",
