@@ -1,8 +1,8 @@
 """A CPU on which collectives are in flight until they are waited for, as on a GPU.
 
-gloo is waited for at once (``collectives._launched``), so that nothing would show a read before the
+gloo is waited for at once (``collectives._launch``), so that nothing would show a read before the
 wait, or a wait that is missing. Here what was launched holds NaN until ``comm.wait`` is called on
-it, and a log says when that was.
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sp.comm import collectives as comm
 
@@ -24,10 +23,9 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 @dataclass
 class Flight:
-    """Collectives in flight by the memory of their result, and what has happened so far."""
+    """Collectives in flight, by the memory of their result."""
 
     flying: dict[int, tuple[str, Tensor, Tensor]] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -42,7 +40,6 @@ def in_flight(*, finish: bool = True) -> Iterator[Flight]:
             empty = torch.full_like(result, torch.nan if result.is_floating_point() else -1)
             what = f"{kind} {tuple(x.shape)}"
             flight.flying[empty.untyped_storage()._cdata] = what, empty, result
-            flight.log.append(f"launch {what}")
             return empty
 
         return launched
@@ -50,7 +47,6 @@ def in_flight(*, finish: bool = True) -> Iterator[Flight]:
     def landed(x: Tensor) -> Tensor:
         what, empty, result = flight.flying.pop(x.untyped_storage()._cdata, ("", x, x))
         if what:
-            flight.log.append(f"wait {what}")
             # Not as a write: it does not count as one where a collective makes it.
             empty.data.copy_(result)
         return wait(x)
@@ -64,18 +60,3 @@ def in_flight(*, finish: bool = True) -> Iterator[Flight]:
         yield flight
     if finish:
         assert not flight.flying, [what for what, *_ in flight.flying.values()]
-
-
-class Products(TorchDispatchMode):
-    """Notes the matrix products of a flight, by the shapes of their factors."""
-
-    def __init__(self, flight: Flight) -> None:
-        super().__init__()
-        self.flight = flight
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.flight.log.append(f"product {tuple(a.shape)} {tuple(b.shape)}")
-        return func(*args, **(kwargs or {}))

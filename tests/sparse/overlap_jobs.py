@@ -1,10 +1,8 @@
-"""Rank functions: what runs while tokens travel, and who may not be able to tell."""
+"""Rank functions: collectives that are in flight until their wait, and hands on a shared expert."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,17 +12,12 @@ from harness import batches, tiny
 from harness.compare import compare_gradients, compare_once, evaluating, fresh, gradients
 from harness.parity import Case, pair, train
 from harness.report import Report
-from hf_sp.moe.flat import FlatEntry
-from hf_sp.moe.shared import SharedBoundary
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from hf_sp import parallel_state, parallelize
-from hf_sp.errors import ConfigError
-from hf_sp.estimate import count_step
-from hf_sp.moe import beside
-from hf_sp.moe import dispatcher as dispatch
-from sparse.flight import Products, in_flight
+from hf_sp.moe.dispatcher import Dispatcher
+from sparse.flight import in_flight
 
 
 def _parallel(dtype: torch.dtype = torch.float64, layers: int = 1, **kwargs: Any) -> nn.Module:
@@ -39,51 +32,19 @@ def _batch() -> dict[str, Any]:
     return {**batches.plain(2, 16), "output_router_logits": False, "use_cache": False}
 
 
-@contextlib.contextmanager
-def _at_once() -> Iterator[None]:
-    """Shared experts that run where they are called."""
-    with mock.patch.object(SharedBoundary, "_may_wait", return_value=False):
-        yield
-
-
-@contextlib.contextmanager
-def _count_late() -> Iterator[list[int]]:
-    """Notes shared experts that run later."""
-    right, found = FlatEntry.wait_later, []
-
-    def note(self: FlatEntry, output: Any) -> None:
-        found.append(1)
-        right(self, output)
-
-    with mock.patch.object(FlatEntry, "wait_later", note):
-        yield found
-
-
 def train_in_flight(case: Case) -> Report:
     """`harness.parity.train`, where nothing may be read before its wait."""
     with in_flight():
         return train(case)
 
 
-def order() -> dict[str, list[str]]:
-    """Launches, waits and products of a step of one sparse layer with a shared expert."""
-    parallel = _parallel()
-    with in_flight() as forward, Products(forward):
-        loss = parallel(**_batch()).loss
-    with in_flight() as backward, Products(backward):
-        loss.backward()
-    return {"forward": forward.log, "backward": backward.log}
-
-
 _UNWAITED: dict[str, tuple[Any, str, Any]] = {
-    "shared gather": (beside.EarlyEntry, "arrive", lambda self: None),
-    "shared exit": (beside.Crossing, "landed", lambda self: self.flying),
     "rows there": (
-        dispatch.Route,
-        "land_there",
-        lambda self, launched: launched.index_select(0, self.arrived),
+        Dispatcher,
+        "land_dispatch",
+        lambda self, launched: launched.index_select(0, self.places),
     ),
-    "dx": (FlatEntry, "receive_later", lambda self, land: None),
+    "rows back": (Dispatcher, "land_combine", lambda self, launched: launched),
 }
 
 
@@ -94,19 +55,6 @@ def unwaited(what: str) -> bool:
         parallel(**_batch()).loss.backward()
     found = [bool(grad.isfinite().all()) for grad in gradients(parallel).values()]
     return bool(flight.flying) or not all(found)
-
-
-def cost(layers: int = 2) -> dict[str, Any]:
-    """Bytes alive and at the peak of a step, and its collectives: shared experts later, at once."""
-    found = {}
-    for name, way in (("later", contextlib.nullcontext), ("at once", _at_once)):
-        parallel = _parallel(torch.bfloat16, layers)
-        with way(), _count_late() as late:
-            count = count_step(lambda parallel=parallel: parallel(**_batch()).loss)
-        calls = {kind: (c.calls, c.bytes) for kind, c in count.collectives.items()}
-        found[name] = {"alive": count.alive_bytes, "calls": calls, "late": len(late)}
-        found[name]["peak"] = count.peak_bytes
-    return found
 
 
 # --- uses ---------------------------------------------------------------------------------------
@@ -137,33 +85,29 @@ def _nothing(block: nn.Module) -> None:
     pass
 
 
-# Hands on a block, and whether its shared expert still runs later.
-HANDS: dict[str, tuple[Callable[[nn.Module], None], bool]] = {
-    "none": (_nothing, True),
-    "output": (_doubled, False),
-    "gradient": (_gradient_doubled, False),
-    "inside": (_inside, True),
-    "frozen": (_weights_frozen, True),
-    "down alone": (_down_alone, True),
+HANDS: dict[str, Callable[[nn.Module], None]] = {
+    "none": _nothing,
+    "output": _doubled,
+    "gradient": _gradient_doubled,
+    "inside": _inside,
+    "frozen": _weights_frozen,
+    "down alone": _down_alone,
 }
 
 
 def hands(kind: str, checkpoint: bool) -> Report:
     """Hooks and frozen weights, with collectives that are in flight until they are waited for."""
-    hand, late = HANDS[kind]
     report = Report(f"{kind} checkpoint={checkpoint}", dist.get_rank(), "float64")
     case = Case("qwen2_moe", parallelize=(("ep", dist.get_world_size()),))
-    with in_flight(), _count_late() as found:
+    with in_flight():
         model, parallel = pair(case)
         if checkpoint:
             parallel.gradient_checkpointing_enable({"use_reentrant": False})
         for one in (model, parallel):
             for layer in one.model.layers:
-                hand(layer.mlp)
+                HANDS[kind](layer.mlp)
         # A length that tp does not divide.
         compare_once(report, model, parallel, batches.plain(2, 17))
-    if len(found) != late * 2 * (1 + checkpoint):
-        report.problems.append(f"{len(found)} shared experts ran later")
     return report
 
 
@@ -179,39 +123,23 @@ class _Reentrant(nn.Module):
 
 
 def in_a_checkpoint_of_its_own() -> Report:
-    """The stand-in would have no gradient path there: it runs when it is called."""
+    """A shared expert in a checkpoint inside its block."""
     report = Report("a reentrant checkpoint", dist.get_rank(), "float64")
-    with in_flight(), _count_late() as found:
+    with in_flight():
         model, parallel = pair(Case("qwen2_moe", parallelize=(("ep", dist.get_world_size()),)))
         for one in (model, parallel):
             for layer in one.model.layers:
                 layer.mlp.shared_expert = _Reentrant(layer.mlp.shared_expert)
         compare_once(report, model, parallel, batches.plain(2, 17))
-    if found:
-        report.problems.append(f"{len(found)} shared experts ran later")
     return report
-
-
-def hooks_on_one_rank() -> str:
-    """Somebody looks at one rank's shared expert: the ranks would launch in different orders."""
-    parallel = parallelize(tiny.build("qwen2_moe"), ep=dist.get_world_size())
-    if dist.get_rank() == 0:
-        parallel.model.layers[1].mlp.shared_expert.register_forward_hook(lambda *_: None)
-    try:
-        parallel(**batches.plain(2, 17))
-    except ConfigError as error:
-        return str(error)
-    return "nothing was refused"
 
 
 def lora(targets: tuple[str, ...]) -> Report:
     """`sparse.jobs:adapters`, with collectives in flight."""
     from sparse.jobs import adapters
 
-    with in_flight(), _count_late() as found:
+    with in_flight():
         report = adapters(dist.get_world_size(), targets)
-    if len(found) != 2:
-        report.problems.append(f"{len(found)} shared experts ran later")
     return report
 
 
@@ -225,48 +153,6 @@ def first_layer_frozen() -> Report:
     with in_flight():
         compare_once(report, model, parallel, batches.plain(2, 17))
     return report
-
-
-def same_numbers(mode: str) -> tuple[bool, bool]:
-    """Whether the loss is that of shared experts run at once, to the bit, and the gradients are."""
-    dtype = torch.float32 if mode == "autocast" else torch.bfloat16
-    parallel = _parallel(dtype, 2)
-    results = []
-    for way in (contextlib.nullcontext, _at_once):
-        context: Any = {
-            "no_grad": torch.no_grad,
-            "inference": torch.inference_mode,
-            "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-            "bfloat16": contextlib.nullcontext,
-        }[mode]
-        with way(), in_flight(), _count_late() as late:
-            with context():
-                loss = parallel(**_batch()).loss
-            if loss.requires_grad:
-                parallel.zero_grad(set_to_none=True)
-                loss.backward()
-        results.append((loss.detach().clone(), gradients(parallel), len(late)))
-    (one, mine, late), (other, theirs, early) = results
-    # The order of the sum of the block's input gradient is another.
-    close = [(a - theirs[name]).norm() <= 2**-6 * theirs[name].norm() for name, a in mine.items()]
-    return torch.equal(one, other), all(close) and (late, early) == (2, 0)
-
-
-def copied() -> list[int]:
-    """How many shared experts of a model, its deep copy, and one that is traced run later."""
-    parallel = _parallel(layers=2)
-    twin = copy.deepcopy(parallel)
-    found = []
-    for one in (parallel, twin):
-        with _count_late() as late:
-            one(**_batch())
-        found.append(len(late))
-    with (
-        _count_late() as late,
-        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
-    ):
-        parallel(**_batch())
-    return [*found, len(late)]
 
 
 class InterruptedForwardError(Exception):
@@ -292,13 +178,9 @@ def interrupted(where: str) -> Report:
             except InterruptedForwardError:
                 pass
     handle.remove()
-    boundaries = {
-        hook.__self__
-        for one in (block, block.shared_expert)
-        for hook in one._forward_pre_hooks.values()
-    }
-    if any(boundary.entries for boundary in boundaries) or len(boundaries) != 2:
-        report.problems.append("an entry is left")
+    inputs = [block.experts.forward.boundary.block, block.shared_expert.down_proj.block]
+    if any(one.gathered is not None for one in inputs):
+        report.problems.append("an input is left")
     compare_once(report, model, parallel, batches.plain(2, 17))
     return report
 
@@ -314,28 +196,10 @@ def written_between() -> Report:
     for one in (model, parallel):
         for layer in one.model.layers:
             layer.mlp.gate.register_forward_pre_hook(_double)
-    with evaluating(model, parallel), in_flight(), _count_late() as late:
+    with evaluating(model, parallel), in_flight():
         want, got = (one(**batches.plain(2, 17)).logits for one in (model, parallel))
     report.compare("logits", got, want)
-    if late:
-        report.problems.append("a gather was in flight")
     return report
-
-
-def written_behind() -> str:
-    """A forward hook of the router that writes into its argument."""
-    parallel = _parallel()
-
-    def write(module: nn.Module, args: tuple, output: Any) -> None:
-        with torch.no_grad():
-            args[0].mul_(2)
-
-    parallel.model.layers[0].mlp.gate.register_forward_hook(write)
-    try:
-        parallel(**_batch())
-    except ConfigError as error:
-        return str(error)
-    return "nothing was refused"
 
 
 class _Half(torch.autograd.Function):
@@ -350,7 +214,7 @@ class _Half(torch.autograd.Function):
         return grads[0] / 2
 
 
-def block_of_another_form(when: str, form: str) -> Any:
+def block_of_another_form(when: str, form: str) -> Report:
     """A block that hands the shared expert's output to an autograd Function, or uses it early.
 
     Changed before ``parallelize``, which sees it, or behind its back.
@@ -376,14 +240,8 @@ def block_of_another_form(when: str, form: str) -> Any:
     parallel.model.layers[0].mlp.__class__ = Other
     report = Report(f"{when} {form}", dist.get_rank(), "float64")
     tiny.reference(model)
-    with in_flight(finish=False), _count_late() as late:
-        try:
-            outputs = [one(**fresh(_batch())) for one in (model, parallel)]
-            for output in outputs:
-                output.loss.backward()
-        except ConfigError as error:
-            return str(error)
+    with in_flight():
+        for one in (model, parallel):
+            one(**fresh(_batch())).loss.backward()
     compare_gradients(report, gradients(parallel, report), gradients(model))
-    if len(late) != (when == "behind"):
-        report.problems.append(f"{len(late)} shared experts ran later")
     return report
