@@ -67,7 +67,6 @@ def linear_vocab_parallel_cross_entropy(
     sequence_parallel: bool = True,
     chunk: int = 4096,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
     reduction: Literal["sum", "mean"] = "mean",
@@ -84,7 +83,7 @@ def linear_vocab_parallel_cross_entropy(
     dtype:    logits in the dtype of hidden and weight; statistics, loss and the sum of the weight's
               gradient over the chunks in float32 (float64 for float64)
     Forward:  per chunk of T tokens 1 all-gather of hidden rows [T, H] (``sequence_parallel``), 1 of
-              [3, T] statistics (4 with label smoothing) in float32, and 1 reduce-scatter (else
+              [3, T] statistics in float32, and 1 reduce-scatter (else
               all-reduce) of the gradient [T, H]; without grad mode no reduction
     Backward: no collective
     Saves:    the gradients: hidden's shape, [v, H], [v]
@@ -102,7 +101,6 @@ def linear_vocab_parallel_cross_entropy(
         sequence_parallel: whether hidden is this rank's shard of the sequence.
         chunk: tokens per chunk, over all ranks.
         ignore_index: label of tokens that do not count.
-        label_smoothing: as in torch, over the whole vocabulary.
         softcap: bound of the logits.
         scale: factor of the logits, applied before the cap.
         reduction: the mean is over the tokens that count: NaN, with gradients of zero, if none.
@@ -126,7 +124,14 @@ def linear_vocab_parallel_cross_entropy(
     _check_shapes(hidden, weight, labels, axis if sharded else None)
     vocab, start = place(weight.shape[0], weight.device, axis, vocab_size, vocab_start)
     check_ids(labels, vocab, "labels", ignore_index)
-    terms = LossTerms(vocab, start, ignore_index, label_smoothing, softcap, scale, triton)
+    terms = LossTerms(
+        vocab=vocab,
+        start=start,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        scale=scale,
+        triton=triton,
+    )
     hidden = cast_for_autocast(hidden, hidden)
     weight = cast_for_autocast(weight, hidden)
     bias = None if bias is None else cast_for_autocast(bias, hidden)

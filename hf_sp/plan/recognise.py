@@ -28,7 +28,7 @@ from hf_sp.torch_private import real_tensors
 
 logger = logging.getLogger(__name__)
 
-Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
+Casting = Literal["llama", "gemma", "gpt_oss"]
 
 # What a norm may compute: where it rounds, and what is added to its weight.
 _CANDIDATES: tuple[tuple[Casting, float], ...] = (("llama", 0.0), ("gemma", 1.0), ("gpt_oss", 0.0))

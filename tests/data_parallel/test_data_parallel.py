@@ -8,7 +8,7 @@ from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
 
-from hf_sp.estimate.experts import (
+from scripts.bench._cost.experts import (
     ExpertsShape,
     experts_weight_bytes,
     fsdp_experts_moved,
