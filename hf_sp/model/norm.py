@@ -65,7 +65,6 @@ class RmsNorm(Node):
         needs_x, needs_weight, needs_port = ctx.needs_input_grad[:3]
         dx, dw = rms_norm_backward(
             grads[0],
-            None,
             x,
             rstd,
             weight,
