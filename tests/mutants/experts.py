@@ -218,8 +218,8 @@ def down_gradient_without_the_routing_weight() -> list[Patch]:
 
 @mutant(Case("mixtral"))
 def outputs_go_to_the_wrong_tokens() -> list[Patch]:
-    right = Order.sum_choices
-    return [(Order, "sum_choices", lambda self, y: right(self, y).roll(1, 0))]
+    right = Order.unpermute
+    return [(Order, "unpermute", lambda self, y: right(self, y).roll(1, 0))]
 
 
 # --- on the way ---------------------------------------------------------------------------------
