@@ -84,12 +84,12 @@ def readable(lead: Tensor, *others: Tensor) -> tuple[Any, ...]:
     tensors = (lead, *others)
     if _together(lead.shape, tuple([x.stride() for x in tensors])):
         return tensors
-    lead, *others = (x if _has_rows(x.shape, x.stride()) else x.contiguous() for x in tensors)
-    if _together(lead.shape, tuple([x.stride() for x in (lead, *others)])):
-        return lead, *others
+    lead, *rest = (x if _has_rows(x.shape, x.stride()) else x.contiguous() for x in tensors)
+    if _together(lead.shape, tuple([x.stride() for x in (lead, *rest)])):
+        return lead, *rest
     if not _together(lead.shape, (lead.stride(),)):
         lead = lead.contiguous()
-    return lead, *(torch.empty_like(lead, dtype=x.dtype).copy_(x) for x in others)
+    return lead, *(torch.empty_like(lead, dtype=x.dtype).copy_(x) for x in rest)
 
 
 @_cached

@@ -66,8 +66,8 @@ GROUPS = [
 HEADER = ("shape", "ranks", "experts", "alive MiB", "sent MiB", "sent / split", "layer alive MiB")
 NOTES = f"""\
 Per rank and sparse layer, bfloat16, B = 1, S = {SEQ}. `alive` and `sent` are the experts and their
-router alone, in closed form (`scripts/bench/_cost/experts.py`): what they keep for backward, and what a
-rank sends in a step. `split` has a part of every expert's features on each rank and gathers all
+router alone, in closed form (`_cost/experts.py`): what they keep for backward, and what a rank
+sends in a step. `split` has a part of every expert's features on each rank and gathers all
 tokens; `whole` has E / ep experts on each rank, and each token travels to its k experts (an even
 router). `layer alive` is the whole layer, counted with the code on fake tensors, which stand for an
 even router; attention and norms are in it.
