@@ -14,7 +14,8 @@ from harness.report import Report
 from torch import Tensor, nn
 
 from hf_sp import parallelize
-from hf_sp.model.norm import GatedForward, NormForward
+from hf_sp.model.mlp import SwiGLUForward
+from hf_sp.model.norm import NormForward
 
 CASE = Case("llama_bias")
 
@@ -166,7 +167,7 @@ def forwards(**options: Any) -> list[str]:
     kinds = []
     for module in (first.input_layernorm, first.mlp, parallel.model.norm):
         forward = vars(module).get("forward")
-        if isinstance(forward, NormForward | GatedForward):
+        if isinstance(forward, NormForward | SwiGLUForward):
             # The copy's stand-in works on the copy.
             assert forward.module is module
             kinds.append(f"{type(forward).__name__} {forward.recompute}")

@@ -50,19 +50,19 @@ def test_hooks_and_frozen_parts(name):
 @pytest.mark.parametrize(
     ("options", "want"),
     [
-        ({}, ["NormForward True", "GatedForward True", "NormForward True"]),
+        ({}, ["NormForward True", "SwiGLUForward True", "NormForward True"]),
         (
             {"recompute": "norm"},
-            ["NormForward True", "GatedForward False", "NormForward True"],
+            ["NormForward True", "SwiGLUForward False", "NormForward True"],
         ),
         (
             {"recompute": "none"},
-            ["NormForward False", "GatedForward False", "NormForward False"],
+            ["NormForward False", "SwiGLUForward False", "NormForward False"],
         ),
         ({"kernels": False}, ["NoneType"] * 3),
         (
             {"kernels": False, "recompute": "norm+act"},
-            ["NormForward True", "GatedForward True", "NormForward True"],
+            ["NormForward True", "SwiGLUForward True", "NormForward True"],
         ),
     ],
 )
