@@ -91,7 +91,7 @@ def parallelize(
             same numbers in torch operations elsewhere). They are known by their forward's text; a
             norm of another form keeps its own code. ``False``: no Triton.
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
-            C for attention (``hf_sp.estimate.formulas``), t = tp, under ``sp``:
+            C for attention, t = tp, under ``sp``:
 
             - ``"none"``: ``(8h + 8)/t + C + 6f/t``; with ``kernels=False`` HF's own modules run
               untouched, ``(16h + 8)/t + C + 8f/t``

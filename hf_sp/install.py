@@ -21,6 +21,7 @@ from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
 from hf_sp.plan.schema import Block, Leaf, Plan
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import allow_graphs
 
 Norms = dict[str, tuple[nn.Module, LocalParameters]]
 
@@ -45,6 +46,8 @@ def install(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
         PartialSums(state, single).install(model.get_submodule(path))
     _install_ends(model, plan, state)
+    # A few for each layer: lengths that differ, with and without gradients.
+    allow_graphs(8 * len(plan.layers))
 
 
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:

@@ -163,7 +163,13 @@ class ParallelState:
 
 
 def parallel_state(model: nn.Module | None) -> ParallelState | None:
-    """The state of a parallelized model, None for any other; sees through wrappers.
+    """The state of a parallelized model, None for any other; sees through wrappers."""
+    holder = parallel_model(model)
+    return None if holder is None else holder.__dict__[ATTRIBUTE]
+
+
+def parallel_model(model: nn.Module | None) -> nn.Module | None:
+    """The transformers model that was parallelized, inside of whatever holds it; else None.
 
     Looks at the model itself, then through ``.module`` (DDP, compiled), ``base_model`` and
     ``.model`` (adapters), so that it can be asked of whatever a Trainer holds.
@@ -171,9 +177,8 @@ def parallel_state(model: nn.Module | None) -> ParallelState | None:
     seen: set[int] = set()
     while isinstance(model, nn.Module) and id(model) not in seen:
         seen.add(id(model))
-        state = model.__dict__.get(ATTRIBUTE)
-        if state is not None:
-            return state
+        if model.__dict__.get(ATTRIBUTE) is not None:
+            return model
         for name in ("module", "_orig_mod", "base_model", "model"):
             inner = model._modules.get(name)
             if inner is not None:

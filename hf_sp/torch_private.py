@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -28,6 +29,17 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 # in a way of their own (all_reduce all-reduces again in backward), and the plain torch.distributed
 # calls cannot be traced.
 collective_ops = torch.ops._c10d_functional
+
+
+def allow_graphs(count: int) -> None:
+    """Let torch.compile keep that many graphs of one function, instead of 8.
+
+    Decoder layers share the code that is compiled. torch gives hooks other numbers in each layer
+    and guards on these, so that each layer has graphs of its own.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, count)
 
 
 def below_autograd() -> AbstractContextManager[Any]:

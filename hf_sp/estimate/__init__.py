@@ -12,30 +12,16 @@ It is the training code itself that runs, so the estimate can't drift from it.
 """
 
 from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, StepAccounting
-from hf_sp.estimate.formulas import (
-    LayerShape,
-    kernels_bytes_per_token,
-    kernels_tp_bytes_per_token,
-    sp_gathered_bytes_per_token,
-    sp_shard_bytes_per_token,
-    tp_bytes_per_token,
-)
 from hf_sp.estimate.simulate import fake_tensors, fake_world
 from hf_sp.estimate.step import StepCount, count_step, per_layer
 
 __all__ = [
     "CollectiveCount",
-    "LayerShape",
     "LiveStorage",
     "StepAccounting",
     "StepCount",
     "count_step",
     "fake_tensors",
     "fake_world",
-    "kernels_bytes_per_token",
-    "kernels_tp_bytes_per_token",
     "per_layer",
-    "sp_gathered_bytes_per_token",
-    "sp_shard_bytes_per_token",
-    "tp_bytes_per_token",
 ]

@@ -14,7 +14,12 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DistributedType, recursively_apply, synchronize_rng_states
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    recursively_apply,
+    synchronize_rng_states,
+)
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,6 +33,7 @@ from hf_sp.integrations.accelerate_mesh import (
     is_ours,
     models,
 )
+from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
@@ -81,10 +87,23 @@ def attach_mesh_before_prepare(
 def attach_mesh_before_prepare_model(
     original: Patch, self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    """As ``prepare``, for those who call this directly."""
-    for _, state in _parallel([model]):
+    """As ``prepare``, for those who call this directly; and ``torch_compile`` by layers.
+
+    accelerate compiles the model as a whole, whose hooks and loss talk to the host.
+    """
+    ours = _parallel([model])
+    for _, state in ours:
         adopt(self, state, "Accelerator.prepare_model")
-    return original(self, model, *args, **kwargs)
+    plugin = self.state.dynamo_plugin
+    if not ours or plugin.backend == DynamoBackend.NO:
+        return original(self, model, *args, **kwargs)
+    backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    try:
+        prepared = original(self, model, *args, **kwargs)
+    finally:
+        plugin.backend = backend
+    compile_layers(model, **plugin.to_kwargs())
+    return prepared
 
 
 @PATCHES.on(Accelerator, "_prepare_tp")

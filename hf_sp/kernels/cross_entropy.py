@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_sp.comm import collectives as comm
-from hf_sp.comm.autograd import once_differentiable
+from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.errors import ConfigError, ShapeError
 from hf_sp.kernels.cross_entropy_steps import (
@@ -40,11 +40,9 @@ def vocab_parallel_cross_entropy(
     group: Group = None,
     *,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
     reduction: Reduction = "none",
-    inplace: bool = False,
     vocab_size: int | None = None,
     vocab_start: int | None = None,
     triton: bool = True,
@@ -58,12 +56,12 @@ def vocab_parallel_cross_entropy(
               equal bits on all ranks
     dtype:    float16, bfloat16, float32: statistics and loss in float32, the gradient rounded once;
               float64: all in float64
-    Forward:  1 all-gather of [3, T] statistics (4 with label smoothing) over the group; without
-              vocab_size or vocab_start 1 more, of one number, and a synchronisation
+    Forward:  1 all-gather of [3, T] statistics over the group; without vocab_size or vocab_start 1
+              more, of one number, and a synchronisation
     Backward: no collective
     Saves:    the logits themselves, labels, two numbers a token
     Bytes:    a half-precision logit is read once forward (2), read and written once backward
-              (2 + 2); nothing of the size of the logits is made with ``inplace``
+              (2 + 2), into memory of its own
     Source:   the three statistics are Megatron-LM's (arXiv:1909.08053, section 3); one online pass
               over them is Milakov and Gimelshein's, arXiv:1805.02867
 
@@ -73,12 +71,9 @@ def vocab_parallel_cross_entropy(
         group: who holds the other columns: a process group or its name, a 1-D mesh, an ``Axis``;
             None if the logits are whole.
         ignore_index: label of tokens that do not count: loss 0, gradient 0.
-        label_smoothing: as in torch, over the whole vocabulary.
         softcap: bound of the logits.
         scale: factor of the logits.
         reduction: ``"mean"`` is over the tokens that count, NaN if none does.
-        inplace: write the gradient into the logits' memory. For logits that nobody else reads;
-            a second backward is refused.
         vocab_size: columns of all ranks, split as ``torch.chunk`` does.
         vocab_start: first column of this rank, for another split.
         triton: False: torch operations only.
@@ -86,64 +81,49 @@ def vocab_parallel_cross_entropy(
     Raises:
         ShapeError: shapes that do not fit, or (on CPU; a device assert elsewhere) a label outside
             the vocabulary.
-        ConfigError: an argument out of its range, or what ``inplace`` must not overwrite.
+        ConfigError: an argument out of its range.
     """
     axis = axis_of(group)
-    _check(logits, labels, reduction, inplace)
+    _check(logits, labels, reduction)
     vocab, start = place(logits.shape[-1], logits.device, axis, vocab_size, vocab_start)
     check_ids(labels, vocab, "labels", ignore_index)
-    terms = LossTerms(vocab, start, ignore_index, label_smoothing, softcap, scale, triton)
-    labels = labels.to(logits.device)
-    loss = _CrossEntropy.apply(logits, labels, axis, terms, inplace)
+    terms = LossTerms(
+        vocab=vocab,
+        start=start,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        scale=scale,
+        triton=triton,
+    )
+    loss = _CrossEntropy.apply(logits, labels.to(logits.device), axis, terms)
     if reduction == "none":
         return loss
     total = loss.sum()
     return total if reduction == "sum" else total / labels.ne(ignore_index).sum()
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Node):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        axis: Axis | None,
-        terms: LossTerms,
-        inplace: bool,
+        ctx: Any, logits: Tensor, labels: Tensor, axis: Axis | None, terms: LossTerms
     ) -> Tensor:
         labels_T = labels.reshape(-1).contiguous()
         logits_Tv = logits.reshape(labels_T.shape[0], logits.shape[-1])
         mine = token_statistics(logits_Tv, labels_T, terms)
         loss, peak_T, sum_T = combine(share(mine, axis), labels_T, terms)
         ctx.save_for_backward(logits, labels_T, peak_T, sum_T)
-        ctx.terms, ctx.inplace, ctx.spent = terms, inplace, False
+        ctx.terms = terms
         return loss.view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if ctx.spent:
-            raise ConfigError(
-                "a second backward through logits that hold their gradient by now",
-                where="vocab_parallel_cross_entropy(..., inplace=True)",
-                rule="the first backward overwrites the logits",
-                remedy="inplace=False, to keep the graph for another backward",
-            )
-        ctx.spent = ctx.inplace
         logits, labels_T, peak_T, sum_T = ctx.saved_tensors
-        whole = Combined(peak_T, peak_T, sum_T)
-        logits = logits.detach()
-        logits_Tv = logits.reshape(labels_T.shape[0], logits.shape[-1])
-        out_Tv = logits_Tv if ctx.inplace else torch.empty_like(logits_Tv)
+        logits_Tv = logits.detach().reshape(labels_T.shape[0], logits.shape[-1])
+        out_Tv, whole = torch.empty_like(logits_Tv), Combined(peak_T, peak_T, sum_T)
         dloss_T = grads[0].reshape(-1)
         write_gradient(logits_Tv, labels_T, whole, ctx.terms, dloss=dloss_T, out=out_Tv)
-        out = out_Tv.view(logits.shape)
-        if ctx.inplace:
-            if out.data_ptr() != logits.data_ptr():
-                out = logits.copy_(out)  # no view of these strides: written by way of a copy
-            # A kernel's writing is not seen by autograd, which has to refuse other readers.
-            torch.autograd.graph.increment_version(logits)
-        return out, None, None, None, None
+        return out_Tv.view(logits.shape), None, None, None
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -165,7 +145,7 @@ def axis_of(group: Group) -> Axis | None:
     return Axis(found.group_name, found.size(), found.rank())
 
 
-def _check(logits: Tensor, labels: Tensor, reduction: str, inplace: bool) -> None:
+def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
     where = "vocab_parallel_cross_entropy"
     if logits.dim() == 0 or not logits.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise ShapeError(
@@ -179,17 +159,6 @@ def _check(logits: Tensor, labels: Tensor, reduction: str, inplace: bool) -> Non
     if reduction not in get_args(Reduction):
         raise ConfigError(
             "unknown reduction", where=where, got=repr(reduction), legal="'none', 'sum', 'mean'"
-        )
-    if not inplace or not logits.requires_grad or not torch.is_grad_enabled():
-        return
-    shared = any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True))
-    if logits.is_leaf or shared:
-        raise ConfigError(
-            "these logits cannot take their gradient's place",
-            where=f"{where}(inplace=True)",
-            got="a leaf" if logits.is_leaf else f"expanded logits, strides {logits.stride()}",
-            rule="the gradient overwrites them: they must be an intermediate result",
-            remedy="inplace=False",
         )
 
 

@@ -32,13 +32,12 @@ class LossTerms:
     """The loss of one token, and where this rank's columns lie.
 
     ``z = softcap * tanh(scale * x / softcap)`` (``scale * x`` without a cap), then
-    ``logsumexp(z) - (1 - label_smoothing) * z[label] - label_smoothing * mean(z)``.
+    ``logsumexp(z) - z[label]``.
 
     Args:
         vocab: columns of all ranks.
         start: first column of this rank.
         ignore_index: label of tokens that do not count.
-        label_smoothing: share of the target spread over the whole vocabulary.
         softcap: bound of the logits, None for none.
         scale: factor of the logits, applied before the cap.
         triton: run the Triton kernels where they can.
@@ -47,18 +46,11 @@ class LossTerms:
     vocab: int
     start: int = 0
     ignore_index: int = -100
-    label_smoothing: float = 0.0
     softcap: float | None = None
     scale: float = 1.0
     triton: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ConfigError(
-                "label_smoothing is a share",
-                got=repr(self.label_smoothing),
-                legal="a number from 0 to 1",
-            )
         if self.softcap == 0:
             raise ConfigError(
                 "a soft cap of 0 would make all logits equal",
@@ -78,12 +70,12 @@ class Combined(NamedTuple):
 def token_statistics(
     logits_Tv: Tensor, labels_T: Tensor, terms: LossTerms, config: LaunchConfig | None = None
 ) -> Tensor:
-    """What this rank knows of each row: peak, ``sum(exp(z - peak))``, target, and ``sum(z)``.
+    """What this rank knows of each row: peak, ``sum(exp(z - peak))``, target.
 
-    The target's logit counts on the rank that has its column and is 0 elsewhere; the last row is
-    there with label smoothing only. Rows to ignore may hold anything.
+    The target's logit counts on the rank that has its column and is 0 elsewhere. Rows to ignore may
+    hold anything.
 
-    Shapes:   logits [T, v], labels [T] -> [3 or 4, T] in float32 (float64 for float64)
+    Shapes:   logits [T, v], labels [T] -> [3, T] in float32 (float64 for float64)
     Bytes:    each logit is read once
 
     Args:
@@ -93,11 +85,10 @@ def token_statistics(
         config: warps and block of the Triton kernel, for a sweep.
     """
     T, v = logits_Tv.shape
-    smoothed = terms.label_smoothing > 0
     wide = torch.promote_types(logits_Tv.dtype, torch.float32)
     if T == 0 or v == 0:
         # A vocabulary smaller than the group leaves ranks without columns.
-        stats = logits_Tv.new_zeros((4 if smoothed else 3, T), dtype=wide)
+        stats = logits_Tv.new_zeros((3, T), dtype=wide)
         stats[0].fill_(-torch.inf)
         return stats
     kernels = _kernels(logits_Tv, terms)
@@ -109,7 +100,6 @@ def token_statistics(
             ignore_index=terms.ignore_index,
             scale=terms.scale,
             softcap=terms.softcap or 0.0,
-            smoothed=smoothed,
             config=config,
         )
     slabs = (_slab_statistics(logits_Tv[rows], labels_T[rows], terms) for rows in _slabs(T, v))
@@ -117,27 +107,24 @@ def token_statistics(
 
 
 def share(stats: Tensor, axis: Axis | None) -> Tensor:
-    """Statistics ``[k, T]`` of all ranks, ``[tp, k, T]``: 1 all-gather of float32."""
+    """Statistics ``[3, T]`` of all ranks, ``[tp, 3, T]``: 1 all-gather of float32."""
     if axis is None or stats.shape[1] == 0:
         return stats[None]
     return comm.all_gather(stats[None], axis)
 
 
 def combine(stats: Tensor, labels_T: Tensor, terms: LossTerms) -> Combined:
-    """Each token's loss, and what its gradient needs, from the statistics ``[tp, k, T]`` of all.
+    """Each token's loss, and what its gradient needs, from the statistics ``[tp, 3, T]`` of all.
 
     Every rank does the same to the same numbers, so that the loss has the same bits on all.
     """
-    peaks, sums, targets, *plain = stats.unbind(1)
+    peaks, sums, targets = stats.unbind(1)
     peak_T = peaks.amax(0)
     # Where all logits are -inf: exp(-inf - -inf) would turn the sum of 0 into NaN.
     peak_T = peak_T.masked_fill(peak_T == -torch.inf, 0)
     sum_T = (sums * (peaks - peak_T).exp()).sum(0)
     loss_T = sum_T.log() + peak_T
-    kept = 1.0 - terms.label_smoothing
-    loss_T -= targets.sum(0) if kept == 1.0 else kept * targets.sum(0)
-    for one in plain:
-        loss_T -= (terms.label_smoothing / terms.vocab) * one.sum(0)
+    loss_T -= targets.sum(0)
     return Combined(loss_T.masked_fill_(labels_T == terms.ignore_index, 0), peak_T, sum_T)
 
 
@@ -194,8 +181,6 @@ def write_gradient(
         ignore_index=terms.ignore_index,
         scale=terms.scale,
         softcap=terms.softcap or 0.0,
-        smoothing=terms.label_smoothing,
-        even=terms.label_smoothing / terms.vocab,
         config=config,
     )
     return out if straight else out.copy_(target)
@@ -241,12 +226,10 @@ def _slab_statistics(x_Tv: Tensor, labels_T: Tensor, terms: LossTerms) -> Tensor
     z_Tv = _mapped(x_Tv, terms)
     index_T1, here_T = _targets(labels_T, z_Tv.shape[1], terms)
     peak_T = z_Tv.amax(1)
-    rows = [z_Tv.gather(1, index_T1).squeeze(1).masked_fill_(~here_T, 0)]
-    if terms.label_smoothing > 0:
-        rows.append(z_Tv.sum(1))
+    target_T = z_Tv.gather(1, index_T1).squeeze(1).masked_fill_(~here_T, 0)
     # A row of -inf (all its logits are masked out on this rank) adds nothing.
     z_Tv.sub_(peak_T.masked_fill(peak_T == -torch.inf, 0).unsqueeze(1)).exp_()
-    return torch.stack([peak_T, z_Tv.sum(1), *rows])
+    return torch.stack([peak_T, z_Tv.sum(1), target_T])
 
 
 def _slab_gradient(
@@ -263,10 +246,7 @@ def _slab_gradient(
         slope_Tv = (z_Tv / terms.softcap).square_().neg_().add_(1)
     index_T1, here_T = _targets(labels_T, z_Tv.shape[1], terms)
     z_Tv.sub_(peak_T.unsqueeze(1)).exp_().mul_(sum_T.reciprocal().unsqueeze(1))
-    if terms.label_smoothing > 0:
-        z_Tv.sub_(terms.label_smoothing / terms.vocab)
-    hit_T = here_T.to(z_Tv.dtype).mul_(terms.label_smoothing - 1.0)
-    z_Tv.scatter_add_(1, index_T1, hit_T.unsqueeze(1))
+    z_Tv.scatter_add_(1, index_T1, here_T.to(z_Tv.dtype).neg_().unsqueeze(1))
     if slope_Tv is not None:
         z_Tv.mul_(slope_Tv)
     if terms.scale != 1.0:

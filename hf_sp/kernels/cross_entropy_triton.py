@@ -43,7 +43,7 @@ def _mapped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
 def statistics_kernel(
     logits_ptr,  # [T, v]
     labels_ptr,  # [T] int64
-    out_ptr,  # [3 or 4, T] float32
+    out_ptr,  # [3, T] float32
     tokens,
     columns,
     row_stride,
@@ -51,10 +51,9 @@ def statistics_kernel(
     ignore_index,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
-    SMOOTHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program: peak, sum of exponentials, target, and the plain sum if SMOOTHED."""
+    """One row a program: peak, sum of exponentials, target."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
@@ -62,15 +61,12 @@ def statistics_kernel(
     lanes = tl.arange(0, BLOCK)
     peak = tl.full((), float("-inf"), tl.float32)
     exps = tl.zeros([BLOCK], tl.float32)
-    plain = tl.zeros([BLOCK], tl.float32)
     # A row that does not count is not read.
     limit = tl.where(counted, columns, 0)
     for first in range(0, limit, BLOCK):
         inside = first + lanes < columns
         x = tl.load(line + first + lanes, mask=inside, other=0.0).to(tl.float32)
         z, _ = _mapped(x, SCALE, CAP)
-        if SMOOTHED:
-            plain += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, 0))
         # A row of -inf so far adds nothing; -inf - -inf would be NaN.
@@ -84,8 +80,6 @@ def statistics_kernel(
     tl.store(out_ptr + row, peak)
     tl.store(out_ptr + tokens + row, tl.sum(exps, 0))
     tl.store(out_ptr + 2 * tokens + row, tl.where(here, target, 0.0))
-    if SMOOTHED:
-        tl.store(out_ptr + 3 * tokens + row, tl.sum(plain, 0))
 
 
 @triton.jit
@@ -104,12 +98,10 @@ def gradient_kernel(
     ignore_index,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    EVEN: tl.constexpr,
     HAS_DLOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of columns of one row: ``slope * dloss * (p - (1 - SMOOTHING) onehot - EVEN)``."""
+    """A block of columns of one row: ``slope * dloss * (p - onehot)``."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row)
@@ -120,7 +112,7 @@ def gradient_kernel(
     z, slope = _mapped(x.to(tl.float32), SCALE, CAP)
     total = tl.where(counted, tl.load(sum_ptr + row), 1.0)
     grad = tl.exp(z - tl.load(peak_ptr + row)) * (1.0 / total)
-    grad -= tl.where(lanes == label - start, 1.0 - SMOOTHING + EVEN, EVEN)
+    grad -= tl.where(lanes == label - start, 1.0, 0.0)
     grad *= slope
     if HAS_DLOSS:
         grad *= tl.load(dloss_ptr + row * dloss_stride)
@@ -138,16 +130,15 @@ def launch_statistics(
     ignore_index: int,
     scale: float,
     softcap: float,
-    smoothed: bool,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Statistics ``[3 or 4, T]`` in float32 of logits ``[T, v]`` with columns side by side.
+    """Statistics ``[3, T]`` in float32 of logits ``[T, v]`` with columns side by side.
 
     ``softcap`` 0 means none. T and v must not be 0.
     """
     T, v = logits_Tv.shape
     config = config or STATISTICS
-    out = logits_Tv.new_empty((4 if smoothed else 3, T), dtype=torch.float32)
+    out = logits_Tv.new_empty((3, T), dtype=torch.float32)
     dispatch.launch(
         statistics_kernel,
         (T,),
@@ -161,7 +152,6 @@ def launch_statistics(
         ignore_index,
         SCALE=scale,
         CAP=softcap,
-        SMOOTHED=smoothed,
         BLOCK=_block(config, v),
         num_warps=config.warps,
     )
@@ -180,14 +170,11 @@ def launch_gradient(
     ignore_index: int,
     scale: float,
     softcap: float,
-    smoothing: float,
-    even: float,
     config: LaunchConfig | None = None,
 ) -> None:
     """Write the gradient into ``out``, which may be the logits themselves.
 
-    ``even`` is ``smoothing / V``. ``dloss`` is float32, one number or ``[T]``. T and v must not be
-    0.
+    ``dloss`` is float32, one number or ``[T]``. T and v must not be 0.
     """
     T, v = logits_Tv.shape
     config = config or GRADIENT
@@ -209,8 +196,6 @@ def launch_gradient(
         ignore_index,
         SCALE=scale,
         CAP=softcap,
-        SMOOTHING=smoothing,
-        EVEN=even,
         HAS_DLOSS=dloss is not None,
         BLOCK=block,
         num_warps=config.warps,

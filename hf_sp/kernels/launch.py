@@ -1,7 +1,7 @@
 """Which tensors the Triton kernels can take, and how they are launched. The rest goes to torch.
 
-Owns the decision, the late import of the kernel modules, and the launch: device guard, interpreter,
-count. Must not know what the kernels compute. Importing it imports no triton.
+Owns the decision, the late import of the kernel modules, and the launch. Must not know what the
+kernels compute. Importing it imports no triton.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hf_sp.kernels import table
 
-# How often each kernel ran in this process: lets a test see that it was not torch that answered.
+# How often each kernel ran in this process: shows that it was not torch that answered.
 launches: Counter[str] = Counter()
 
 # Said outright: the default changes in triton 3.10, and 3.9 warns of that when it compiles.
@@ -29,47 +30,51 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def usable(*tensors: Tensor | None) -> bool:
+def _interpret(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    kernel[grid](*args, **kwargs)
+
+
+# How kernels run on CPU tensors: in Triton's interpreter, or not at all. Read once, as Triton does:
+# its decorators look at the variable at import. Tests put a mended interpreter here.
+interpreter: Callable[..., None] | None = (
+    _interpret if os.environ.get("TRITON_INTERPRET") == "1" else None
+)
+
+
+def usable(x: Tensor, *others: Tensor | None) -> bool:
     """Whether kernels can take all these tensors.
 
     They can if triton is there; all are plain tensors (no DTensor, no FakeTensor) in float32,
     bfloat16 or float16 on one CUDA device (compute capability 8.0 or newer), or on the CPU where
-    TRITON_INTERPRET=1 is set at this moment; none is empty; and torch.compile is not tracing.
+    Triton's interpreter is asked for; none is empty; and torch.compile is not tracing.
     """
-    if torch.compiler.is_compiling():
+    if not (x.is_cuda or interpreter) or torch.compiler.is_compiling():
         return False
-    device = None
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in _PLAIN or x.dtype not in _DTYPES or x.numel() == 0 or x.dim() == 0:
+    device = x.device
+    for one in (x, *others):
+        if one is not None and (
+            type(one) not in _PLAIN
+            or one.dtype not in _DTYPES
+            or one.device != device
+            or one.numel() == 0
+            or one.dim() == 0
+        ):
             return False
-        if device is None:
-            device = x.device
-        elif x.device != device:
-            return False
-    if device is None:
-        return False
-    if device.type == "cuda":
-        return _cuda_usable(device.index)
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+    return _cuda_usable(device.index) if x.is_cuda else device.type == "cpu" and _has_triton()
 
 
-def norm_kernels(
-    x: Tensor, weight: Tensor | None, *others: Tensor | None, backward: bool = False
-) -> Any | None:
+def norm_kernels(x: Tensor, *others: Tensor | None, backward: bool = False) -> Any | None:
     """The module with the norm's launchers, or None where torch must do it.
 
     Args:
         x: the rows.
-        weight: ``[N]`` or None.
-        others: further tensors shaped like x.
+        others: the weight, and further tensors shaped like x.
         backward: whether the backward's limit on N counts.
     """
+    if not (x.is_cuda or interpreter):
+        return None
     limit = table.MAX_BACKWARD if backward else table.MAX_FORWARD
-    if x.dim() and x.shape[-1] <= limit and usable(x, weight, *others):
-        return _module("norm_triton")
-    return None
+    return _module("norm_triton") if x.shape[-1] <= limit and usable(x, *others) else None
 
 
 def swiglu_kernels(gate: Tensor, *others: Tensor) -> Any | None:
@@ -79,9 +84,10 @@ def swiglu_kernels(gate: Tensor, *others: Tensor) -> Any | None:
         gate: the gate projection.
         others: further tensors, which must have its dtype.
     """
-    if all(x.dtype == gate.dtype for x in others) and usable(gate, *others):
-        return _module("swiglu_triton")
-    return None
+    if not (gate.is_cuda or interpreter):
+        return None
+    alike = all(x.dtype == gate.dtype for x in others)
+    return _module("swiglu_triton") if alike and usable(gate, *others) else None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
@@ -94,11 +100,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         kwargs: constexpr arguments and launch options.
     """
     launches[kernel.fn.__name__] += 1
-    if args[0].is_cuda:
-        with torch.cuda.device_of(args[0]):
-            kernel[grid](*args, **OPTIONS, **kwargs)
+    device = args[0].get_device()
+    if device < 0:
+        assert interpreter is not None
+        interpreter(kernel, grid, *args, **kwargs)
+    elif device == torch.cuda.current_device():
+        kernel[grid](*args, **OPTIONS, **kwargs)
     else:
-        importlib.import_module("hf_sp.kernels.interpreter").launch(kernel, grid, *args, **kwargs)
+        with torch.cuda.device(device):
+            kernel[grid](*args, **OPTIONS, **kwargs)
 
 
 def programs(device: torch.device, per_sm: int) -> int:

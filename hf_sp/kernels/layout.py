@@ -1,16 +1,22 @@
 """Rows of tensors as two strides, so that views are read where they lie.
 
-Owns the collapse of leading dimensions. Must not know what is computed on the rows.
+Owns the collapse of leading dimensions. Must not know what is computed on the rows. All of it
+depends on shapes and strides alone, and is worked out once for each: a launch only looks it up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_Shape = tuple[int, ...]
+# Lengths of batches vary; an entry is some hundred bytes.
+_cached = lru_cache(4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,15 @@ def rows_of(tensors: Sequence[Tensor | None], lead: Tensor) -> Rows | None:
     Returns:
         The walk, or None where it would take three levels.
     """
-    shape, order = lead.shape, lead.stride()
-    strides = [order if x is None else x.stride() for x in tensors]
-    dims = [dim for dim in range(lead.dim() - 1) if shape[dim] != 1]
+    order = lead.stride()
+    return _collapse(
+        lead.shape, order, tuple([order if x is None else x.stride() for x in tensors])
+    )
+
+
+@_cached
+def _collapse(shape: _Shape, order: _Shape, strides: tuple[_Shape, ...]) -> Rows | None:
+    dims = [dim for dim in range(len(shape) - 1) if shape[dim] != 1]
     dims.sort(key=lambda dim: -order[dim])
     levels: list[tuple[int, list[int]]] = []
     for dim in dims:
@@ -59,37 +71,36 @@ def rows_of(tensors: Sequence[Tensor | None], lead: Tensor) -> Rows | None:
     return Rows(outer_size * inner_size, inner_size, tuple(zip(outer, inner, strict=True)))
 
 
-def readable(lead: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def readable(lead: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """Inputs whose rows are contiguous and can be walked together: views if possible, else copies.
 
     Args:
         lead: keeps its order in memory if any can.
-        others: shaped as lead, or None.
+        others: shaped as lead.
 
     Returns:
         ``(lead, *others)``.
     """
-    if _all_contiguous(lead, *others):
-        return lead, *others
-    lead = lead if has_rows(lead) else lead.contiguous()
-    others = tuple(x if x is None or has_rows(x) else x.contiguous() for x in others)
-    fresh = torch.empty_like(lead)  # the layout that results will have
-    if rows_of([lead, *others, fresh], lead) is not None:
-        return lead, *others
-    if rows_of([lead, fresh], lead) is None:
+    tensors = (lead, *others)
+    if _together(lead.shape, tuple([x.stride() for x in tensors])):
+        return tensors
+    lead, *rest = (x if _has_rows(x.shape, x.stride()) else x.contiguous() for x in tensors)
+    if _together(lead.shape, tuple([x.stride() for x in (lead, *rest)])):
+        return lead, *rest
+    if not _together(lead.shape, (lead.stride(),)):
         lead = lead.contiguous()
-    return lead, *(x if x is None else _laid_out(x, lead) for x in others)
+    return lead, *(torch.empty_like(lead, dtype=x.dtype).copy_(x) for x in rest)
 
 
-def has_rows(x: Tensor) -> bool:
+@_cached
+def _together(shape: _Shape, strides: tuple[_Shape, ...]) -> bool:
+    """Whether rows that lie so can be walked together, and with results laid out as the first."""
+    if not all(_has_rows(shape, stride) for stride in strides):
+        return False
+    fresh = torch.empty_like(torch.empty_strided(shape, strides[0], device="meta")).stride()
+    return _collapse(shape, strides[0], (*strides, fresh)) is not None
+
+
+def _has_rows(shape: _Shape, stride: _Shape) -> bool:
     """Whether the last dimension is contiguous."""
-    return x.stride(-1) == 1 or x.shape[-1] == 1
-
-
-def _all_contiguous(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.is_contiguous() for x in tensors)
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """A copy of x laid out in memory as another tensor of its shape is."""
-    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return stride[-1] == 1 or shape[-1] == 1

@@ -6,6 +6,8 @@ of the forward with it. Must not know autograd. Imported at the first launch onl
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from hf_sp.kernels import launch as dispatch
 from hf_sp.kernels import table
-from hf_sp.kernels.layout import has_rows, readable, rows_of
+from hf_sp.kernels.layout import readable, rows_of
 from hf_sp.kernels.reference import Casting, rms_norm_dtype
 from hf_sp.kernels.table import LaunchConfig
 
@@ -25,33 +27,26 @@ from hf_sp.kernels.table import LaunchConfig
 @triton.jit
 def rms_norm_forward_kernel(
     X,
-    R,
     W,
     Y,
-    S,
     RSTD,
     rows,
     inner,
     x_outer,
     x_inner,
-    r_outer,
-    r_inner,
     y_outer,
     y_inner,
-    s_outer,
-    s_inner,
     q_outer,
     q_inner,
     N: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     LLAMA: tl.constexpr,
-    HAS_R: tl.constexpr,
     HAS_W: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of rows: the residual sum, its statistics, y."""
+    """One tile of rows: its statistics, y."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_N)[None, :]
     live = (row < rows)[:, None] & (col < N)
@@ -59,17 +54,13 @@ def rms_norm_forward_kernel(
     outer = (row // inner).to(tl.int64)[:, None]
     within = (row % inner).to(tl.int64)[:, None]
 
-    s = tl.load(X + outer * x_outer + within * x_inner + col, mask=live, other=0.0)
-    if HAS_R:
-        r = tl.load(R + outer * r_outer + within * r_inner + col, mask=live, other=0.0)
-        s = (s.to(tl.float32) + r.to(tl.float32)).to(S.dtype.element_ty)
-        tl.store(S + outer * s_outer + within * s_inner + col, s, mask=live)
-    s32 = s.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(s32 * s32, axis=1, keep_dims=True) / N + EPS)
+    x = tl.load(X + outer * x_outer + within * x_inner + col, mask=live, other=0.0)
+    x32 = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=1, keep_dims=True) / N + EPS)
     tl.store(RSTD + outer * q_outer + within * q_inner, rstd, mask=(row < rows)[:, None])
-    y = s32 * rstd
+    y = x32 * rstd
     if LLAMA:
-        y = y.to(s.dtype).to(tl.float32)
+        y = y.to(x.dtype).to(tl.float32)
     if HAS_W:
         w = tl.load(W + col, mask=col < N, other=0.0).to(tl.float32)
         if OFFSET != 0.0:
@@ -81,8 +72,7 @@ def rms_norm_forward_kernel(
 @triton.jit
 def rms_norm_backward_kernel(
     DY,
-    DS,
-    S,
+    X,
     W,
     RSTD,
     DX,
@@ -91,10 +81,8 @@ def rms_norm_backward_kernel(
     inner,
     g_outer,
     g_inner,
-    r_outer,
-    r_inner,
-    s_outer,
-    s_inner,
+    x_outer,
+    x_inner,
     q_outer,
     q_inner,
     d_outer,
@@ -102,7 +90,6 @@ def rms_norm_backward_kernel(
     N: tl.constexpr,
     OFFSET: tl.constexpr,
     LLAMA: tl.constexpr,
-    HAS_DS: tl.constexpr,
     HAS_W: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
@@ -126,27 +113,24 @@ def rms_norm_backward_kernel(
         outer = (row // inner).to(tl.int64)[:, None]
         within = (row % inner).to(tl.int64)[:, None]
         dy = tl.load(DY + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
-        s = tl.load(S + outer * s_outer + within * s_inner + col, mask=live, other=0.0)
+        x = tl.load(X + outer * x_outer + within * x_inner + col, mask=live, other=0.0)
         # 0 in rows past the end, whatever eps is: they add nothing to dw.
         rstd = tl.load(
             RSTD + outer * q_outer + within * q_inner, mask=(row < rows)[:, None], other=0.0
         )
         dy32 = dy.to(tl.float32)
-        x = s.to(tl.float32) * rstd
+        xhat = x.to(tl.float32) * rstd
         if NEED_DW:
             if LLAMA:
-                dw += dy32 * x.to(s.dtype).to(tl.float32)
+                dw += dy32 * xhat.to(x.dtype).to(tl.float32)
             else:
-                dw += dy32 * x
+                dw += dy32 * xhat
         if NEED_DX:
             if HAS_W:
                 g = dy32 * w
             else:
                 g = dy32
-            dx = rstd * (g - x * (tl.sum(g * x, axis=1, keep_dims=True) / N))
-            if HAS_DS:
-                ds = tl.load(DS + outer * r_outer + within * r_inner + col, mask=live, other=0.0)
-                dx = dx + ds.to(tl.float32)
+            dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=1, keep_dims=True) / N))
             tl.store(
                 DX + outer * d_outer + within * d_inner + col,
                 dx.to(DX.dtype.element_ty),
@@ -159,91 +143,73 @@ def rms_norm_backward_kernel(
 
 def rms_norm(
     x: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
     offset: float,
     casting: Casting,
     *,
-    out: Tensor | None = None,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the forward.
 
     Args:
-        x: ``[..., N]``, N up to ``table.MAX_FORWARD``, as ``dispatch.norm_kernels`` accepts.
-        residual: ``[..., N]`` or None.
+        x: ``[..., N]``, N up to ``table.MAX_FORWARD``, as ``launch.norm_kernels`` accepts.
         weight: ``[N]`` or None.
-        eps: see :func:`hf_sp.kernels.norm.rms_norm`, like the next three.
+        eps: see :func:`hf_sp.kernels.norm.rms_norm`, like the next two.
         offset: see eps.
         casting: see eps.
-        out: see eps.
         config: in place of the table's.
 
     Returns:
-        ``(y, s, rstd [...])``; y is over ``out`` if that was given, s is x without a residual.
+        ``(y, rstd [...])``.
     """
     n = x.shape[-1]
     config = config or table.norm_forward(n)
-    x, r = readable(x, residual)
-    dtype = x.dtype if r is None else torch.promote_types(x.dtype, r.dtype)
-    y_dtype = rms_norm_dtype(dtype, None if weight is None else weight.dtype, casting)
-    s = x if r is None else torch.empty_like(x, dtype=dtype)
+    (x,) = readable(x)
+    dtype = rms_norm_dtype(x.dtype, None if weight is None else weight.dtype, casting)
+    y = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty_like(x[..., 0], dtype=torch.float32)
-    y, walk = out, None
-    if y is not None and has_rows(y):
-        walk = rows_of([x, r, y, s, rstd], x)
-    if y is None or walk is None:
-        # Without a place for it, or with one whose rows cannot be walked along with x's.
-        y = torch.empty_like(x, dtype=y_dtype)
-        walk = rows_of([x, r, y, s, rstd], x)
+    walk = rows_of([x, y, rstd], x)
     assert walk is not None
     dispatch.launch(
         rms_norm_forward_kernel,
         ((walk.count + config.rows - 1) // config.rows,),
         x,
-        x if r is None else r,
         x if weight is None else weight.contiguous(),
         y,
-        s,
         rstd,
         walk.count,
         walk.inner,
-        *(step for pair in walk.strides for step in pair),
+        *chain.from_iterable(walk.strides),
         N=n,
         EPS=float(eps),
         OFFSET=float(offset),
         LLAMA=casting == "llama",
-        HAS_R=r is not None,
         HAS_W=weight is not None,
         ROWS=config.rows,
         BLOCK_N=table.next_power_of_2(n),
         num_warps=config.warps,
     )
-    if out is not None and y is not out:
-        out.copy_(y)
-    return (y if out is None else out), s, rstd
+    return y, rstd
 
 
 def rms_norm_backward(
     dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
+    x: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     offset: float,
     casting: Casting,
-    *,
     need_dx: bool = True,
     need_dw: bool = True,
+    *,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward.
 
     Args:
         dy: ``[..., N]``, N up to ``table.MAX_BACKWARD``; read only.
-        ds: ``[..., N]`` or None; read only.
-        s: ``[..., N]``.
+        x: ``[..., N]``.
         rstd: ``[...]``, float32.
         weight: ``[N]`` or None.
         offset: see :func:`hf_sp.kernels.norm.rms_norm`, like the next.
@@ -253,40 +219,38 @@ def rms_norm_backward(
         config: in place of the table's.
 
     Returns:
-        ``(dx in s.dtype, dw [N] in float32)``; None for what is not needed.
+        ``(dx in x.dtype, dw [N] in float32)``; None for what is not needed.
     """
     need_dw = need_dw and weight is not None
     if not (need_dx or need_dw):
         return None, None
-    n = s.shape[-1]
+    n = x.shape[-1]
     config = config or table.norm_backward(n)
-    s, dy, ds = readable(s, dy, ds)
-    dx = torch.empty_like(s) if need_dx else None
-    walk = rows_of([dy, ds, s, rstd, dx], s)
+    x, dy = readable(x, dy)
+    dx = torch.empty_like(x) if need_dx else None
+    walk = rows_of([dy, x, rstd, dx], x)
     if walk is None:
-        rstd = torch.empty_like(s[..., 0], dtype=torch.float32).copy_(rstd)
-        walk = rows_of([dy, ds, s, rstd, dx], s)
+        rstd = torch.empty_like(x[..., 0], dtype=torch.float32).copy_(rstd)
+        walk = rows_of([dy, x, rstd, dx], x)
     assert walk is not None
-    blocks = (walk.count + config.rows - 1) // config.rows
-    grid = min(blocks, dispatch.programs(s.device, config.per_sm))
-    partial = torch.empty(grid, n, dtype=torch.float32, device=s.device) if need_dw else None
+    tiles = (walk.count + config.rows - 1) // config.rows
+    grid = min(tiles, dispatch.programs(x.device, config.per_sm))
+    partial = torch.empty(grid, n, dtype=torch.float32, device=x.device) if need_dw else None
     dispatch.launch(
         rms_norm_backward_kernel,
         (grid,),
         dy,
-        dy if ds is None else ds,
-        s,
-        s if weight is None else weight.contiguous(),
+        x,
+        x if weight is None else weight.contiguous(),
         rstd,
-        s if dx is None else dx,
+        x if dx is None else dx,
         rstd if partial is None else partial,
         walk.count,
         walk.inner,
-        *(step for pair in walk.strides for step in pair),
+        *chain.from_iterable(walk.strides),
         N=n,
         OFFSET=float(offset),
         LLAMA=casting == "llama",
-        HAS_DS=ds is not None,
         HAS_W=weight is not None,
         NEED_DX=need_dx,
         NEED_DW=need_dw,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
-CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "gpt_oss", "olmo2")
+Casting = Literal["llama", "gemma", "gpt_oss"]
+CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "gpt_oss")
 
 
 def rms_norm_dtype(x: torch.dtype, weight: torch.dtype | None, casting: Casting) -> torch.dtype:
@@ -23,12 +23,7 @@ def rms_norm_dtype(x: torch.dtype, weight: torch.dtype | None, casting: Casting)
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    offset: float,
-    casting: Casting,
-    dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: Casting
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm as in Hugging Face's source, operation by operation, so that the bits are the same.
 
@@ -38,49 +33,43 @@ def rms_norm(
         eps: added to the mean square.
         offset: added to the weight, in float32.
         casting: where it rounds; see :func:`hf_sp.kernels.norm.rms_norm`.
-        dtype: of y, where the weight handed in is not the parameter but a float32 copy of it.
 
     Returns:
         ``(y [..., N], rstd [...] in float32)``.
     """
-    x32 = x.to(torch.float32)
+    x32 = x if x.dtype == torch.float32 else x.to(torch.float32)
     rstd = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     y = x32 * rstd
-    if casting == "llama":
-        y = y.to(x.dtype)
+    if casting != "llama":
         if weight is not None:
-            y = weight * y
-    elif weight is not None:
-        # Gemma casts the weight itself; the others leave it to promotion. It shows in float64 only.
-        gain = offset + weight.to(torch.float32) if casting == "gemma" or offset else weight
-        y = gain * y
-    if dtype is None:
-        dtype = rms_norm_dtype(x.dtype, None if weight is None else weight.dtype, casting)
-    return y.to(dtype), rstd.squeeze(-1)
+            # Gemma casts the weight itself, gpt-oss leaves it to promotion: float64 shows it.
+            cast = casting == "gemma" or offset
+            y = (offset + weight.to(torch.float32) if cast else weight) * y
+        return y.to(x.dtype), rstd.squeeze(-1)
+    if y.dtype != x.dtype:
+        y = y.to(x.dtype)
+    return y if weight is None else weight * y, rstd.squeeze(-1)
 
 
 def rms_norm_backward(
     dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
+    x: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     offset: float,
     casting: Casting,
-    *,
     need_dx: bool = True,
     need_dw: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`rms_norm`, in float32 up to one rounding at the end.
 
-    With ``x = s * rstd`` and ``g = dy * (offset + w)``: ``ds = rstd * (g - x * mean(g * x))`` and
-    ``dw = sum over rows of dy * x``, where x is the rounded one in the llama form, which is what
-    the weight was multiplied with.
+    With ``xhat = x * rstd`` and ``g = dy * (offset + w)``: ``dx = rstd * (g - xhat * mean(g *
+    xhat))`` and ``dw = sum over rows of dy * xhat``, where xhat is the rounded one in the llama
+    form, which is what the weight was multiplied with.
 
     Args:
         dy: gradient of y, ``[..., N]``.
-        ds: gradient that reached the norm's input by another way (the residual), or None.
-        s: the norm's input.
+        x: the norm's input.
         rstd: as the forward returned it, ``[...]`` in float32.
         weight: ``[N]`` or None.
         offset: as in the forward.
@@ -89,33 +78,35 @@ def rms_norm_backward(
         need_dw: whether the second one is.
 
     Returns:
-        ``(dx in s.dtype, dw [N] in float32, not rounded)``; None for what is not needed.
+        ``(dx in x.dtype, dw [N] in float32, not rounded)``; None for what is not needed.
     """
-    s32 = s.to(torch.float32)
-    dy32 = dy.to(torch.float32)
-    xhat = s32 * rstd.unsqueeze(-1)
+    x_dtype, fp32 = x.dtype, torch.float32
+    rstd = rstd.unsqueeze(-1)
+    dy32 = dy if dy.dtype == fp32 else dy.to(fp32)
+    xhat = (x if x_dtype == fp32 else x.to(fp32)) * rstd
     dw = None
     if need_dw and weight is not None:
-        seen = xhat.to(s.dtype).to(torch.float32) if casting == "llama" else xhat
-        dw = (dy32 * seen).sum(tuple(range(s.dim() - 1))) if s.dim() > 1 else dy32 * seen
+        rounded = casting == "llama" and x_dtype != fp32
+        dw = dy32 * (xhat.to(x_dtype).to(fp32) if rounded else xhat)
+        dw = dw.sum(tuple(range(x.dim() - 1))) if x.dim() > 1 else dw
     if not need_dx:
         return None, dw
-    g = dy32 if weight is None else dy32 * (offset + weight.to(torch.float32))
-    dx = rstd.unsqueeze(-1) * (g - xhat * (g * xhat).mean(-1, keepdim=True))
-    if ds is not None:
-        dx = dx + ds.to(torch.float32)
-    return dx.to(s.dtype), dw
+    if weight is None:
+        g = dy32
+    else:
+        gain = weight if weight.dtype == fp32 else weight.to(fp32)
+        g = dy32 * (offset + gain if offset else gain)
+    dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    return dx if x_dtype == fp32 else dx.to(x_dtype), dw
 
 
 def rms_norm_backward_float64(
     dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
+    x: Tensor,
     weight: Tensor | None,
     eps: float,
     offset: float,
     casting: Casting,
-    *,
     need_dx: bool = True,
     need_dw: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -126,8 +117,7 @@ def rms_norm_backward_float64(
 
     Args:
         dy: gradient of y.
-        ds: gradient that reached the norm's input by another way, or None.
-        s: the norm's input.
+        x: the norm's input.
         weight: ``[N]`` or None.
         eps: as in the forward, like the two below.
         offset: see eps.
@@ -136,18 +126,16 @@ def rms_norm_backward_float64(
         need_dw: whether the second one is.
 
     Returns:
-        ``(dx in s.dtype, dw [N] in the weight's dtype)``; None for what is not needed.
+        ``(dx in x.dtype, dw [N] in the weight's dtype)``; None for what is not needed.
     """
     need_dw = need_dw and weight is not None
     with torch.enable_grad():
-        s_leaf = s.detach().requires_grad_(need_dx)
+        x_leaf = x.detach().requires_grad_(need_dx)
         w_leaf = None if weight is None else weight.detach().requires_grad_(need_dw)
-        y, _ = rms_norm(s_leaf, w_leaf, eps, offset, casting)
-        leaves = [leaf for leaf in (s_leaf, w_leaf) if leaf is not None and leaf.requires_grad]
+        y, _ = rms_norm(x_leaf, w_leaf, eps, offset, casting)
+        leaves = [leaf for leaf in (x_leaf, w_leaf) if leaf is not None and leaf.requires_grad]
         grads = list(torch.autograd.grad(y, leaves, dy)) if leaves else []
     dx = grads.pop(0) if need_dx else None
-    if dx is not None and ds is not None:
-        dx = dx + ds
     return dx, grads.pop() if need_dw else None
 
 
@@ -157,7 +145,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(
-    dz: Tensor, gate: Tensor, up: Tensor, *, product: bool = False
+    dz: Tensor, gate: Tensor, up: Tensor, product: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`swiglu`, each rounded once; float32 inside, float64 for float64.
 
@@ -171,11 +159,14 @@ def swiglu_backward(
         ``(dgate, dup, z or None)``.
     """
     wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
-    g, dz_wide = gate.to(wide), dz.to(wide)
+    g = gate if gate.dtype == wide else gate.to(wide)
+    dz = dz if dz.dtype == wide else dz.to(wide)
     sigmoid = torch.sigmoid(g)
     silu = g * sigmoid
     # d silu / dg = sigmoid * (1 + g * (1 - sigmoid)), with the bracket multiplied out.
-    dgate = dz_wide * up.to(wide) * (sigmoid + silu * (1 - sigmoid))
-    dup = dz_wide * silu
+    dgate = dz * (up if up.dtype == wide else up.to(wide)) * (sigmoid + silu * (1 - sigmoid))
+    dup = dz * silu
     z = swiglu(gate, up) if product else None
-    return dgate.to(gate.dtype), dup.to(up.dtype), z
+    if gate.dtype != wide or up.dtype != wide:
+        dgate, dup = dgate.to(gate.dtype), dup.to(up.dtype)
+    return dgate, dup, z

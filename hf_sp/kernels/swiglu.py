@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_sp.comm.autograd import once_differentiable
+from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ShapeError
+from hf_sp.kernels import blocks, reference
 from hf_sp.kernels import launch as dispatch
-from hf_sp.kernels import reference
-from hf_sp.kernels.blocks import Results, by_blocks
 
 
 def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
@@ -50,27 +49,19 @@ def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
-    """:func:`swiglu` without autograd, to compute it again in someone else's backward.
-
-    Args:
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        triton: False keeps to torch operations.
+    """The forward pass, unchecked, for where autograd does not record: arguments of ``swiglu``.
 
     Returns:
         ``[..., f]``, bit-equal to :func:`swiglu` of the same arguments.
     """
-    with torch.no_grad():
-        kernels = dispatch.swiglu_kernels(gate, up) if triton else None
-        if kernels is not None:
-            return kernels.swiglu(gate, up)
-        return reference.swiglu(gate, up)
+    kernels = dispatch.swiglu_kernels(gate, up) if triton else None
+    return reference.swiglu(gate, up) if kernels is None else kernels.swiglu(gate, up)
 
 
 def swiglu_backward(
     dz: Tensor, gate: Tensor, up: Tensor, *, product: bool = False, triton: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`swiglu` in one pass, and the product again where it is asked for.
+    """The backward pass, unchecked, for where autograd does not record.
 
     Args:
         dz: gradient of the product, ``[..., f]``.
@@ -82,37 +73,35 @@ def swiglu_backward(
     Returns:
         ``(dgate, dup, z or None)``, each in the layout and dtype of gate, up and gate.
     """
-    with torch.no_grad():
-        kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
-        if kernels is not None:
-            return kernels.swiglu_backward(dz, gate, up, product=product)
+    kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
+    if kernels is not None:
+        return kernels.swiglu_backward(dz, gate, up, product=product)
+    if gate.numel() <= blocks.BLOCK:
+        return reference.swiglu_backward(dz, gate, up, product)
 
-        def block(gate: Tensor, up: Tensor, dz: Tensor) -> Results:
-            return reference.swiglu_backward(dz, gate, up, product=product)
+    def block(gate: Tensor, up: Tensor, dz: Tensor) -> blocks.Results:
+        return reference.swiglu_backward(dz, gate, up, product)
 
-        dgate, dup, z = by_blocks(block, gate, up, dz)
-        return cast(Tensor, dgate), cast(Tensor, dup), z
+    dgate, dup, z = blocks.by_blocks(block, gate, up, dz)
+    return cast(Tensor, dgate), cast(Tensor, dup), z
 
 
-class SwiGlu(torch.autograd.Function):
+class SwiGlu(Node):
     """Autograd's view of :func:`swiglu`. Saves gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, triton: bool) -> Tensor:
         """Compute the product; arguments as in :func:`swiglu`."""
-        ctx.set_materialize_grads(False)
         ctx.triton = triton
         ctx.save_for_backward(gate, up)
         return swiglu_forward(gate, up, triton=triton)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of gate and up."""
-        if dz is None:
-            return None, None, None
         gate, up = ctx.saved_tensors
-        dgate, dup, _ = swiglu_backward(dz, gate, up, triton=ctx.triton)
+        dgate, dup, _ = swiglu_backward(grads[0], gate, up, triton=ctx.triton)
         need_gate, need_up, _ = ctx.needs_input_grad
         return dgate if need_gate else None, dup if need_up else None, None
 

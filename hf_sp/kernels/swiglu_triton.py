@@ -6,6 +6,7 @@ of the product with it. Must not know autograd. Imported at the first launch onl
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def _launch(
         n,
         tiles,
         inner,
-        *(step for pair in strides for step in pair),
+        *chain.from_iterable(strides),
         BLOCK=config.block,
         num_warps=config.warps,
         **options,

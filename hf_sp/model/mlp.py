@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
@@ -46,11 +47,16 @@ class SwiGLUForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP of one tensor."""
         module, form = self.module, self.form
-        if torch.compiler.is_compiling() or len(args) != 1 or kwargs or self._watched():
+        if len(args) != 1 or kwargs or self._watched():
             return type(module).forward(module, *args, **kwargs)
         gate = getattr(module, form.gate)(args[0])
         up = getattr(module, form.up)(args[0])
         down = getattr(module, form.down)
+        if torch.compiler.is_compiling():
+            if not self.recompute:
+                return down(swiglu(gate, up))
+            # The partitioner would save what a matrix product of the backward reads.
+            return down(checkpoint(swiglu, gate, up, use_reentrant=False))
         product = swiglu(gate, up, triton=self.triton)
         # A hook that runs behind it is shown the product, and may watch its gradient.
         if self.recompute and torch.is_grad_enabled() and not _has_forward_hooks(down):

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
@@ -64,7 +65,6 @@ class RmsNorm(Node):
         needs_x, needs_weight, needs_port = ctx.needs_input_grad[:3]
         dx, dw = rms_norm_backward(
             grads[0],
-            None,
             x,
             rstd,
             weight,
@@ -114,8 +114,12 @@ class NormForward:
         """The norm of one tensor."""
         module, form = self.module, self.form
         if torch.compiler.is_compiling() or not self._known(args, kwargs):
+            forward = type(module).forward
             with self.parameters.shown(module):
-                return type(module).forward(module, *args, **kwargs)
+                if not self.recompute or not torch.compiler.is_compiling():
+                    return forward(module, *args, **kwargs)
+                # The partitioner would save what a collective of the backward reads.
+                return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
         x, weight = args[0], cast(Tensor, module.weight)
         if isinstance(weight, DTensor):
             check_gathered(weight)

@@ -17,7 +17,7 @@ from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
 from hf_sp.plan.source import known
 
-Casting = Literal["llama", "gemma", "gpt_oss", "olmo2"]
+Casting = Literal["llama", "gemma", "gpt_oss"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from transformers import LlamaForCausalLM
 
-from hf_sp.estimate import LayerShape, fake_world
+from hf_sp.estimate import fake_world
+from scripts.bench._cost.layers import LayerShape
 from scripts.bench.step_cost import (
     RESULTS,
     Apply,

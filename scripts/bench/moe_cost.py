@@ -12,8 +12,13 @@ they stand for an even router. tests/sparse holds the same forms to the byte on 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+# Not this folder: see step_cost.py.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import transformers
@@ -26,15 +31,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_sp.estimate import (
-    LayerShape,
-    StepCount,
-    count_step,
-    fake_tensors,
-    fake_world,
-    per_layer,
-)
-from hf_sp.estimate.experts import (
+from hf_sp.estimate import StepCount, count_step, fake_tensors, fake_world, per_layer
+from scripts.bench._cost.experts import (
     ExpertsShape,
     experts_weight_bytes,
     fsdp_experts_moved,
@@ -43,6 +41,7 @@ from hf_sp.estimate.experts import (
     travelling_experts_bytes_per_token,
     travelling_experts_moved_per_token,
 )
+from scripts.bench._cost.layers import LayerShape
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ATTENTION = "sdpa_without_mask"
@@ -67,8 +66,8 @@ GROUPS = [
 HEADER = ("shape", "ranks", "experts", "alive MiB", "sent MiB", "sent / split", "layer alive MiB")
 NOTES = f"""\
 Per rank and sparse layer, bfloat16, B = 1, S = {SEQ}. `alive` and `sent` are the experts and their
-router alone, in closed form (`hf_sp/estimate/experts.py`): what they keep for backward, and what a
-rank sends in a step. `split` has a part of every expert's features on each rank and gathers all
+router alone, in closed form (`_cost/experts.py`): what they keep for backward, and what a rank
+sends in a step. `split` has a part of every expert's features on each rank and gathers all
 tokens; `whole` has E / ep experts on each rank, and each token travels to its k experts (an even
 router). `layer alive` is the whole layer, counted with the code on fake tensors, which stand for an
 even router; attention and norms are in it.

@@ -48,19 +48,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sp.estimate import (
     CollectiveCount,
-    LayerShape,
     StepCount,
     count_step,
     fake_tensors,
     fake_world,
+    per_layer,
+)
+from scripts.bench import moe_cost
+from scripts.bench._cost.layers import (
+    LayerShape,
     kernels_bytes_per_token,
     kernels_tp_bytes_per_token,
-    per_layer,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
     tp_bytes_per_token,
 )
-from scripts.bench import moe_cost
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -289,7 +291,7 @@ Per rank and per decoder layer, bfloat16, B = 1; AG all-gather, RS reduce-scatte
 A2A all-to-all (the rows' and their weights', and in forward one of E integers).
 `alive` is what the forward leaves for the backward
 (`B/token` the same per token of the whole sequence, `formula` its closed form,
-`hf_sp/estimate/formulas.py`). `peak` is what one more layer adds to the most live bytes over
+`scripts/bench/_cost/layers.py`). `peak` is what one more layer adds to the most live bytes over
 forward and backward, weight gradients included; `peak 3L` is that most itself for three layers,
 with the transient buffers, a vocabulary of 256 and the loss. `payload` is the size of the full
 buffers of the collectives; `wire` counts an all-reduce twice, for it moves what an all-gather and

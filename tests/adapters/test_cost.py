@@ -19,13 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_sp import parallelize
-from hf_sp.estimate import (
-    count_step,
-    fake_tensors,
-    fake_world,
-    kernels_bytes_per_token,
-    per_layer,
-)
+from hf_sp.estimate import count_step, fake_tensors, fake_world, per_layer
+from scripts.bench._cost.layers import kernels_bytes_per_token
 
 RANK = 16
 

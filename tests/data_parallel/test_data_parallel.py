@@ -10,7 +10,7 @@ from harness.pool import pool
 from harness.report import assert_parity
 
 from data_parallel import jobs
-from hf_sp.estimate.experts import (
+from scripts.bench._cost.experts import (
     ExpertsShape,
     experts_weight_bytes,
     fsdp_experts_moved,

@@ -17,9 +17,11 @@ from hf_sp.estimate import (
     count_step,
     fake_tensors,
     fake_world,
+    per_layer,
+)
+from scripts.bench._cost.layers import (
     kernels_bytes_per_token,
     kernels_tp_bytes_per_token,
-    per_layer,
     sp_gathered_bytes_per_token,
     sp_shard_bytes_per_token,
     tp_bytes_per_token,

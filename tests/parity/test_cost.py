@@ -22,21 +22,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sp import parallelize
 from hf_sp.comm import collectives as comm
-from hf_sp.estimate import (
-    LayerShape,
-    count_step,
-    fake_tensors,
-    fake_world,
-    kernels_bytes_per_token,
-    kernels_tp_bytes_per_token,
-    per_layer,
-    sp_shard_bytes_per_token,
-    tp_bytes_per_token,
-)
+from hf_sp.estimate import count_step, fake_tensors, fake_world, per_layer
 from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.model.chunks import HeadSpec
 from hf_sp.model.loss import linear_cross_entropy
 from parity import cost_jobs
+from scripts.bench._cost.layers import (
+    LayerShape,
+    kernels_bytes_per_token,
+    kernels_tp_bytes_per_token,
+    sp_shard_bytes_per_token,
+    tp_bytes_per_token,
+)
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
 AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)

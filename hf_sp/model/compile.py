@@ -1,0 +1,35 @@
+"""``torch.compile`` of a parallelized model: each decoder layer by itself.
+
+The hooks around the model compare batches over the ranks, and the loss runs in chunks: both stay
+eager. A dense layer is one graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_sp.state import parallel_model, parallel_state
+
+
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile the decoder layers in place, as ``layer.compile(fullgraph=True)`` on each does.
+
+    A layer with experts, whose number of rows is read from the device, and one with attention
+    dropout, which seeds its generator on the host, may have breaks between their graphs.
+
+    Args:
+        model: a parallelized model, or what holds it.
+        options: of ``torch.compile``.
+    """
+    state, whole = parallel_state(model), parallel_model(model)
+    assert state is not None
+    assert whole is not None
+    sparse = [block.path for block in state.plan.blocks if block.experts is not None]
+    for path in state.plan.layers:
+        layer = whole.get_submodule(path)
+        breaks = any(block.startswith(path + ".") for block in sparse) or any(
+            float(getattr(module, "attention_dropout", False) or 0) for module in layer.modules()
+        )
+        layer.compile(**{**options, "fullgraph": not breaks})
