@@ -118,14 +118,21 @@ def pair(lora: Lora) -> tuple[nn.Module, nn.Module]:
 
 
 class SameMasks(nn.Module):
-    """Dropout for the unsharded model with the masks that the ranks make, from the same draws."""
+    """Dropout for the unsharded model with the masks that the ranks make, from the same draws.
 
-    def __init__(self, p: float, row: bool, padded: bool, tp: int, sp: bool) -> None:
+    The column linears of a block share the draw of the first.
+    """
+
+    def __init__(
+        self, p: float, row: bool, padded: bool, tp: int, sp: bool, first: SameMasks | None
+    ) -> None:
         super().__init__()
         self.p, self.row, self.padded, self.tp, self.sp = p, row, padded, tp, sp
+        self.first = (first,)
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn = Dropout.draw(self.p)
+        (first,) = self.first
+        self.drawn = drawn = Dropout.draw(self.p) if first is None else first.drawn
         length = x.shape[1]
         if not self.row:
             if not self.sp:
@@ -140,11 +147,16 @@ class SameMasks(nn.Module):
 
 
 def use_same_masks(model: nn.Module, sp: bool) -> None:
+    firsts: dict[str, SameMasks] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             row, padded = name.endswith(("o_proj", "down_proj")), "mlp" in name
-            p = layer.lora_dropout["default"].p
-            layer.lora_dropout["default"] = SameMasks(p, row, padded, dist.get_world_size(), sp)
+            p, block = layer.lora_dropout["default"].p, name.rpartition(".")[0]
+            first = None if row else firsts.get(block)
+            masks = SameMasks(p, row, padded, dist.get_world_size(), sp, first)
+            layer.lora_dropout["default"] = masks
+            if not row:
+                firsts.setdefault(block, masks)
 
 
 @functools.lru_cache(maxsize=16)
