@@ -129,14 +129,14 @@ class SameMasks(nn.Module):
         length = x.shape[1]
         if not self.row:
             if not self.sp:
-                return drawn.part(x, 0)
-            return drawn.parts(x.transpose(0, 1), self.tp).transpose(0, 1)
+                return drawn.part(x, 0) * drawn.scale
+            return drawn.parts(x.transpose(0, 1), self.tp).transpose(0, 1) * drawn.scale
         if self.padded and self.sp:
             # The MLP sees the padding rows of the shards.
             missing = -length % self.tp
             x = torch.cat([x, x.new_zeros(x.shape[0], missing, x.shape[2])], 1)
         pieces = [drawn.part(piece, i) for i, piece in enumerate(x.chunk(self.tp, -1))]
-        return torch.cat(pieces, -1)[:, :length]
+        return torch.cat(pieces, -1)[:, :length] * drawn.scale
 
 
 def use_same_masks(model: nn.Module, sp: bool) -> None:

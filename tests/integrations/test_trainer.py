@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TOLERANCE = 1e-5
 # bfloat16 keeps 8 bits, and the two sides round different partial sums.
-# Under bf16 autocast the gradient of one process is up to 5.1 % of its norm (12 seeds of this model)
+# Under bf16 autocast one process is up to 5.1 % of the gradient (12 seeds of this model)
 # away from float32's, and that of two ranks as much: twice that from each other.
 LOOSE = {"bf16": 0.102, "full_eval": 1e-2}
 

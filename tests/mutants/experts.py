@@ -85,7 +85,7 @@ def router_gradient_is_not_summed() -> list[Patch]:
 
 @mutant(Case("mixtral", parallelize=TRAVEL))
 def router_gradient_of_travelling_tokens_is_not_summed() -> list[Patch]:
-    return _router_not_summed()
+    return [(router.RouterParameters, "summed", lambda self: False)]
 
 
 @mutant(Case("qwen2_moe"))

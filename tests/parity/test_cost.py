@@ -119,7 +119,7 @@ def test_shares_of_plain_tp():
 @pytest.mark.parametrize("recompute", ["none", "norm", "norm+act"])
 def test_recompute_issues_no_collective_more(recompute):
     layer = _layer(LlamaConfig, GROUPED, 4, True, recompute=recompute)
-    assert _calls(layer.collectives) == {"all_gather": 6, "reduce_scatter": 4, "all_reduce": 2}
+    assert _calls(layer.collectives) == {"all_gather": 6, "reduce_scatter": 4, "all_reduce": 1}
 
 
 @SHAPES
@@ -157,21 +157,22 @@ def test_norms_of_queries_and_keys(tp):
 
 @pytest.mark.parametrize(
     ("cls", "partial"),
-    [(LlamaConfig, 2), (Qwen2Config, 2), (Qwen3Config, 4)],
+    [(LlamaConfig, 2 * 512), (Qwen2Config, 2 * 512), (Qwen3Config, 2 * 512 + 2 * 64)],
 )
 def test_collectives_of_a_layer_are_the_planned_ones(cls, partial):
-    """6 all-gathers and 4 reduce-scatters, and one sum for each weight with a partial gradient."""
+    """6 all-gathers, 4 reduce-scatters, and one small sum of all partial gradients, in float32."""
     layer = _layer(cls, GROUPED, 4, True)
     assert _calls(layer.forward) == {"all_gather": 2, "reduce_scatter": 2}
     assert _calls(layer.backward) == {
         "all_gather": 4,
         "reduce_scatter": 2,
-        "all_reduce": partial,
+        "all_reduce": 1,
     }
     tokens, itemsize = 256, 2
     whole = tokens * GROUPED.hidden * itemsize
     assert layer.collectives["all_gather"].bytes == 6 * whole
     assert layer.collectives["reduce_scatter"].bytes == 4 * whole
+    assert layer.collectives["all_reduce"].bytes == partial * 4
 
 
 def test_collectives_of_a_plain_tp_layer():
@@ -190,7 +191,7 @@ def test_collectives_around_the_layers(chunks):
         "reduce_scatter": 2 * 2 + chunks,  # layers, loss gradient
     }
     assert _calls(step.backward) == {
-        "all_reduce": 2 * 2 + 1,  # norms
+        "all_reduce": 2 + 1,  # the norms of each layer, and the final one
         "all_gather": 2 * 4 + 1,  # layers, entry of the stack
         "reduce_scatter": 2 * 2,
     }

@@ -41,20 +41,15 @@ ELSEWHERE = {
     },
     "model/head.py": {"_backward_hooks", "_backward_pre_hooks"},
     "model/lazy.py": {"_pytree"},
-    "model/norm.py": {
+    "model/mlp.py": {
         "_backward_hooks",
         "_backward_pre_hooks",
         "_forward_hooks",
         "_forward_pre_hooks",
     },
-    "moe/block.py": {"_pytree"},
+    "model/norm.py": {"_forward_hooks"},
+    "model/ports.py": {"_base"},
     "moe/grouped.py": {"_grouped_mm"},
-    "moe/shared.py": {
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-    },
     "plan/recognise.py": {"_hooks"},
     "state.py": {"_orig_mod"},
 }
