@@ -145,7 +145,8 @@ def gather_columns(
     if experts is not None:
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
     written = None if torch.compiler.is_compiling() else version(full)
-    return GatheredInput(full, written, batch_major, axis.size if sharded else 1, ports)
+    parts = axis.size if sharded else 1
+    return GatheredInput(full, written, batch_major, parts, ports, sharded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +194,14 @@ def _gather_again(x_sBH: Tensor, axis: Axis, grads: Sequence[Tensor | None]) -> 
     return torch.ops.hf_sp.gather_again(x_sBH.contiguous(), after, axis.group, axis.size)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """``[B, S, F]`` as ``[T, F]`` in the order of the collectives."""
-    return x.transpose(0, 1).reshape(-1, x.shape[-1])
+def _ordered(x: Tensor, spec: _Spec) -> Tensor:
+    """``[B, S, F]`` in the order of the collectives: sequence first, if x is gathered."""
+    return x.transpose(0, 1) if spec.sharded else x
+
+
+def _tokens(x: Tensor, spec: _Spec) -> Tensor:
+    """``[B, S, F]`` as ``[T, F]`` in that order."""
+    return _ordered(x, spec).reshape(-1, x.shape[-1])
 
 
 class _GatherColumns(Node):
@@ -234,9 +240,9 @@ class _GatherColumns(Node):
         count = n + len(spec.dropouts) + (spec.experts is not None)
         saved = ctx.saved_tensors
         weights, inputs = saved[:count], saved[count:]
-        dfull, dys = grads[0], [None if dy is None else _tokens(dy) for dy in grads[1 : n + 1]]
+        dfull, dys = grads[0], [None if g is None else _tokens(g, spec) for g in grads[1 : n + 1]]
         dus = [
-            FactorGradient(2 * n + j, du.transpose(0, 1), weights[n + j], spec.dropouts[j])
+            FactorGradient(2 * n + j, _ordered(du, spec), weights[n + j], spec.dropouts[j])
             for j, du in enumerate(grads[n + 1 : n + 1 + len(spec.dropouts)])
             if du is not None
         ]
@@ -246,7 +252,7 @@ class _GatherColumns(Node):
         if rows or of_experts[0] is not None or any(needs[du.slot] for du in dus):
             x = restored(spec.recompute, inputs).to(ctx.dtype)
         if x is not None and (rows or of_experts[0] is not None):
-            flying = x.transpose(0, 1)
+            flying = _ordered(x, spec)
             if spec.sharded:
                 flying = _gather_again(flying, spec.axis, grads)
         # The gather is in flight beside these products,
@@ -265,7 +271,7 @@ class _GatherColumns(Node):
         out: list[Tensor | None] = [None] * len(needs)
         x_TH = None
         if flying is not None:
-            full = (comm.wait(flying) if spec.sharded else flying)[: ctx.shape[1]]
+            full = comm.wait(flying)[: ctx.shape[1]] if spec.sharded else flying
             x_TH = full.reshape(-1, full.shape[-1])
         for i, dy in enumerate(dys):
             if dy is not None and needs[2 * i]:
@@ -276,42 +282,43 @@ class _GatherColumns(Node):
         if of_experts[0] is not None:
             assert spec.experts is not None
             dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], of_experts)
-            flat = full.transpose(0, 1).reshape(-1, full.shape[-1])
+            # Batch-major, as the experts have counted their rows.
+            flat = _tokens(full, spec)
             out[-1] = spec.experts.gradient(dgate_up, places.long(), ends.int(), flat)
         dx = None if launched is None else comm.wait(launched)
         if dus and dx is not None:
             trains = [bool(needs[du.slot]) for du in dus]
-            shard = None if x is None else x.transpose(0, 1)
+            shard = None if x is None else _ordered(x, spec)
             dx, dAs = low_rank.split_gradients(
                 dx, dus, shard, trains, wants_dx, spec.axis, spec.sharded
             )
             for du, dA in zip(dus, dAs, strict=True):
                 out[du.slot] = dA
         out = pack(out, ctx.specs)
-        return None, None, None if dx is None else dx.transpose(0, 1), *out
+        return None, None, None if dx is None else _ordered(dx, spec), *out
 
 
 def _input_gradient(
     ctx: Any, dfull: Tensor | None, dys: list[Tensor | None], weights: Sequence[Tensor]
 ) -> Tensor | None:
-    """The block's partial input gradient ``[S, B, H]``, padded if it is to be scattered."""
+    """The block's partial input gradient, ordered, and padded if it is to be scattered."""
     spec: _Spec = ctx.spec
     used = [(dy, w) for dy, w in zip(dys, weights, strict=False) if dy is not None]
     if not used:
         if dfull is None:
             return None
-        dfull = dfull.transpose(0, 1)
+        dfull = _ordered(dfull, spec)
         return comm.pad_sequence(dfull, spec.axis) if spec.sharded else dfull
-    B, S = ctx.shape
-    height = comm.padded(S, spec.axis.size) if spec.sharded else S
+    first, others = ctx.shape[::-1] if spec.sharded else ctx.shape
+    height = comm.padded(first, spec.axis.size) if spec.sharded else first
     (dy, weight), *rest = used
-    dx = dy.new_empty(height, B, weight.shape[1])
-    rows = dx[:S].view(S * B, -1)
-    if height > S:
-        dx[S:].zero_()
+    dx = dy.new_empty(height, others, weight.shape[1])
+    rows = dx[:first].view(first * others, -1)
+    if height > first:
+        dx[first:].zero_()
     torch.mm(dy, weight, out=rows)
     for dy, weight in rest:
         rows.addmm_(dy, weight)
     if dfull is not None:
-        dx[:S] += dfull.transpose(0, 1)
+        dx[:first] += _ordered(dfull, spec)
     return dx

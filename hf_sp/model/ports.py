@@ -44,6 +44,7 @@ class GatheredInput:
             sequence-major.
         parts: owners of the rows of x, for the masks of dropout.
         ports: by reader.
+        sequence_major: whether it lies so in memory, as it is gathered.
         dropped: x after dropout, by draw: one for all factors of the block.
     """
 
@@ -52,6 +53,7 @@ class GatheredInput:
     batch_major: bool
     parts: int
     ports: dict[Any, Port]
+    sequence_major: bool = False
     dropped: dict[int, Tensor] = field(default_factory=dict)
 
     def port(self, reader: object, x: Tensor) -> Port | None:
@@ -114,8 +116,9 @@ class _Column(Node):
         ctx: Any, x: Tensor, port: Tensor, weight: Tensor, bias: Tensor | None, batch_major: bool
     ) -> Tensor:
         ctx.shape = port.shape
-        if x.dim() < 3 or x.shape[0] == 1:
+        if x.is_contiguous():
             return F.linear(x, weight, bias)
+        # Sequence-major, as it was gathered.
         y = F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
         # Attention kernels lay their output out as the query: batch first, or HF's
         # .contiguous() behind them would keep a second copy of it.
@@ -134,15 +137,16 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
     Shapes:   x [B, S, H] -> u [B, S, r] in A's dtype, equal on all ranks
     Saves:    nothing
     """
-    drop, seen_SBH = port.dropout, x.detach().transpose(0, 1)
+    drop, seen = port.dropout, x.detach()
+    seen = seen.transpose(0, 1) if gathered.sequence_major else seen
     if drop is not None:
         # One mask, and one pass over x, for all factors of the block.
         if id(drop) not in gathered.dropped:
-            gathered.dropped[id(drop)] = drop.parts(seen_SBH, gathered.parts)
-        seen_SBH = gathered.dropped[id(drop)]
-    scale = 1.0 if drop is None else drop.scale
-    major = gathered.batch_major
-    return _LowRankColumn.apply(x, port.outputs[0], port.weight, seen_SBH, scale, major)
+            gathered.dropped[id(drop)] = drop.parts(seen, gathered.parts)
+        seen = gathered.dropped[id(drop)]
+    A = port.weight if drop is None else port.weight * drop.scale
+    order = gathered.sequence_major, gathered.batch_major
+    return _LowRankColumn.apply(x, port.outputs[0], A, seen, *order)
 
 
 class _LowRankColumn(Node):
@@ -155,11 +159,18 @@ class _LowRankColumn(Node):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, port: Tensor, A: Tensor, seen: Tensor, scale: float, batch_major: bool
+        ctx: Any,
+        x: Tensor,
+        port: Tensor,
+        A: Tensor,
+        seen: Tensor,
+        sequence_major: bool,
+        batch_major: bool,
     ) -> Tensor:
-        """Apply A to ``seen``, which is x in sequence order, after dropout."""
+        """Apply A to ``seen``, which is x in its order in memory, after dropout."""
         ctx.dtype = port.dtype
-        u = F.linear(seen.to(A.dtype), A if scale == 1 else A * scale).transpose(0, 1)
+        u = F.linear(seen.to(A.dtype), A)
+        u = u.transpose(0, 1) if sequence_major else u
         return u.contiguous() if batch_major else u
 
     @staticmethod

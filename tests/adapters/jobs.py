@@ -118,21 +118,26 @@ def pair(lora: Lora) -> tuple[nn.Module, nn.Module]:
 
 
 class SameMasks(nn.Module):
-    """Dropout for the unsharded model with the masks that the ranks make, from the same draws.
-
-    The column linears of a block share the draw of the first.
-    """
+    """Dropout for the unsharded model with the masks that the ranks make, from the same draws."""
 
     def __init__(
-        self, p: float, row: bool, padded: bool, tp: int, sp: bool, first: SameMasks | None
+        self, p: float, row: bool, padded: bool, tp: int, sp: bool, block: dict[str, Any]
     ) -> None:
         super().__init__()
         self.p, self.row, self.padded, self.tp, self.sp = p, row, padded, tp, sp
-        self.first = (first,)
+        self.block = block
+
+    def draw(self) -> Dropout:
+        """A draw of its own for a row linear; one for all column linears of a block."""
+        if self.row:
+            return Dropout.draw(self.p)
+        if not self.block or id(self) in self.block["seen"]:
+            self.block.update(draw=Dropout.draw(self.p), seen=set())
+        self.block["seen"].add(id(self))
+        return self.block["draw"]
 
     def forward(self, x: Tensor) -> Tensor:
-        (first,) = self.first
-        self.drawn = drawn = Dropout.draw(self.p) if first is None else first.drawn
+        drawn = self.draw()
         length = x.shape[1]
         if not self.row:
             if not self.sp:
@@ -147,16 +152,14 @@ class SameMasks(nn.Module):
 
 
 def use_same_masks(model: nn.Module, sp: bool) -> None:
-    firsts: dict[str, SameMasks] = {}
+    blocks: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             row, padded = name.endswith(("o_proj", "down_proj")), "mlp" in name
-            p, block = layer.lora_dropout["default"].p, name.rpartition(".")[0]
-            first = None if row else firsts.get(block)
-            masks = SameMasks(p, row, padded, dist.get_world_size(), sp, first)
+            p = layer.lora_dropout["default"].p
+            block = blocks.setdefault(name.rpartition(".")[0], {})
+            masks = SameMasks(p, row, padded, dist.get_world_size(), sp, block)
             layer.lora_dropout["default"] = masks
-            if not row:
-                firsts.setdefault(block, masks)
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,6 +12,8 @@ import pytest
 from integrations.conftest import start
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("worker.py")
 
 
