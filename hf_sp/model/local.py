@@ -19,25 +19,28 @@ class _Local(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.spec = spec_of(x)
+        # No gradient stays none: zeros would be a step of weight decay for what was not used.
+        ctx.set_materialize_grads(False)
         tensor = local_tensor(x)
         return tensor.view_as(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return dtensor_of(grads[0], ctx.spec)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None if grads[0] is None else dtensor_of(grads[0], ctx.spec)
 
 
 class _AveragedGradient(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
         ctx.count = count
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0] / ctx.count, None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None if grads[0] is None else grads[0] / ctx.count, None
 
 
 def local(x: Tensor) -> Tensor:
