@@ -36,8 +36,8 @@ class HeadLoraLinear(ParallelLora, LoraLinear):
 
     The logits are made in full (the chunked loss knows no adapter).
 
-    Shapes:   x [B, S, H] replicated -> [B, S, V]
-    Forward:  1 all-gather of the logits that the adapter adds, besides the base's
+    Shapes:   x [B, S, H] replicated, or its shard [B, s, H] -> [B, S, V]
+    Forward:  1 all-gather of the logits that the adapter adds, and 1 of a shard, besides the base's
     Backward: 1 all-reduce of the gradient of A x
     Saves:    x, ``A x``, A, B
     """
@@ -51,6 +51,10 @@ class HeadLoraLinear(ParallelLora, LoraLinear):
         A, B = (local(p) for p in self._factors(adapter))
         axis, vocab = self._axis(), self.get_base_layer().vocab
         x = cast_for_autocast(x, x)
+        length = self.get_base_layer().state.final_length
+        if length is not None:
+            # Every rank computes A x of all tokens, and has its whole gradient.
+            x = pairs.allgather_scatter(x, length, axis)
         u = low_rank(x, cast_for_autocast(A, x), self._draw(adapter), 0)
         u = pairs.identity_allreduce(u * self.scaling[adapter], axis)
         return pairs.concat_slice(F.linear(u, B), u.dim() - 1, vocab_sizes(vocab, axis), axis)

@@ -11,8 +11,8 @@ from harness.parity import Case
 from harness.pool import pool
 from harness.report import assert_parity
 
-from sparse import overlap_jobs
-from sparse.overlap_jobs import _UNWAITED, HANDS
+from sparse import in_flight_jobs
+from sparse.in_flight_jobs import _UNWAITED, HANDS
 
 TRAVEL = (("ep", 2),)
 WITHOUT_AUX = (("output_router_logits", False),)
@@ -31,18 +31,18 @@ WITHOUT_AUX = (("output_router_logits", False),)
     ids=lambda case: f"{case}-{dict(case.parallelize)}",
 )
 def test_nothing_is_read_before_it_has_arrived(case):
-    assert_parity(pool(2).run(overlap_jobs.train_in_flight, case=case))
+    assert_parity(pool(2).run(in_flight_jobs.train_in_flight, case=case))
 
 
 def test_nothing_is_read_before_it_has_arrived_on_four_ranks():
     case = Case("qwen2_moe", parallelize=(("ep", 4),))
-    assert_parity(pool(4).run(overlap_jobs.train_in_flight, case=case))
+    assert_parity(pool(4).run(in_flight_jobs.train_in_flight, case=case))
 
 
 @pytest.mark.parametrize("what", sorted(_UNWAITED))
 def test_every_wait_is_needed(what):
     """The proof that ``sparse.flight`` sees."""
-    assert all(pool(2).run(overlap_jobs.unwaited, what=what))
+    assert all(pool(2).run(in_flight_jobs.unwaited, what=what))
 
 
 # --- uses ---------------------------------------------------------------------------------------
@@ -52,35 +52,33 @@ def test_every_wait_is_needed(what):
 @pytest.mark.parametrize("kind", sorted(HANDS))
 def test_hands_on_the_shared_expert(kind, checkpoint):
     """Who looks sees what HF's code shows, and gradients are right in any case."""
-    assert_parity(pool(2).run(overlap_jobs.hands, kind=kind, checkpoint=checkpoint))
+    assert_parity(pool(2).run(in_flight_jobs.hands, kind=kind, checkpoint=checkpoint))
 
 
 def test_in_a_checkpoint_of_its_own():
-    assert_parity(pool(2).run(overlap_jobs.in_a_checkpoint_of_its_own))
+    assert_parity(pool(2).run(in_flight_jobs.in_a_checkpoint_of_its_own))
 
 
 @pytest.mark.parametrize(
     "targets", [("gate_proj", "up_proj", "down_proj"), ("up_proj", "shared_expert_gate")]
 )
 def test_lora(targets):
-    assert_parity(pool(2).run(overlap_jobs.lora, targets=targets))
+    assert_parity(pool(2).run(in_flight_jobs.lora, targets=targets))
 
 
 def test_nobody_asks_for_the_input_gradient():
-    assert_parity(pool(2).run(overlap_jobs.first_layer_frozen))
+    assert_parity(pool(2).run(in_flight_jobs.first_layer_frozen))
 
 
 @pytest.mark.parametrize("where", ["router", "shared"])
 def test_interrupted_forward(where):
-    assert_parity(pool(2).run(overlap_jobs.interrupted, where=where))
+    assert_parity(pool(2).run(in_flight_jobs.interrupted, where=where))
 
 
 def test_tokens_written_before_the_router():
-    assert_parity(pool(2).run(overlap_jobs.written_between))
+    assert_parity(pool(2).run(in_flight_jobs.written_between))
 
 
-@pytest.mark.parametrize("when", ["before", "behind"])
 @pytest.mark.parametrize("form", ["early", "function"])
-def test_block_of_another_form(when, form):
-    """Changed before ``parallelize``, or behind its back."""
-    assert_parity(pool(2).run(overlap_jobs.block_of_another_form, when=when, form=form))
+def test_block_that_is_changed_behind_our_back(form):
+    assert_parity(pool(2).run(in_flight_jobs.block_of_another_form, form=form))

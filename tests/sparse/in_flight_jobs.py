@@ -214,10 +214,10 @@ class _Half(torch.autograd.Function):
         return grads[0] / 2
 
 
-def block_of_another_form(when: str, form: str) -> Report:
+def block_of_another_form(form: str) -> Report:
     """A block that hands the shared expert's output to an autograd Function, or uses it early.
 
-    Changed before ``parallelize``, which sees it, or behind its back.
+    Changed after ``parallelize``, which would have refused it.
     """
     model, parallel = (tiny.build("qwen2_moe", num_hidden_layers=1) for _ in range(2))
     mixed = type(model.model.layers[0].mlp)
@@ -234,11 +234,9 @@ def block_of_another_form(when: str, form: str) -> Report:
             return (routed + shared).view(x.shape)
 
     model.model.layers[0].mlp.__class__ = Other
-    if when == "before":
-        parallel.model.layers[0].mlp.__class__ = Other
     parallel = parallelize(parallel, ep=dist.get_world_size())
     parallel.model.layers[0].mlp.__class__ = Other
-    report = Report(f"{when} {form}", dist.get_rank(), "float64")
+    report = Report(form, dist.get_rank(), "float64")
     tiny.reference(model)
     with in_flight():
         for one in (model, parallel):
