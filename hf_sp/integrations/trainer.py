@@ -22,8 +22,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import seed_worker
 
+import hf_sp.integrations.accelerate_mesh as accelerate_mesh
+import hf_sp.integrations.trl_patches as trl_patches
 from hf_sp.errors import ConfigError
-from hf_sp.integrations import accelerate_mesh, trl_patches
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import hf_sp.kernels.launch as dispatch
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
 from hf_sp.errors import ConfigError
-from hf_sp.kernels import launch as dispatch
 from hf_sp.kernels.table import LaunchConfig
 
 # Elements that the torch code holds in float32 at a time: no second copy of the logits is made.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sp.kernels import launch as dispatch
+import hf_sp.kernels.launch as dispatch
 from hf_sp.kernels.table import LaunchConfig, next_power_of_2
 
 STATISTICS = LaunchConfig(warps=8, block=4096)

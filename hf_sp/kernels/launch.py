@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sp.kernels import table
+import hf_sp.kernels.table as table
 
 # How often each kernel ran in this process: shows that it was not torch that answered.
 launches: Counter[str] = Counter()

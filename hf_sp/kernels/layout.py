@@ -43,9 +43,8 @@ def rows_of(tensors: Sequence[Tensor | None], lead: Tensor) -> Rows | None:
         The walk, or None where it would take three levels.
     """
     order = lead.stride()
-    return _collapse(
-        lead.shape, order, tuple([order if x is None else x.stride() for x in tensors])
-    )
+    strides = tuple([order if x is None else x.stride() for x in tensors])
+    return _collapse(lead.shape, order, strides)
 
 
 @_cached
@@ -84,9 +83,10 @@ def readable(lead: Tensor, *others: Tensor) -> tuple[Any, ...]:
     tensors = (lead, *others)
     if _together(lead.shape, tuple([x.stride() for x in tensors])):
         return tensors
-    lead, *rest = (x if _has_rows(x.shape, x.stride()) else x.contiguous() for x in tensors)
-    if _together(lead.shape, tuple([x.stride() for x in (lead, *rest)])):
-        return lead, *rest
+    tensors = tuple(x if _has_rows(x.shape, x.stride()) else x.contiguous() for x in tensors)
+    if _together(lead.shape, tuple([x.stride() for x in tensors])):
+        return tensors
+    lead, *rest = tensors
     if not _together(lead.shape, (lead.stride(),)):
         lead = lead.contiguous()
     return lead, *(torch.empty_like(lead, dtype=x.dtype).copy_(x) for x in rest)

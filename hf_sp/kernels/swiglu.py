@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import hf_sp.kernels.blocks as blocks
+import hf_sp.kernels.launch as dispatch
+import hf_sp.kernels.reference as reference
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ShapeError
-from hf_sp.kernels import blocks, reference
-from hf_sp.kernels import launch as dispatch
 
 
 def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:

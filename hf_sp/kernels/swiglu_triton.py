@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sp.kernels import launch as dispatch
-from hf_sp.kernels import table
+import hf_sp.kernels.launch as dispatch
+import hf_sp.kernels.table as table
 from hf_sp.kernels.layout import readable, rows_of
 from hf_sp.kernels.table import LaunchConfig
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
-from hf_sp.model.head import CausalLMLoss
+from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.input_checks import check_forward
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.plan.schema import Plan
@@ -182,6 +182,8 @@ def _watched(model: nn.Module, plan: Plan) -> bool:
         return True
     if plan.head is None or has_global_hooks():
         return True
+    if not isinstance(model.get_submodule(plan.head), VocabParallelHead):
+        return True  # an adapter holds it
     decoder = plan.decoder.split(".")
     holders = [".".join(decoder[: i + 1]) for i in range(len(decoder))]
     for path in (plan.norm, plan.head, *holders):

@@ -137,7 +137,8 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
     Shapes:   x [B, S, H] -> u [B, S, r] in A's dtype, equal on all ranks
     Saves:    nothing
     """
-    drop, seen = port.dropout, x.detach()
+    # Some blocks flatten what was gathered.
+    drop, seen = port.dropout, x.detach().view(gathered.x.shape)
     seen = seen.transpose(0, 1) if gathered.sequence_major else seen
     if drop is not None:
         # One mask, and one pass over x, for all factors of the block.
@@ -168,13 +169,14 @@ class _LowRankColumn(Node):
         batch_major: bool,
     ) -> Tensor:
         """Apply A to ``seen``, which is x in its order in memory, after dropout."""
-        ctx.dtype = port.dtype
+        ctx.dtype, ctx.shape = port.dtype, port.shape
         u = F.linear(seen.to(A.dtype), A)
         u = u.transpose(0, 1) if sequence_major else u
-        return u.contiguous() if batch_major else u
+        u = u.contiguous() if batch_major else u
+        return u if u.dim() == x.dim() else u.flatten(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Leave du at the port."""
-        return None, grads[0].to(ctx.dtype), None, None, None, None
+        return None, grads[0].to(ctx.dtype).reshape(ctx.shape), None, None, None, None

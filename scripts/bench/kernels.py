@@ -9,7 +9,8 @@ a share of the copy bandwidth measured in the same run. Ends by itself after --s
     python scripts/bench/kernels.py --sweep            # launch settings, for the fixed table
     python scripts/bench/kernels.py --dry-run          # on a CPU: all of it once, tiny, not timed
 
-With TRITON_INTERPRET=1 a dry run runs the Triton kernels themselves; without it their torch
+With TRITON_INTERPRET=1 a dry run runs the Triton kernels themselves, as well as Triton's own
+interpreter can (the tests mend it: tests/kernels/interpreter.py); without it their torch
 counterparts. Exits with 1 if anything of ours is wrong, with 2 if it cannot run. A bar that is not
 met is a result and no error.
 """
@@ -29,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--only", help="groups, with commas between: norm, sp, ce, add, qnorm, swiglu")
+    add("--only", help="groups, with commas between: norm, sp, ce, qnorm, swiglu")
     add(
         "--out",
         type=Path,

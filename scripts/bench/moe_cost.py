@@ -66,11 +66,11 @@ GROUPS = [
 HEADER = ("shape", "ranks", "experts", "alive MiB", "sent MiB", "sent / split", "layer alive MiB")
 NOTES = f"""\
 Per rank and sparse layer, bfloat16, B = 1, S = {SEQ}. `alive` and `sent` are the experts and their
-router alone, in closed form (`_cost/experts.py`): what they keep for backward, and what a rank
-sends in a step. `split` has a part of every expert's features on each rank and gathers all
-tokens; `whole` has E / ep experts on each rank, and each token travels to its k experts (an even
-router). `layer alive` is the whole layer, counted with the code on fake tensors, which stand for an
-even router; attention and norms are in it.
+router alone, in closed form (`scripts/bench/_cost/experts.py`): what they keep for backward, and
+what a rank sends in a step. `split` has a part of every expert's features on each rank and gathers
+all tokens; `whole` has E / ep experts on each rank, and each token travels to its k experts (an
+even router). `layer alive` is the whole layer, counted with the code on fake tensors, which stand
+for an even router; attention and norms are in it.
 
 Whole experts send k / ep of what gathering sends: Mixtral's k = 2 wins from 4 ranks on and draws at
 2, Qwen3's k = 8 draws at 8 and loses below. What is kept for backward is the same for an even

@@ -11,6 +11,7 @@ import contextlib
 import pytest
 import torch
 
+from hf_sp.kernels import launch as dispatch
 from scripts.bench._kernels import cases, clock, contenders, report, runner, sweep
 from scripts.bench._kernels.contenders import DIRECT, OURS, Contender, Step
 
@@ -18,7 +19,7 @@ from scripts.bench._kernels.contenders import DIRECT, OURS, Contender, Step
 @pytest.fixture(autouse=True)
 def _compiled_kernels(monkeypatch):
     """The torch counterparts, whatever the rest of the session was told."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "interpreter", None)
 
 
 def _case(op: str) -> cases.Case:

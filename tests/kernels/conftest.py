@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, and only here: the variable is read at each launch."""
+"""Kernels run in Triton's interpreter here, repaired, whatever TRITON_INTERPRET says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_sp.kernels import launch as dispatch
+from tests.kernels import interpreter
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +26,9 @@ def decorated():
 
 @pytest.fixture(autouse=True)
 def interpreted(request, monkeypatch, decorated):
-    """TRITON_INTERPRET=1, but for tests that run on a GPU."""
-    if request.node.get_closest_marker("gpu"):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    else:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    """Kernels run on the CPU, but for tests that run on a GPU."""
+    on_gpu = request.node.get_closest_marker("gpu")
+    monkeypatch.setattr(dispatch, "interpreter", None if on_gpu else interpreter.launch)
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ class Case:
 
     x: Tensor
     weight: Tensor | None
-    residual: Tensor | None = None
     eps: float = 1e-6
     offset: float = 0.0
     casting: str = "llama"
@@ -47,14 +46,8 @@ class Case:
     def form(self):
         return {"offset": self.offset, "casting": self.casting}
 
-    @property
-    def s(self):
-        return self.x if self.residual is None else self.residual + self.x
 
-
-def random_case(
-    shape, dtype=torch.bfloat16, casting="llama", *, weight="same", residual=False, seed=0
-):
+def random_case(shape, dtype=torch.bfloat16, casting="llama", *, weight="same", seed=0):
     """Normal inputs. A weight away from zero, as a norm's is, and not all alike."""
     g = torch.Generator().manual_seed(seed)
     n = shape[-1]
@@ -64,7 +57,6 @@ def random_case(
     return Case(
         torch.randn(shape, generator=g).to(dtype),
         w,
-        (3 * torch.randn(shape, generator=g)).to(dtype) if residual else None,
         offset=1.0 if casting == "gemma" else 0.0,
         casting=casting,
     )
@@ -99,13 +91,13 @@ def _gain(case):
 
 def check_forward(case, y, rstd=None):
     """y (and rstd) against float64."""
-    s = case.s.double()
-    n = s.shape[-1]
-    true_rstd = torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + case.eps)
+    x = case.x.double()
+    n = x.shape[-1]
+    true_rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + case.eps)
     gain = _gain(case)
-    truth = s * true_rstd * gain
+    truth = x * true_rstd * gain
     # fp32 noise, the last rounding, and in the llama form the one before the weight.
-    in_dtype = case.s.dtype
+    in_dtype = case.x.dtype
     bound = truth.abs() * (U[y.dtype] + fp32_noise(n)) + tiny(y.dtype)
     if case.casting == "llama":
         bound = bound * (1 + U[in_dtype]) + truth.abs() * U[in_dtype]
@@ -116,68 +108,58 @@ def check_forward(case, y, rstd=None):
         assert_within(rstd, true_rstd, true_rstd * fp32_noise(n), "rstd")
 
 
-def norm_gradients(case, dy, ds):
+def norm_gradients(case, dy):
     """`(dx, dw, bound of dx, bound of dw)` in float64; no bound has a rounding to bf16 in it but
     the last one of dx, and the llama form's of what the weight is multiplied with."""
-    s = case.s.double()
-    n = s.shape[-1]
-    rstd = torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + case.eps)
-    xhat, dy = s * rstd, dy.double()
+    x = case.x.double()
+    n = x.shape[-1]
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + case.eps)
+    xhat, dy = x * rstd, dy.double()
     g = dy * _gain(case)
     dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
     size = rstd * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
-    if ds is not None:
-        dx, size = dx + ds.double(), size + ds.double().abs()
     # Three sums of n or fewer terms (the statistics twice, and the product's mean).
     bound_dx = 3 * fp32_noise(n) * size
-    bound_dx = bound_dx + U[case.s.dtype] * (dx.abs() + bound_dx) + tiny(case.s.dtype)
+    bound_dx = bound_dx + U[case.x.dtype] * (dx.abs() + bound_dx) + tiny(case.x.dtype)
     products = (dy * xhat).reshape(-1, n)
     dw, size = products.sum(0), products.abs().sum(0)
     # Rows may be added one after the other.
-    bound_dw = size * (fp32_noise(n) + s.numel() // n * U[torch.float32])
+    bound_dw = size * (fp32_noise(n) + x.numel() // n * U[torch.float32])
     if case.casting == "llama":
         bound_dw = (
-            bound_dw + size * U[case.s.dtype] + dy.abs().reshape(-1, n).sum(0) * tiny(case.s.dtype)
+            bound_dw + size * U[case.x.dtype] + dy.abs().reshape(-1, n).sum(0) * tiny(case.x.dtype)
         )
     return dx, dw, bound_dx, bound_dw
 
 
-def check_norm(case, *, triton=True, upstream=True, dy=None):
+def check_norm(case, *, triton=True, dy=None):
     """Forward and backward of one case against float64, through autograd and below it.
 
-    Returns what was computed, for bitwise comparisons: y, s, dx, dw (float32).
+    Returns what was computed, for bitwise comparisons: y, dx, dw (float32).
     """
-    leaves = [x for x in (case.x, case.residual, case.weight) if x is not None]
+    leaves = [x for x in (case.x, case.weight) if x is not None]
     for leaf in leaves:
         leaf.requires_grad_()
-    out = rms_norm(
-        case.x, case.weight, case.eps, residual=case.residual, triton=triton, **case.form
-    )
-    y, s = out if case.residual is not None else (out, case.x)
+    y = rms_norm(case.x, case.weight, case.eps, triton=triton, **case.form)
     assert type(y.grad_fn).__name__ == "RmsNormBackward"
     dy = like(y, 1) if dy is None else dy
-    ds = like(s, 2) if upstream and case.residual is not None else None
-    outputs, grads = ([y, s], [dy, ds]) if ds is not None else ([y], [dy])
     kept = dy.clone()
-    found = torch.autograd.grad(outputs, leaves, grads)
+    found = torch.autograd.grad(y, leaves, dy)
     for leaf in leaves:
         leaf.requires_grad_(False)
     assert torch.equal(dy, kept), "the incoming gradient was written to"
-    y, s = y.detach(), s.detach()
+    y = y.detach()
 
-    assert torch.equal(s, case.s), "the residual sum is not the rounded one"
-    again, rstd = rms_norm_forward(s, case.weight, case.eps, triton=triton, **case.form)
+    again, rstd = rms_norm_forward(case.x, case.weight, case.eps, triton=triton, **case.form)
     assert torch.equal(again, y), "recomputed differently"
     check_forward(case, y, rstd)
 
-    dx, dw, bound_dx, bound_dw = norm_gradients(case, dy, ds)
+    dx, dw, bound_dx, bound_dw = norm_gradients(case, dy)
     assert_within(found[0], dx, bound_dx, "dx")
     assert found[0].dtype == case.x.dtype
-    if case.residual is not None:
-        assert torch.equal(found[0], found[1])
-    _, dw32 = rms_norm_backward(dy, ds, s, rstd, case.weight, case.eps, triton=triton, **case.form)
+    _, dw32 = rms_norm_backward(dy, case.x, rstd, case.weight, case.eps, triton=triton, **case.form)
     if case.weight is not None:
         assert dw32.dtype == torch.float32
         assert_within(dw32, dw, bound_dw, "dw")
         assert torch.equal(found[-1], dw32.to(case.weight.dtype))
-    return y, s, found[0], dw32
+    return y, found[0], dw32

@@ -14,7 +14,7 @@ NORMS = {
     "qwen3": ("llama", 0.0, Qwen3RMSNorm),
     "gemma": ("gemma", 1.0, Gemma3RMSNorm),
     "gpt_oss": ("gpt_oss", 0.0, GptOssRMSNorm),
-    "olmo2": ("olmo2", 0.0, Olmo2RMSNorm),
+    "olmo2": ("gpt_oss", 0.0, Olmo2RMSNorm),
 }
 
 

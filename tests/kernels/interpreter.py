@@ -1,15 +1,16 @@
-"""Triton's interpreter, repaired, and every private name of triton that hf_sp uses.
+"""Triton's interpreter, repaired, and every private name of triton that tests of kernels use.
 
-Owns running a kernel on the CPU where TRITON_INTERPRET=1 asks for it, with three faults of the
-interpreter (triton 3.6 to 3.9) put right, each held by tests/kernels/test_interpreter.py:
+Owns running a kernel on the CPU, with three faults of the interpreter (triton 3.6 to 3.9) put
+right, each held by test_interpreter.py. ``hf_sp.kernels.launch.interpreter = launch`` puts it in
+place.
 
 1. float32 to bfloat16 truncates; torch and the GPU round to nearest even.
 2. In 3.6 with numpy 2.4, a loop bound known at run time only raises (triton PR 9172).
-3. The variable counts only if it was set before triton was first imported, because decorators read
-   it. Here it is read at each launch, and nothing is left behind for compiled kernels to trip on.
+3. It runs only what was decorated while TRITON_INTERPRET=1 was set. Here it runs any kernel, and
+   nothing is left behind for compiled kernels to trip on.
 
 Not repaired: bfloat16 arithmetic without a cast to float32 is wrong in it. Must not know any
-kernel. Imported only when a kernel runs on the CPU.
+kernel.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,8 +43,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     """
     _repair()
     function = _interpreted(kernel)
-    # On a GPU overflow and NaN are values, not warnings.
-    with _restored(kernel.fn.__globals__), np.errstate(all="ignore"):
+    # What triton imports at a first launch looks at the variable. On a GPU overflow and NaN are
+    # values, not warnings.
+    asked = mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"})
+    with asked, _restored(kernel.fn.__globals__), np.errstate(all="ignore"):
         function[grid](*args, **kwargs)
 
 
@@ -117,8 +121,3 @@ def _bfloat16_cast(data: Any, src: Any, dst: Any) -> Any | None:
     if src == tl.bfloat16 and dst == tl.float32:
         return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
     return None
-
-
-def requested() -> bool:
-    """Whether the environment asks for the interpreter now."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -25,7 +25,7 @@ def mapped(x, scale=1.0, softcap=None, **_):
     return x * scale if softcap is None else softcap * torch.tanh(x * scale / softcap)
 
 
-def truth(x, labels, dloss, *, ignore_index=IGNORE, label_smoothing=0.0, **form):
+def truth(x, labels, dloss, *, ignore_index=IGNORE, **form):
     """`(loss, gradient)` in float64, by torch's own cross entropy and autograd."""
     x = x.detach().double().requires_grad_()
     flat, flat_labels = mapped(x, **form).reshape(-1, x.shape[-1]), labels.reshape(-1)
@@ -33,7 +33,6 @@ def truth(x, labels, dloss, *, ignore_index=IGNORE, label_smoothing=0.0, **form)
         flat,
         flat_labels,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
         reduction="none",
     ).view(labels.shape)
     (grad,) = torch.autograd.grad(loss, x, dloss.double())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from unittest import mock
 
 import torch
@@ -12,11 +11,12 @@ from harness.parity import Case, pair
 from harness.report import Report
 
 from hf_sp.kernels import launch as dispatch
+from kernels import interpreter
 
 
 def step(family: str, sp: bool, dtype: str) -> tuple[Report, dict[str, int]]:
     """One step of both models: (report, launches of each kernel by the parallel one)."""
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+    with mock.patch.object(dispatch, "interpreter", interpreter.launch):
         case = Case(family, sp=sp, dtype=dtype)
         model, parallel = pair(case)
         report = Report(str(case), torch.distributed.get_rank(), dtype)

@@ -72,26 +72,22 @@ def cases():
     for n in (128, 512, 896, 2048, 4096, 5120, 8192, 16384):
         heads = (2, 64, 8, n) if n == 128 else (2, 64, n)
         x, w = torch.empty(heads, dtype=bf16), torch.empty(n, dtype=bf16)
-        for residual in (None, x) if n > 128 else (None,):
-            tag = "add+norm" if residual is not None else "norm"
-            yield (
-                f"{tag} forward {n}",
-                lambda x=x, w=w, r=residual: norm_triton.rms_norm(x, r, w, 1e-6, 0.0, "llama"),
-            )
-            if n > 8192:
-                continue
-            rstd = torch.empty(heads[:-1])
-            yield (
-                f"{tag} backward {n}",
-                lambda x=x, w=w, r=residual, q=rstd: norm_triton.rms_norm_backward(
-                    x, r, x, q, w, 0.0, "llama"
-                ),
-            )
+        yield (
+            f"norm forward {n}",
+            lambda x=x, w=w: norm_triton.rms_norm(x, w, 1e-6, 0.0, "llama"),
+        )
+        if n > 8192:
+            continue
+        rstd = torch.empty(heads[:-1])
+        yield (
+            f"norm backward {n}",
+            lambda x=x, w=w, q=rstd: norm_triton.rms_norm_backward(x, x, q, w, 0.0, "llama"),
+        )
     qkv = torch.empty(2, 64, 1536, dtype=bf16)
     q, w = qkv[..., :1024].unflatten(-1, (8, 128)), torch.empty(128, dtype=bf16)
-    yield "q slice forward 128", lambda: norm_triton.rms_norm(q, None, w, 1e-6, 0.0, "llama")
+    yield "q slice forward 128", lambda: norm_triton.rms_norm(q, w, 1e-6, 0.0, "llama")
     x, w32 = torch.empty(128, 4096), torch.empty(4096)
-    yield "gemma forward 4096 fp32", lambda: norm_triton.rms_norm(x, None, w32, 1e-6, 1.0, "gemma")
+    yield "gemma forward 4096 fp32", lambda: norm_triton.rms_norm(x, w32, 1e-6, 1.0, "gemma")
     g = torch.empty(2, 64, 14336, dtype=bf16)
     yield "swiglu forward", lambda: swiglu_triton.swiglu(g, g)
     yield "swiglu backward", lambda: swiglu_triton.swiglu_backward(g, g, g, product=False)

@@ -22,17 +22,15 @@ FORMS = {
     "plain": {},
     "scaled": {"scale": 0.25},
     "capped": {"softcap": 5.0},
-    "smoothed": {"label_smoothing": 0.1},
-    "all": {"scale": -1.5, "softcap": 7.0, "label_smoothing": 0.3},
+    "both": {"scale": -1.5, "softcap": 7.0},
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def run(x, labels, dloss, **options):
-    """Loss and gradient through autograd; in place through an intermediate tensor."""
+    """Loss and gradient through autograd."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    inside = leaf.view_as(leaf) if options.get("inplace") else leaf
-    loss = vocab_parallel_cross_entropy(inside, labels, **options)
+    loss = vocab_parallel_cross_entropy(leaf, labels, **options)
     (grad,) = torch.autograd.grad(loss, leaf, dloss)
     return loss.detach(), grad
 
@@ -54,31 +52,29 @@ def test_against_float64(form, dtype, triton, ran):
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
 def test_the_same_bits_twice_and_in_place(triton):
     x, labels, dloss = case((9,), 4500)
-    first = run(x, labels, dloss, triton=triton)
-    for again in (
-        run(x, labels, dloss, triton=triton),
-        run(x, labels, dloss, triton=triton, inplace=True),
-    ):
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
+    first, again = (run(x, labels, dloss, triton=triton) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    # As the chunked loss calls it: the gradient takes the logits' place.
+    terms = LossTerms(4500, triton=triton)
+    whole = combine(token_statistics(x, labels, terms)[None], labels, terms)
+    assert torch.equal(whole.loss, first[0])
+    assert write_gradient(x, labels, whole, terms, dloss=dloss) is x
+    assert torch.equal(x, first[1])
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_what_is_not_finite(triton, smoothing):
+def test_what_is_not_finite(triton):
     """As torch: what a row holds stays in it, and in an ignored row it does nothing at all."""
     rows = torch.tensor([[1.0, 2.0, 3.0, -1.0]] * 8)
     nan, inf = float("nan"), float("inf")
     rows[1, 0], rows[2, 3], rows[3, 1], rows[4, 2] = nan, inf, -inf, -inf
     rows[5], rows[6], rows[7] = -inf, nan, inf
     labels = torch.tensor([2, 2, 2, 2, 2, 2, IGNORE, IGNORE])
-    if smoothing:
-        # Where a logit is -inf, torch's smoothed loss is inf and its gradient what softmax gives.
-        rows[5] = 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, dloss = rows.to(dtype), torch.ones(8)
-        loss, grad = run(x, labels, dloss, triton=triton, label_smoothing=smoothing)
-        want, _ = truth(x, labels, dloss, label_smoothing=smoothing)
+        loss, grad = run(x, labels, dloss, triton=triton)
+        want, _ = truth(x, labels, dloss)
         assert loss.isnan().tolist() == want.isnan().tolist()
         assert loss.isinf().tolist() == want.isinf().tolist()
         assert grad[[0, 3, 4]].isfinite().all()
@@ -107,8 +103,7 @@ def test_a_target_spread_by_softmax_is_summed_to_zero():
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
-@pytest.mark.parametrize("inplace", [True, False])
-def test_strides(triton, inplace):
+def test_strides(triton):
     base, labels, dloss = case((3, 5), 40)
     want = run(base, labels, dloss, triton=triton)
     wide = torch.randn(3, 5, 100).to(base.dtype)
@@ -124,31 +119,18 @@ def test_strides(triton, inplace):
     }
     for name, x in sources.items():
         leaf = x.detach().requires_grad_()
-        inside = _intermediate(leaf, x)
-        assert inside.stride() == x.stride(), name
-        loss = vocab_parallel_cross_entropy(inside, labels, inplace=inplace, triton=triton)
+        loss = vocab_parallel_cross_entropy(leaf, labels, triton=triton)
         (grad,) = torch.autograd.grad(loss, leaf, dloss)
         assert torch.equal(loss, want[0]), name
         assert torch.equal(grad, want[1]), name
-        if inplace:
-            assert torch.equal(inside.detach(), want[1]), name
-
-
-def _intermediate(leaf, x):
-    """An intermediate tensor over a copy of x's memory, with its strides."""
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-    return _Replaced.apply(leaf, copy)
-
-
-class _Replaced(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, None
+        # In the logits' place, whatever their strides.
+        terms = LossTerms(40, triton=triton)
+        rows, flat = x.flatten(0, 1), labels.flatten()
+        whole = combine(token_statistics(rows, flat, terms)[None], flat, terms)
+        kept = rows.stride()
+        write_gradient(rows, flat, whole, terms, dloss=dloss.flatten())
+        assert rows.stride() == kept
+        assert torch.equal(rows.view(want[1].shape), want[1]), name
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
@@ -159,44 +141,9 @@ def test_expanded_logits(triton):
     (grad,) = torch.autograd.grad(loss, leaf, dloss)
     _, rows = truth(x[:1].expand(4, 33), labels, dloss)
     torch.testing.assert_close(grad.double(), rows.sum(0, keepdim=True), rtol=2e-2, atol=2e-2)
-    with pytest.raises(ConfigError, match="expanded"):
-        vocab_parallel_cross_entropy(leaf.expand(4, 33), labels, inplace=True)
 
 
-def test_in_place_writes_where_the_logits_were_and_only_once():
-    x, labels, dloss = case((4,), 33)
-    leaf = x.clone().requires_grad_()
-    inside = leaf * 1
-    loss = vocab_parallel_cross_entropy(inside, labels, inplace=True)
-    assert torch.equal(inside.detach(), x), "written too early"
-    (grad,) = torch.autograd.grad(loss, inside, dloss, retain_graph=True)
-    assert grad.data_ptr() == inside.data_ptr()
-    with pytest.raises(ConfigError, match="second backward"):
-        torch.autograd.grad(loss, inside, dloss)
-
-
-@pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
-def test_another_reader_of_logits_in_place_is_refused(triton):
-    x, labels, _ = case((4,), 33, torch.float32)
-    leaf = x.clone().requires_grad_()
-    inside = leaf * 1
-    square = inside.square().sum()
-    vocab_parallel_cross_entropy(
-        inside, labels, inplace=True, reduction="sum", triton=triton
-    ).backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        square.backward()
-
-
-def test_leaves_are_not_overwritten():
-    x, labels, _ = case((4,), 33)
-    with pytest.raises(ConfigError, match="leaf"):
-        vocab_parallel_cross_entropy(x.requires_grad_(), labels, inplace=True)
-    with torch.no_grad():
-        vocab_parallel_cross_entropy(x, labels, inplace=True)
-
-
-def test_out_of_place_can_be_run_twice():
+def test_it_can_be_run_twice():
     x, labels, dloss = case((4,), 33)
     x.requires_grad_()
     loss = vocab_parallel_cross_entropy(x, labels)
@@ -209,7 +156,7 @@ def test_under_checkpointing():
     want = run(x, labels, dloss)
     leaf = x.clone().requires_grad_()
     loss = checkpoint(
-        lambda y: vocab_parallel_cross_entropy(y * 1, labels, inplace=True),
+        lambda y: vocab_parallel_cross_entropy(y * 1, labels),
         leaf,
         use_reentrant=False,
     )
@@ -265,7 +212,7 @@ def test_columns_on_several_ranks(split, form, triton):
     sizes = SPLITS[split]
     vocab = sum(sizes)
     x, labels, dloss = case((6,), vocab, torch.float32)
-    if "softcap" not in FORMS[form] and "label_smoothing" not in FORMS[form] and vocab > 5:
+    if "softcap" not in FORMS[form] and vocab > 5:
         x[0, : sizes[0]], labels[0] = -torch.inf, vocab - 1
     terms, parts, start = [], [], 0
     for size in sizes:
@@ -273,7 +220,7 @@ def test_columns_on_several_ranks(split, form, triton):
         parts.append(x[:, start : start + size].contiguous())
         start += size
     stats = torch.stack([token_statistics(p, labels, t) for p, t in zip(parts, terms, strict=True)])
-    assert stats.shape[1] == (4 if "label_smoothing" in FORMS[form] else 3)
+    assert stats.shape[1] == 3
     whole = combine(stats, labels, terms[0])
     for part, t in zip(parts, terms, strict=True):
         write_gradient(part, labels, whole, t, dloss=dloss)
@@ -283,14 +230,14 @@ def test_columns_on_several_ranks(split, form, triton):
 def test_every_launch_gives_the_same(ran):
     """Settings of a sweep change the order of sums, not what is summed."""
     x, labels, dloss = case((4,), 3000, torch.float32)
-    terms = LossTerms(3000, softcap=20.0, label_smoothing=0.1)
+    terms = LossTerms(3000, softcap=20.0)
     for warps, block in ((1, 16), (4, 512), (8, 4096), (16, 8192)):
         config = LaunchConfig(warps=warps, block=block)
         stats = token_statistics(x, labels, terms, config=config)
         whole = combine(stats[None], labels, terms)
         out = torch.full_like(x, torch.nan)
         write_gradient(x, labels, whole, terms, dloss=dloss, out=out, config=config)
-        check(x, labels, whole.loss, out, dloss, softcap=20.0, label_smoothing=0.1)
+        check(x, labels, whole.loss, out, dloss, softcap=20.0)
     assert ran() == {"statistics_kernel": 4, "gradient_kernel": 4}
 
 
@@ -327,7 +274,6 @@ def test_torch_holds_no_second_copy(monkeypatch):
         ({"labels": torch.tensor([0, -1, 1, 2])}, ShapeError, "outside the vocabulary"),
         ({"logits": torch.zeros(4, 33, dtype=torch.long)}, ShapeError, "belong"),
         ({"reduction": "average"}, ConfigError, "reduction"),
-        ({"label_smoothing": 1.5}, ConfigError, "label_smoothing"),
         ({"softcap": 0.0}, ConfigError, "cap"),
         ({"vocab_size": 40}, ShapeError, "part of the whole"),
         ({"vocab_size": 40, "vocab_start": 8}, ShapeError, "part of the whole"),

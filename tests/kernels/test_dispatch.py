@@ -38,14 +38,11 @@ X = torch.ones(2, 4)
         ([X.as_subclass(Subclass)], False),
         ([X.to("meta")], False),
         ([X, X.to("meta")], False),
-        ([None], False),
     ],
 )
 def test_usable(tensors, answer, monkeypatch):
     assert dispatch.usable(*tensors) is answer
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert not dispatch.usable(*tensors)
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(dispatch, "interpreter", None)
     assert not dispatch.usable(*tensors)
 
 
@@ -81,7 +78,7 @@ class Nothing:
 sys.meta_path.insert(0, Nothing())
 import torch
 before = {name for name in sys.modules if name.startswith("triton")}
-import hf_sp.kernels, hf_sp.kernels.launch, hf_sp.kernels.ops
+import hf_sp.kernels, hf_sp.kernels.launch
 y = hf_sp.kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
 z = hf_sp.kernels.swiglu(y, y)
 assert not {n for n in sys.modules if n.startswith(("triton", "hf_sp.kernels.norm_t"))} - before
@@ -92,7 +89,7 @@ print("done")
 
 @pytest.mark.parametrize("mode", ["with", "without"])
 def test_torch_needs_no_triton_and_imports_none(mode, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, mode], cwd=ROOT, capture_output=True, text=True, check=False
     )

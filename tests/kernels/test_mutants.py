@@ -41,12 +41,12 @@ def probe_norm(triton):
     """The checks of the other files, on few inputs: all that a fault could touch."""
     torch.manual_seed(0)
     for casting, eps in (("llama", 1e-6), ("gemma", 0.1)):
-        case = random_case((37, 96), casting=casting, residual=True)
+        case = random_case((37, 96), casting=casting)
         case.eps = eps
         found = check_norm(case, triton=triton)
         if triton:
             wanted = check_norm(case, triton=False)
-            error = (found[3] - wanted[3]).norm() / wanted[3].norm()
+            error = (found[2] - wanted[2]).norm() / wanted[2].norm()
             assert error < exact.U[torch.bfloat16] / 8, "dw"
     case = random_case((1, 128))
     case.x = fused_qkv(4, 2)
@@ -72,17 +72,14 @@ def probe_swiglu(triton):
 NORM = [
     ("tl.num_programs(0), num_stages", "tl.num_programs(0) + 1, num_stages"),
     ("tl.range(pid,", "tl.range(0,"),
-    ("        y = y.to(s.dtype).to(tl.float32)", "        pass"),
-    ("r.to(tl.float32)).to(S.dtype.element_ty)", "r.to(tl.float32))"),
-    ("r.to(tl.float32)).to(S.dtype.element_ty)", "0.0).to(S.dtype.element_ty)"),
-    ("dx = dx + ds.to(tl.float32)", "pass"),
+    ("        y = y.to(x.dtype).to(tl.float32)", "        pass"),
     ("keep_dims=True) / N + EPS", "keep_dims=True) / BLOCK_N + EPS"),
     ("keep_dims=True) / N))", "keep_dims=True) / BLOCK_N))"),
     ("/ N + EPS)", "/ N)"),
     ("        w = w + OFFSET", "        pass"),
-    ("dw += dy32 * x.to(s.dtype).to(tl.float32)", "dw += dy32 * x"),
+    ("dw += dy32 * xhat.to(x.dtype).to(tl.float32)", "dw += dy32 * xhat"),
     ("DW + pid.to(tl.int64) * N", "DW"),
-    ("rstd * (g - x *", "rstd * (g + x *"),
+    ("rstd * (g - xhat *", "rstd * (g + xhat *"),
     ("g = dy32 * w", "g = dy32"),
     ("(row % inner)", "(row % 1)"),
     ("(row // inner)", "(row // inner // 2)"),
@@ -97,17 +94,16 @@ SWIGLU = [
     ("rows, n = 1, rows * n", "rows, n = 1, n"),
 ]
 REFERENCE = [
-    ("        y = y.to(x.dtype)\n", ""),
-    ("offset + weight.to(torch.float32) if casting", "weight if casting"),
-    ("(offset + weight.to(torch.float32))", "weight.to(torch.float32)"),
-    ("dx = dx + ds.to(torch.float32)", "dx = dx"),
+    ("    if y.dtype != x.dtype:\n", "    if False:\n"),
+    ("(offset + weight.to(torch.float32) if cast", "(weight if cast"),
+    ("(offset + gain if offset else gain)", "gain"),
     ("g - xhat * (g * xhat).mean", "g - (g * xhat).mean"),
     ("g - xhat * (g * xhat)", "g + xhat * (g * xhat)"),
-    ("(dy32 * seen).sum", "(dy32 * seen).mean"),
+    ("dw.sum(tuple", "dw.mean(tuple"),
 ]
 REFERENCE_SWIGLU = [
     ("silu * (1 - sigmoid)", "silu * sigmoid"),
-    ("dup = dz_wide * silu", "dup = dz_wide * sigmoid"),
+    ("dup = dz * silu", "dup = dz * sigmoid"),
 ]
 
 

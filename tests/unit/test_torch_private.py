@@ -32,7 +32,6 @@ ELSEWHERE = {
         "_reduce_scatter",
     },
     "estimate/simulate.py": {"_internal", "_subclasses"},
-    "kernels/interpreter.py": {"_patch_lang_tensor"},
     "model/forward.py": {
         "_backward_hooks",
         "_backward_pre_hooks",
@@ -50,7 +49,6 @@ ELSEWHERE = {
     "model/norm.py": {"_forward_hooks"},
     "model/ports.py": {"_base"},
     "moe/grouped.py": {"_grouped_mm"},
-    "plan/recognise.py": {"_hooks"},
     "state.py": {"_orig_mod"},
 }
 # What a module is made of, and what namedtuples call their methods.

@@ -7,10 +7,9 @@ Groups, in the order in which they run, so that what time runs out for is the le
 
 ========= ======================================================================================
 norm      RMSNorm, the rows of one to sixteen sequences of 8192
-sp        RMSNorm and add + RMSNorm at the rows a rank has left under sequence parallelism, in
-          CUDA graphs: kernels of 2 to 16 us, where launches decide
+sp        RMSNorm at the rows a rank has left under sequence parallelism, in CUDA graphs: kernels of
+          2 to 16 us, where launches decide
 ce        cross entropy of 8192 tokens, whole vocabulary and one rank's part of a larger one
-add       the residual sum and RMSNorm
 qnorm     RMSNorm over heads of 128
 swiglu    silu(gate) * up, whole and one rank's part
 ========= ======================================================================================
@@ -33,7 +32,7 @@ class Case:
 
     Attributes:
         group: what ``--only`` selects by.
-        op: ``norm``, ``add``, ``swiglu`` or ``ce``.
+        op: ``norm``, ``swiglu`` or ``ce``.
         rows: rows, or tokens.
         n: elements of a row: hidden size, intermediate size, vocabulary.
         graph: whether it is timed as a replay of a CUDA graph.
@@ -55,8 +54,6 @@ class Case:
 # input read once, each result written once. 4 bytes a row (rstd, loss) are left out.
 FLOORS: dict[str, dict[str, int]] = {
     "norm": {"forward": 4, "backward": 6},
-    # read x, r, write s, y; read dy, ds, s, write dx, which is the residual's gradient too.
-    "add": {"forward": 8, "backward": 8},
     # recompute: the backward that makes the product again, which was not kept.
     "swiglu": {"forward": 6, "backward": 10, "recompute": 12},
     # read for the statistics, read and write for the gradient.
@@ -80,12 +77,9 @@ def all_cases() -> list[Case]:
         *_grid("norm", "norm", usual),
         *_grid("sp", "norm", local, graph=True),
         *_grid("ce", "ce", vocab),
-        *_grid("add", "add", usual),
-        *_grid("sp", "add", local, graph=True),
         *_grid("qnorm", "norm", [(327680, 128)]),
         *_grid("swiglu", "swiglu", [(8192, 14336), (32768, 14336), (8192, 3584)]),
         *_grid("norm", "norm", long),
-        *_grid("add", "add", long),
     ]
 
 
@@ -99,8 +93,6 @@ def tiny_cases() -> list[Case]:
         *_grid("norm", "norm", [(37, 200)]),
         *_grid("sp", "norm", [(19, 256)], graph=True),
         *_grid("ce", "ce", [(13, 1003)]),
-        *_grid("add", "add", [(37, 200)]),
-        *_grid("sp", "add", [(19, 256)], graph=True),
         *_grid("qnorm", "norm", [(75, 128)]),
         *_grid("swiglu", "swiglu", [(21, 360)]),
     ]
@@ -134,8 +126,8 @@ class Data:
 
     Attributes:
         case: the case.
-        inputs: leaves that require gradients; norm ``(x, w)``, add ``(x, residual, w)``, swiglu
-            ``(gate, up)``, ce ``(logits,)``.
+        inputs: leaves that require gradients; norm ``(x, w)``, swiglu ``(gate, up)``, ce
+            ``(logits,)``.
         grads: gradients of the results, in their order.
         labels: of the tokens, for ce.
     """
@@ -174,10 +166,8 @@ def make_data(case: Case, device: torch.device) -> Data:
         # The ends of the range, and one token that does not count: too few to save time.
         labels[0], labels[1], labels[2] = IGNORED, 0, n - 1
         return Data(case, (logits.requires_grad_(),), (), labels)
-    tensors = {"norm": 1, "add": 2, "swiglu": 2}[case.op]
-    inputs = [normal(rows, n) for _ in range(tensors)]
-    if case.op != "swiglu":
+    inputs = [normal(rows, n) for _ in range(2 if case.op == "swiglu" else 1)]
+    if case.op == "norm":
         # A parameter, so that modules can take it as theirs.
         inputs.append(nn.Parameter(normal(n).mul_(0.2).add_(1)))
-    grads = [normal(rows, n) for _ in range(2 if case.op == "add" else 1)]
-    return Data(case, tuple(x.requires_grad_() for x in inputs), tuple(grads))
+    return Data(case, tuple(x.requires_grad_() for x in inputs), (normal(rows, n),))

@@ -88,8 +88,7 @@ def contenders(op: str) -> list[Contender]:
     copy = Contender(COPY, _copy, checked=False)
     if op == "ce":
         return [
-            Contender(OURS, _ours, ours=True, spoils=True),
-            Contender("ours, out of place", _ours_out_of_place, ours=True),
+            Contender(OURS, _ours, ours=True),
             direct,
             hf,
             compiled,
@@ -102,14 +101,14 @@ def contenders(op: str) -> list[Contender]:
     if op == "swiglu":
         # Liger's backward writes over what the forward saved.
         return [ours, direct, hf, compiled, Contender("Liger", _liger, spoils=True, **liger), copy]
-    # Liger's norm writes dx over dy by default, its fused add does not.
+    # Liger's norm writes dx over dy by default.
     return [
         ours,
         direct,
         hf,
         Contender("F.rms_norm", _torch_norm),
         compiled,
-        Contender("Liger", _liger, spoils=op == "norm", **liger),
+        Contender("Liger", _liger, spoils=True, **liger),
         Contender("quack", _quack, **quack),
         copy,
     ]
@@ -160,14 +159,10 @@ def _ours(data: Data) -> Steps:
     from hf_sp.kernels.swiglu import swiglu
 
     def loss(logits: Tensor) -> Tensor:
-        # A view: of a leaf the gradient cannot take the place.
-        return vocab_parallel_cross_entropy(
-            logits.view_as(logits), data.labels, reduction="sum", inplace=True
-        )
+        return vocab_parallel_cross_entropy(logits, data.labels, reduction="sum")
 
     functions = {
         "norm": lambda x, w: rms_norm(x, w, EPS),
-        "add": lambda x, r, w: rms_norm(x, w, EPS, residual=r),
         "swiglu": swiglu,
         "ce": loss,
     }
@@ -175,14 +170,6 @@ def _ours(data: Data) -> Steps:
     if "recompute" in steps:
         steps["recompute"] = _ours_direct(data)["recompute"]  # as the MLP's backward calls it
     return steps
-
-
-def _ours_out_of_place(data: Data) -> Steps:
-    from hf_sp.kernels.cross_entropy import vocab_parallel_cross_entropy
-
-    return by_autograd(
-        data, lambda logits: vocab_parallel_cross_entropy(logits, data.labels, reduction="sum")
-    )
 
 
 def _ours_direct(data: Data) -> Steps:
@@ -200,22 +187,17 @@ def _ours_direct(data: Data) -> Steps:
             "backward": Step(lambda: swiglu_backward(grads[0], gate, up)[:2]),
             "recompute": Step(lambda: swiglu_backward(grads[0], gate, up, product=True)),
         }
-    x, *residual, w = inputs
-    made: list[Tensor] = []
+    x, w = inputs
+    rstd: list[Tensor] = []
 
     def setup() -> None:
-        s = residual[0] + x if residual else x
-        made[:] = [s, norm.rms_norm_forward(s, w, EPS)[1]]
-
-    def forward() -> Results:
-        if residual:
-            return norm.add_rms_norm_forward(x, residual[0], w, EPS)[:2]
-        return norm.rms_norm_forward(x, w, EPS)[:1]
+        rstd[:] = norm.rms_norm_forward(x, w, EPS)[1:]
 
     def backward() -> Results:
-        return norm.rms_norm_backward(grads[0], grads[1] if residual else None, *made, w, EPS)
+        return norm.rms_norm_backward(grads[0], x, *rstd, w, EPS)
 
-    return {"forward": Step(forward), "backward": Step(backward, setup)}
+    forward = Step(lambda: norm.rms_norm_forward(x, w, EPS)[:1])
+    return {"forward": forward, "backward": Step(backward, setup)}
 
 
 def our_loss_kernels(data: Data, **configs: Any) -> Steps:
@@ -264,19 +246,7 @@ def _hf_function(data: Data) -> Callable[..., Any]:
 
     norm = LlamaRMSNorm(data.case.n, eps=EPS)
     norm.weight = data.inputs[-1]
-    return _with_sum(data, lambda x, w: norm(x))
-
-
-def _with_sum(data: Data, norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-    """A norm of the data's op: with the residual sum in front for ``add``."""
-    if data.case.op == "norm":
-        return norm
-
-    def add_norm(x: Tensor, residual: Tensor, w: Tensor) -> Results:
-        s = residual + x
-        return norm(s, w), s
-
-    return add_norm
+    return lambda x, w: norm(x)
 
 
 def _hf(data: Data) -> Steps:
@@ -295,7 +265,7 @@ def _compiled(data: Data) -> Steps:
 
 def _torch_norm(data: Data) -> Steps:
     size = [data.case.n]
-    return by_autograd(data, _with_sum(data, lambda x, w: F.rms_norm(x, size, w, EPS)))
+    return by_autograd(data, lambda x, w: F.rms_norm(x, size, w, EPS))
 
 
 def _liger(data: Data) -> Steps:
@@ -310,12 +280,6 @@ def _liger(data: Data) -> Steps:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         return by_autograd(data, LigerSiLUMulFunction.apply)
-    if data.case.op == "add":
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-        return by_autograd(
-            data, lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama")
-        )
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     return by_autograd(data, lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama"))
@@ -345,8 +309,6 @@ def _quack(data: Data) -> Steps:
         )
     from quack import rmsnorm
 
-    if data.case.op == "add":
-        return by_autograd(data, lambda x, r, w: rmsnorm(x, w, residual=r, eps=EPS, prenorm=True))
     return by_autograd(data, lambda x, w: rmsnorm(x, w, eps=EPS))
 
 

@@ -10,11 +10,8 @@ top for second-order terms, and so does catch a dropped term, row or factor.
 
 ============ ======================================================================= =====
 y            1. x * rstd, 2. that times w                                              2.5
-y after add  and 1. the sum, which moves rstd by as much at most                       4.5
-s            1. the sum                                                                1.5
 dx           1. dy * w, 2. the result                                                  2.5
              of ``rstd * (|g| + |x| mean |g x|)``, the terms of the difference
-dx after add and the rounded sum in x, twice in its second term, and in rstd           5.5
 dw           three roundings of the terms of a sum: independent, so their squares add  6.0
              up. sqrt(3) * U / sqrt(3) is one standard deviation at most, five of them
              and the rounding of the result, of ``sqrt(sum (dy x)^2) + |dw|``
@@ -83,7 +80,7 @@ def check(data: Data, step: str, results: tuple[Tensor, ...]) -> tuple[str, floa
     Args:
         data: the inputs, as they were before.
         step: which of the operation's steps.
-        results: forward: y, or y and s, or the product. backward: gradients of the inputs in their
+        results: forward: y, or the product. backward: gradients of the inputs in their
             order. recompute: those and the product. ce: loss and gradient; statistics: the loss.
 
     Returns:
@@ -106,31 +103,22 @@ def _slabs(data: Data) -> Iterator[slice]:
 
 
 def _norm(data: Data, step: str, results: tuple[Tensor, ...], worst: Worst) -> None:
-    add = data.case.op == "add"
-    x, *middle, w = (one.detach() for one in data.inputs)
+    x, w = (one.detach() for one in data.inputs)
     w64 = w.double()
     sums = [torch.zeros_like(w64) for _ in range(2)]
     for rows in _slabs(data):
-        s = x[rows].double()
-        for residual in middle:
-            s = s + residual[rows].double()
-        rstd = (s.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        xhat = s * rstd
+        x64 = x[rows].double()
+        rstd = (x64.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        xhat = x64 * rstd
         if step == "forward":
             y = xhat * w64
-            worst.take("y", results[0][rows], y, y.abs(), (4.5 if add else 2.5) * U)
-            if add:
-                worst.take("s", results[1][rows], s, s.abs(), 1.5 * U)
+            worst.take("y", results[0][rows], y, y.abs(), 2.5 * U)
             continue
         dy = data.grads[0][rows].double()
         g = dy * w64
         dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
         scale = rstd * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
-        if add:
-            ds = data.grads[1][rows].double()
-            dx, scale = dx + ds, scale + ds.abs()
-        for name, got in zip(("dx", "dresidual"), results[:-1], strict=False):
-            worst.take(name, got[rows], dx, scale, (5.5 if add else 2.5) * U)
+        worst.take("dx", results[0][rows], dx, scale, 2.5 * U)
         sums[0] += (dy * xhat).sum(0)
         sums[1] += (dy * xhat).square().sum(0)
     if step != "forward":

@@ -83,7 +83,7 @@ def _bars(row: Row, rivals: list[Row]) -> tuple[str, str]:
 
 def _share(row: Row) -> tuple[str, bool | None]:
     timed_alone = row.timing == "stream" and row.rows >= SHARES_FROM
-    if row.op not in ("norm", "add") or row.step not in SHARES or not timed_alone:
+    if row.op != "norm" or row.step not in SHARES or not timed_alone:
         return "", None
     least = SHARES[row.step]
     if row.of_copy is None:

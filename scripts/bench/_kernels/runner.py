@@ -5,7 +5,6 @@ Owns the order, the time budget and what becomes a row. Must not know shapes or 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from hf_sp.kernels import launch as dispatch
 from scripts.bench._kernels import oracle
 from scripts.bench._kernels.cases import FLOORS, Case, Data, make_data
 from scripts.bench._kernels.clock import Clock, NoClock, Ready
@@ -222,14 +222,12 @@ def _poison(data: Data) -> None:
 
 
 def _launches() -> int:
-    from hf_sp.kernels import launch as dispatch
-
     return dispatch.launches.total()
 
 
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton kernels can run: on a GPU, or in the interpreter."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or dispatch.interpreter is not None
 
 
 @contextmanager

@@ -34,7 +34,6 @@ def sweep_cases() -> list[Case]:
     shapes += [("qnorm", 327680, 128), ("qnorm", 40960, 128)]
     shapes += [("ce", 8192, 131072), ("ce", 8192, 18992)]
     shapes += [("swiglu", 8192, 14336), ("swiglu", 8192, 3584)]
-    shapes += [("add", 32768, 4096), ("add", 32768, 8192)]
     ops = {"qnorm": "norm"}
     return [Case(group, ops.get(group, group), rows, n, rows < 8192) for group, rows, n in shapes]
 
@@ -48,10 +47,10 @@ def settings(case: Case, step: str, few: bool = False) -> list[LaunchConfig]:
         few: two only, to see that it works.
     """
     narrow = case.n <= 1024
-    if case.op in ("norm", "add") and step == "forward":
+    if case.op == "norm" and step == "forward":
         rows = (8, 16, 32, 64) if narrow else (1, 2, 4)
         found = [LaunchConfig(w, r) for w, r in itertools.product((4, 8, 16), rows)]
-    elif case.op in ("norm", "add"):
+    elif case.op == "norm":
         warps, rows, per_sm = (4, 8, 16), (1,), (1, 2, 3, 4)
         if narrow:
             warps, rows, per_sm = (4, 8), (8, 16, 32), (4, 8, 16)
@@ -120,21 +119,18 @@ def _step(data: Data, step: str, config: LaunchConfig | None) -> Step:
             return tuple(x for x in got if x is not None)
 
         return Step(swiglu_backward)
-    x, *rest, w = inputs
-    residual = rest[0] if rest else None
-    made: list = []
+    x, w = inputs
+    rstd: list = []
 
     def forward(use: LaunchConfig | None = config) -> Results:
-        return norm_triton.rms_norm(x, residual, w, EPS, 0.0, "llama", config=use)
+        return norm_triton.rms_norm(x, w, EPS, 0.0, "llama", config=use)
 
     def setup() -> None:
-        made[:] = forward(None)[1:]
+        rstd[:] = forward(None)[1:]
 
     def backward() -> Results:
-        s, rstd = made
-        ds = grads[1] if rest else None
-        got = norm_triton.rms_norm_backward(grads[0], ds, s, rstd, w, 0.0, "llama", config=config)
-        return tuple(x for x in got if x is not None)
+        got = norm_triton.rms_norm_backward(grads[0], x, *rstd, w, 0.0, "llama", config=config)
+        return tuple(one for one in got if one is not None)
 
     return Step(forward) if step == "forward" else Step(backward, setup)
 
