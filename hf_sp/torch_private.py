@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -37,7 +36,9 @@ def allow_graphs(count: int) -> None:
     Decoder layers share the code that is compiled. torch gives hooks other numbers in each layer
     and guards on these, so that each layer has graphs of its own.
     """
-    config: Any = torch._dynamo.config
+    # Here: it imports triton, which nobody needs who compiles nothing.
+    from torch._dynamo import config
+
     config.recompile_limit = max(config.recompile_limit, count)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, count)
 

@@ -53,11 +53,6 @@ def _with_terms(**wrong: Any) -> list[Patch]:
     return [(loss, "write_gradient", write)]
 
 
-@mutant()
-def loss_gradient_smooths_the_labels() -> list[Patch]:
-    return _with_terms(label_smoothing=0.1)
-
-
 @mutant(Case("granite"))
 def loss_gradient_is_not_scaled() -> list[Patch]:
     return _with_terms(scale=1.0)
