@@ -36,6 +36,7 @@ def test_rows_of_the_step_cost(case):
     experts = moe_cost.SHAPES[case[0]].experts
     for row in step_cost.measure_sparse(case):
         assert _line(step_cost.cells(row)) in committed
-        local = experts // row.tp if row.layout.endswith("ep=tp") else 0
-        constant = 8 * (experts + 1) + 4 * (experts + local)
+        # Where the rows of the experts on this rank end.
+        local = experts // row.tp if row.layout.endswith("ep=tp") else experts
+        constant = 8 * (experts + 1) + 4 * local
         assert row.alive_bytes == row.formula * row.seq + constant
