@@ -185,8 +185,9 @@ def row_factor_is_not_scaled_for_its_dropout() -> list[Patch]:
 def column_factor_is_not_scaled_for_its_dropout() -> list[Patch]:
     right = ports._LowRankColumn.forward
 
-    def forward(ctx, x, port, A, seen, scale, batch_major):
-        return right(ctx, x, port, A, seen, 1.0, batch_major)
+    def forward(ctx, x, port, A, *rest):
+        # A comes scaled; here as it is.
+        return right(ctx, x, port, A * (1 - 0.3), *rest)
 
     return [(ports._LowRankColumn, "forward", staticmethod(forward))]
 

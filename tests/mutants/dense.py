@@ -115,7 +115,7 @@ def key_s_gradient_goes_to_the_value_s_port() -> list[Patch]:
 @mutant()
 def port_s_gradient_is_of_other_tokens() -> list[Patch]:
     right = columns._tokens
-    return [(columns, "_tokens", lambda x: right(x.roll(1, 1)))]
+    return [(columns, "_tokens", lambda x, spec: right(x.roll(1, 1), spec))]
 
 
 @mutant(Case("llama_bias", sp=False))
