@@ -124,14 +124,13 @@ def check_optimizer(
 ) -> None:
     """Refuse an optimizer over parameters that ``parallelize`` has replaced: it trains nothing."""
     known = {id(p) for m in models for p in m.parameters()}
-    for optimizer in optimizers:
-        held = [p for g in optimizer.param_groups for p in g["params"]]
-        foreign = sum(id(p) not in known for p in held)
-        if foreign:
-            raise ConfigError(
-                "the optimizer was not made from the parallelized model's parameters",
-                where=where,
-                got=f"{foreign} of its {len(held)} parameters are not the model's",
-                rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
-                remedy="make the optimizer after parallelize(model)",
-            )
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    foreign = sum(id(p) not in known for p in held)
+    if foreign:
+        raise ConfigError(
+            "the optimizer was not made from the parallelized model's parameters",
+            where=where,
+            got=f"{foreign} of its {len(held)} parameters are not the model's",
+            rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
+            remedy="make the optimizer after parallelize(model)",
+        )

@@ -105,11 +105,9 @@ def skip_param_remap(original: Patch, self: Accelerator, *args: Any) -> Any:
     return list(args) if _states(args) else original(self, *args)
 
 
-def _is_half(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
-
-
 def _as_float(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return x
     if not isinstance(x, LazyLogits):
         return x.float()
     like = torch.empty(0, dtype=torch.float32, device=x.device)
@@ -122,8 +120,7 @@ def keep_logits_lazy(original: Patch, self: ConvertOutputsToFp32, *args: Any, **
 
     The cast would make the logits of the whole vocabulary in every training step.
     """
-    outputs = self.model_forward(*args, **kwargs)
-    return recursively_apply(_as_float, outputs, test_type=_is_half)
+    return recursively_apply(_as_float, self.model_forward(*args, **kwargs))
 
 
 @STATE_PATCHES.on(Accelerator, "prepare_data_loader")

@@ -11,6 +11,8 @@ from hf_sp.patching import Name
 
 _TRAINER = "transformers.trainer:Trainer."
 _ACCELERATOR = "accelerate.accelerator:Accelerator."
+_CONFIG = "accelerate.parallelism_config:ParallelismConfig."
+_DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
 
 NAMES: tuple[Name, ...] = (
     # transformers: replaced methods
@@ -106,11 +108,7 @@ NAMES: tuple[Name, ...] = (
         None,
         ("model.load_state_dict(state_dict, False)", "self._issue_warnings_after_load"),
     ),
-    Name(
-        _TRAINER + "_build_accelerator_args",
-        None,
-        ('args["parallelism_config"] = self.args.parallelism_config',),
-    ),
+    Name(_TRAINER + "_build_accelerator_args", None, ('"] = self.args.parallelism_config',)),
     Name(_TRAINER + "_load_best_model", None, ("model.load_state_dict(state_dict, False)",)),
     Name(_TRAINER + "get_tp_size", None, ('getattr(self.model, "_tp_size", None)',)),
     Name("transformers.modeling_utils:PreTrainedModel.tp_size", None, ("self._tp_size",)),
@@ -120,11 +118,7 @@ NAMES: tuple[Name, ...] = (
         ("num_workers * rank",),
     ),
     # accelerate: replaced methods
-    Name(
-        "accelerate.parallelism_config:ParallelismConfig._validate_accelerator",
-        "(self, accelerator)",
-        ("accelerator.multi_device",),
-    ),
+    Name(_CONFIG + "_validate_accelerator", "(self, accelerator)", ("accelerator.multi_device",)),
     Name(_ACCELERATOR + "prepare", "(self, *args, device_placement=None)"),
     Name(
         _ACCELERATOR + "prepare_model",
@@ -144,11 +138,7 @@ NAMES: tuple[Name, ...] = (
     Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
     Name(_ACCELERATOR + "save_state"),
     Name(_ACCELERATOR + "load_state"),
-    Name(
-        "accelerate.data_loader:DataLoaderDispatcher.__len__",
-        "(self)",
-        ("whole_length / self.state.num_processes",),
-    ),
+    Name(_DISPATCHER + "__len__", "(self)", ("whole_length / self.state.num_processes",)),
     Name(
         "accelerate.scheduler:AcceleratedScheduler.step",
         "(self, *args, **kwargs)",
@@ -161,18 +151,14 @@ NAMES: tuple[Name, ...] = (
     ),
     # accelerate: used
     Name("accelerate.state:AcceleratorState._shared_state"),
-    Name(
-        "accelerate.parallelism_config:ParallelismConfig.get_device_mesh",
-        None,
-        ("if self.device_mesh is None:",),
-    ),
+    Name(_CONFIG + "get_device_mesh", None, ("if self.device_mesh is None:",)),
     Name(
         "accelerate.data_loader:prepare_data_loader",
         None,
         ("num_processes = submesh_fsdp_size * submesh_dp_size",),
     ),
     Name("accelerate.data_loader:DataLoaderShard", None, ("self.rng_types = rng_types",)),
-    Name("accelerate.data_loader:DataLoaderDispatcher._fetch_batches", None, ("self.submesh_tp",)),
+    Name(_DISPATCHER + "_fetch_batches", None, ("self.submesh_tp",)),
     # torch
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

@@ -35,15 +35,8 @@ def state_of(trainer: Any) -> ParallelState:
     return state
 
 
-# --- construction: what cannot work is refused --------------------------------------------------
-
-
 def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
-    """Refuse arguments under which a parallelized model would train wrongly.
-
-    Raises:
-        ConfigError: the first of them that is met.
-    """
+    """Refuse (ConfigError) arguments under which a parallelized model would train wrongly."""
     where = "TrainingArguments"
     accelerate_mesh.check_world(state, "Trainer")
     if args.world_size != state.tp:
@@ -89,10 +82,8 @@ ALL_PATCHES = Patches(lambda _: True)
 
 
 @ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
-def attach_mesh_at_construction(original: Patch, self: Any) -> None:
-    """The first thing a Trainer does with the model.
-
-    It would overwrite the tp size of a given ParallelismConfig silently, and make a new mesh.
+def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
+    """Trainer overwrites a given ParallelismConfig's sizes silently, and makes a mesh of its own.
 
     accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
     model or over a plain one, would be given the mesh of the one before.
@@ -100,8 +91,7 @@ def attach_mesh_at_construction(original: Patch, self: Any) -> None:
     state = parallel_state(self.model)
     if state is None:
         accelerate_mesh.release()
-        original(self)
-        return
+        return original(self)
     check_arguments(self.args, state)
     trl_patches.install(self)
     given = self.args.parallelism_config
@@ -133,9 +123,6 @@ def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
         accelerate_mesh.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
 
 
-# --- data ---------------------------------------------------------------------------------------
-
-
 @PATCHES.on(Trainer, "_get_train_sampler")
 def rebalance_without_tp_ranks(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
@@ -162,9 +149,6 @@ def seed_workers_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) ->
     return loader
 
 
-# --- counters and loss --------------------------------------------------------------------------
-
-
 @PATCHES.on(Trainer, "_get_num_items_in_batch")
 def count_labels_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Trainer divides by tp what it gathered; not gathered, the loss is tp times too big.
@@ -172,14 +156,13 @@ def count_labels_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``average_tokens_across_devices=False`` skips the gather but not the division (5.17: a floor
     division at that).
     """
-    if self.args.average_tokens_across_devices:
-        return original(self, *args, **kwargs)
+    asked = self.args.average_tokens_across_devices
     # The gather over equal batches and the division by tp give the local count.
     self.args.average_tokens_across_devices = True
     try:
         return original(self, *args, **kwargs)
     finally:
-        self.args.average_tokens_across_devices = False
+        self.args.average_tokens_across_devices = asked
 
 
 @PATCHES.on(Trainer, "_track_num_input_tokens")
@@ -196,9 +179,6 @@ def count_flos_once(original: Patch, self: Any) -> None:
     """Trainer sums over all ranks the operations of the whole model (DTensors count whole)."""
     self.current_flos /= state_of(self).tp
     original(self)
-
-
-# --- evaluation ---------------------------------------------------------------------------------
 
 
 @PATCHES.on(Trainer, "prediction_step")

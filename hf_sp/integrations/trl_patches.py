@@ -154,11 +154,8 @@ def _output(found: TokenStatistics, targets: Tensor, items: Any, drop_last: bool
         mask = mask[:, :-1]
         found = TokenStatistics(*(None if x is None else x[:, :-1] for x in found))  # type: ignore[arg-type]
     count = mask.sum().clamp(min=1) if items is None else items
-    return FusedCausalLMOutput(
-        loss=-found.log_probs.sum() / count,
-        label_mask=mask,
-        **found._asdict(),
-    )
+    loss = -found.log_probs.sum() / count
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, **found._asdict())
 
 
 def count_tokens_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
