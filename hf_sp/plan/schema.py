@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["column", "row", "partial"]
+"""What a plan says of a module: a column or row linear, or replicated weights on local heads."""
+
 Style = Literal["column", "row", "column_replicated", "replicated"]
 """How a linear inside a TP block is split.
 
@@ -35,6 +38,21 @@ class Leaf:
     style: Style
     shape: tuple[int, int]
     heads: int = 0
+
+    @property
+    def parts(self) -> int:
+        """What is divided among the ranks: heads, or features of the split dim."""
+        return self.heads or self.shape[1 if self.style == "row" else 0]
+
+    def describe(self, tp: int) -> str:
+        """The style, the whole and the local shape."""
+        out, into = self.shape
+        if self.style == "replicated":
+            return f"replicated, gradient summed over tp  [{out}, {into}]"
+        split = self.heads if self.style == "column_replicated" else tp
+        local = (out, into // split) if self.style == "row" else (out // split, into)
+        heads = f"  {self.heads} heads" if self.heads else ""
+        return f"{self.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,83 +138,63 @@ class Plan:
     ep: int = 1
 
     def __str__(self) -> str:
-        """The plan of one layer and of what surrounds them, one line a module."""
-        degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
-        lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
-
-        def row(path: str, what: str) -> None:
-            lines.append(f"  {path:<39} {what}")
-
-        row(self.embedding, "vocab-parallel embedding: all-reduce")
+        """The plan of one layer of each kind and of what surrounds them, one line a module."""
+        kinds: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for layer in self.layers:
+            same = tuple((path.replace(f"{layer}.", ""), what) for path, what in self._layer(layer))
+            kinds.setdefault(same, []).append(layer)
+        rows = [(self.embedding, "vocab-parallel embedding: all-reduce")]
         if self.sp:
-            row(self.layers[0], "entry of the stack: take the sequence shard")
-        partial = "gradient summed over tp" if self.sp else "gradient whole on every rank"
-        kinds = self._layers_of_each_kind()
-        for same in kinds:
+            rows.append((self.layers[0], "entry of the stack: take the sequence shard"))
+        for layers in kinds.values():
             if len(kinds) > 1:
-                lines.append(f"  layers {', '.join(layer.rpartition('.')[2] for layer in same)}:")
-            for block in (b for b in self.blocks if b.path.startswith(same[0] + ".")):
-                for path, what in _describe_block(block, self.tp, self.sp, self.ep):
-                    row(path, what)
-            for path in (n for n in self.shard_norms if n.startswith(same[0] + ".")):
-                row(path, f"replicated, {partial}")
-        row(self.norm, f"replicated, {partial}")
+                numbers = ", ".join(layer.rpartition(".")[2] for layer in layers)
+                rows.append((f"layers {numbers}:", ""))
+            rows += self._layer(layers[0])
+        rows.append((self.norm, self._norm()))
         if self.sp:
-            row(self.norm, "exit of the stack: all-gather")
+            rows.append((self.norm, "exit of the stack: all-gather"))
         if self.head is not None:
             tied = ", tied to the embedding" if self.tied else ""
-            row(self.head, f"vocab-parallel head, chunked loss{tied}")
-        for path in self.replicated:
-            row(path, "replicated, computed alike on all ranks")
+            rows.append((self.head, f"vocab-parallel head, chunked loss{tied}"))
+        rows += [(path, "replicated, computed alike on all ranks") for path in self.replicated]
+        degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
+        lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
+        lines += [f"  {path:<39} {what}".rstrip() for path, what in rows]
         return "\n".join(lines)
 
-    def _layers_of_each_kind(self) -> list[list[str]]:
-        """Layers whose plans differ in their paths only, together; one of each kind is printed."""
-        kinds: dict[object, list[str]] = {}
-        for layer in self.layers:
-            blocks = [b for b in self.blocks if b.path.startswith(layer + ".")]
-            lines = [
-                row for block in blocks for row in _describe_block(block, self.tp, self.sp, self.ep)
-            ]
-            key = tuple((path.replace(layer + ".", ""), what) for path, what in lines)
-            kinds.setdefault(key, []).append(layer)
-        return list(kinds.values())
+    def _norm(self) -> str:
+        return f"replicated, gradient {'summed over tp' if self.sp else 'whole on every rank'}"
 
+    def _layer(self, layer: str) -> Iterator[tuple[str, str]]:
+        """Pairs of a module path and what becomes of it."""
+        for block in self.blocks:
+            if block.path.startswith(f"{layer}."):
+                yield from self._block(block)
+        for path in self.shard_norms:
+            if path.startswith(f"{layer}."):
+                yield path, self._norm()
 
-def _describe_block(block: Block, tp: int, sp: bool, ep: int = 1) -> Iterator[tuple[str, str]]:
-    """Pairs of a module path and what becomes of it."""
-    entry, leave = ("all-gather", "reduce-scatter") if sp else ("-", "all-reduce")
-    experts = block.experts
-    travel = experts is not None and experts.split == "experts"
-    if travel:
-        yield block.path, "MoE block: on the sequence shard, no collective of its own"
-    else:
-        kind = "TP block" if experts is None else "MoE block"
-        yield block.path, f"{kind}: {entry} on entry, {leave} on exit"
-    if experts is not None:
-        count, f, h = experts.count, experts.intermediate, experts.hidden
-        part = (count // ep, f) if travel else (count, f // tp)
-        sizes = f"[{count}, 2*{f}, {h}] -> [{part[0]}, 2*{part[1]}, {h}]"
-        yield "  " + experts.router, "router: replicated, gradient summed over tp"
-        how = "experts: all-to-all there and back" if travel else "experts: features split"
-        how += " over tp and dp_shard" if ep > tp else ""
-        yield "  " + experts.path, f"{how}, {sizes}"
-        if experts.shared and travel:
-            yield "  " + experts.shared, "TP block: all-gather on entry, reduce-scatter on exit"
-    for leaf in block.leaves:
-        yield "  " + leaf.path, _describe_leaf(leaf, tp)
-    for path in block.partial:
-        yield "  " + path, "replicated, gradient summed over tp"
-
-
-def _describe_leaf(leaf: Leaf, tp: int) -> str:
-    heads = f"  {leaf.heads} heads" if leaf.heads else ""
-    out, into = leaf.shape
-    if leaf.style == "replicated":
-        return f"replicated, gradient summed over tp  [{out}, {into}]"
-    local = {
-        "column": (out // tp, into),
-        "row": (out, into // tp),
-        "column_replicated": (out // max(leaf.heads, 1), into),
-    }[leaf.style]
-    return f"{leaf.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"
+    def _block(self, block: Block) -> Iterator[tuple[str, str]]:
+        ends = "all-gather on entry, reduce-scatter on exit"
+        ends = ends if self.sp else "- on entry, all-reduce on exit"
+        experts = block.experts
+        if experts is None:
+            yield block.path, f"TP block: {ends}"
+        else:
+            travel = experts.split == "experts"
+            alone = "on the sequence shard, no collective of its own"
+            yield block.path, f"MoE block: {alone if travel else ends}"
+            yield f"  {experts.router}", "router: replicated, gradient summed over tp"
+            count, f, h = experts.count, experts.intermediate, experts.hidden
+            local = (count // self.ep, f) if travel else (count, f // self.tp)
+            how = "all-to-all there and back" if travel else "features split"
+            how += " over tp and dp_shard" if self.ep > self.tp else ""
+            sizes = f"[{count}, 2*{f}, {h}] -> [{local[0]}, 2*{local[1]}, {h}]"
+            yield f"  {experts.path}", f"experts: {how}, {sizes}"
+            if experts.shared and travel:
+                yield f"  {experts.shared}", f"TP block: {ends}"
+        for leaf in block.leaves:
+            yield f"  {leaf.path}", leaf.describe(self.tp)
+        for path in block.partial:
+            yield f"  {path}", "replicated, gradient summed over tp"
