@@ -8,23 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_sp import integrations
-from hf_sp.checks import (
-    agree,
-    check_arguments,
-    check_data_parallel,
-    check_devices,
-    check_environment,
-    check_model,
-    check_optimizers,
-    check_switches,
-    describe_tensors,
-)
+from hf_sp import checks, integrations
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
@@ -37,6 +26,7 @@ from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
 
+CpMode = Literal["ulysses", "ring", "hybrid"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -46,7 +36,7 @@ def parallelize(
     sp: bool = True,
     *,
     cp: int = 1,
-    cp_mode: Literal["ulysses", "ring", "hybrid"] = "ulysses",
+    cp_mode: CpMode = "ulysses",
     ep: int = 1,
     dp_shard: int | None = None,
     dp_replicate: int = 1,
@@ -119,10 +109,12 @@ def parallelize(
     problem: HfSpError | None = None
     try:
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
-        check_arguments(sizes, cp_mode, loss_chunk)
-        check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
-        check_environment()
-        check_model(model)
+        switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
+        ways = (None, *get_args(Recompute))
+        choices = {"cp_mode": (cp_mode, get_args(CpMode)), "recompute": (recompute, ways)}
+        checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
+        checks.check_environment()
+        checks.check_model(model)
         integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
@@ -130,16 +122,17 @@ def parallelize(
             resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
-        check_data_parallel(model, resolved, degrees)
-        check_optimizers(model)
+        checks.check_data_parallel(model, resolved, degrees)
+        checks.check_optimizers(model)
     except HfSpError as error:
         problem = error
     options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
-    agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
+    settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
+    checks.agree(mesh, problem, settings)
     assert resolved is not None
     assert degrees is not None
     ranks = build_mesh(degrees, mesh)
-    check_devices(model, ranks.tp)
+    checks.check_devices(model, ranks.tp)
     state = ParallelState(
         mesh=ranks.tp,
         axis=Axis.of(ranks.tp),
@@ -153,24 +146,20 @@ def parallelize(
         recompute=recompute or ("norm+act" if kernels else "none"),
     )
     with integrations.without_adapters(model) as whole:
-        _shard(whole, resolved, state)
+        taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)
+        shard_parameters(whole, resolved, state)
+        install(whole, state)
+        setattr(whole, ATTRIBUTE, state)
+        integrations.install(whole)
         if ranks.data is not None:
             shard_over_data(whole, state, ranks.data)
     if state.everyone.rank == 0:
         logger.info("%s", resolved)
+        if taken:
+            logger.warning(
+                "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
+                len(taken),
+                ", ".join(taken[:3]),
+                ", ..." if len(taken) > 3 else "",
+            )
     return model
-
-
-def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    taken = agree_on_weights(model, state.everyone, state.mesh.device_type)
-    if taken and state.everyone.rank == 0:
-        logger.warning(
-            "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
-            len(taken),
-            ", ".join(taken[:3]),
-            ", ..." if len(taken) > 3 else "",
-        )
-    shard_parameters(model, plan, state)
-    install(model, plan, state)
-    setattr(model, ATTRIBUTE, state)
-    integrations.install(model)

@@ -44,6 +44,7 @@ class ParallelState:
         loss_chunk: tokens per chunk of the LM head's loss.
         kernels: run Triton kernels where they can.
         recompute: what is made again in backward instead of being saved.
+        checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
         single_token: this forward decodes one token: plain TP, nothing is scattered.
         length: whole sequence length of the current forward of the decoder, None outside one.
         in_model: inside the forward of the whole model, where the LM head may return lazy logits.
@@ -54,7 +55,6 @@ class ParallelState:
         load: tokens of each expert in the latest forward, by the path of the experts; counted on
             this rank's own tokens where experts are split whole.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
-        checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
     """
 
     mesh: DeviceMesh
@@ -63,18 +63,19 @@ class ParallelState:
     everyone: Axis
     sp: bool
     plan: Plan
-    keep_logits: bool = False
-    loss_chunk: int = 4096
-    kernels: bool = True
-    recompute: Recompute = "norm+act"
-    single_token: bool = False
-    in_model: bool = False
-    final_hidden: Literal["gathered", "shard"] = "gathered"
-    final_length: int | None = None
-    length: int | None = None
-    load: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    logits_wanted: bool = True
+    keep_logits: bool
+    loss_chunk: int
+    kernels: bool
+    recompute: Recompute
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
+    # Of the current forward; a copy starts without.
+    single_token: bool = field(default=False, init=False)
+    length: int | None = field(default=None, init=False)
+    in_model: bool = field(default=False, init=False)
+    final_hidden: Literal["gathered", "shard"] = field(default="gathered", init=False)
+    final_length: int | None = field(default=None, init=False)
+    load: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    logits_wanted: bool = field(default=True, init=False)
 
     @property
     def tp(self) -> int:
@@ -125,9 +126,8 @@ class ParallelState:
         """Tokens that each expert was given in the latest forward, ``[E]`` by the experts' path.
 
         To be called on every rank. Padding up to a multiple of tp is not counted; what the
-        attention mask hides is, as it is routed too.
-
-        With data parallel ranks: those of this rank's batch, or of all batches if ep spans them.
+        attention mask hides is, as it is routed too. With data parallel ranks: of this rank's
+        batch, or of all batches if ep spans them.
 
         Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer.
         """
@@ -147,17 +147,7 @@ class ParallelState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         # The mesh is a handle on process groups, shared like them.
-        copy = dataclasses.replace(
-            self,
-            single_token=False,
-            in_model=False,
-            final_hidden="gathered",
-            final_length=None,
-            length=None,
-            load={},
-            logits_wanted=True,
-            checks_left=dict(self.checks_left),
-        )
+        copy = dataclasses.replace(self, checks_left=dict(self.checks_left))
         memo[id(self)] = copy
         return copy
 
@@ -179,9 +169,6 @@ def parallel_model(model: nn.Module | None) -> nn.Module | None:
         seen.add(id(model))
         if model.__dict__.get(ATTRIBUTE) is not None:
             return model
-        for name in ("module", "_orig_mod", "base_model", "model"):
-            inner = model._modules.get(name)
-            if inner is not None:
-                model = inner
-                break
+        held = (model._modules.get(n) for n in ("module", "_orig_mod", "base_model", "model"))
+        model = next((inner for inner in held if inner is not None), None)
     return None
