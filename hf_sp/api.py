@@ -62,10 +62,9 @@ def parallelize(
         cp: context parallel degree; 1 in this release.
         cp_mode: how context parallelism would exchange keys and values.
         ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
-            features of every expert and the blocks gather and scatter as dense ones do. ``ep=tp``:
-            each rank has ``E / ep`` whole experts, and every token of its sequence shard travels
-            to its k experts and back. ``ep=tp*dp_shard``: experts are split over the data parallel
-            ranks too, and tokens travel among all ranks. Other values are refused.
+            features of every expert and the blocks gather and scatter as dense ones do. ``tp``:
+            each rank has ``E / ep`` whole experts, and the tokens of its sequence shard travel to
+            their experts and back. ``tp*dp_shard``: also over the data parallel ranks.
         dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2
             shards weights, gradients and optimizer state; applied here, for training loops of
             one's own. Gradients are the mean over the groups.
@@ -113,7 +112,7 @@ def parallelize(
         ways = (None, *get_args(Recompute))
         choices = {"cp_mode": (cp_mode, get_args(CpMode)), "recompute": (recompute, ways)}
         checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
-        checks.check_environment()
+        checks.check_other_sequence_parallelism(cp)
         checks.check_model(model)
         integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)

@@ -21,60 +21,50 @@ from hf_sp.state import parallel_state
 
 def check_arguments(
     sizes: dict[str, int | None],
-    switches: dict[str, bool],
+    switches: Mapping[str, object],
     choices: Mapping[str, tuple[str | None, tuple[str | None, ...]]],
 ) -> None:
-    """Refuse arguments of a wrong type or value, and degrees that are not built yet.
+    """Refuse arguments of a wrong type or value.
 
     Args:
         sizes: positive integers; ``tp`` and ``dp_shard`` may be None.
         switches: on or off.
         choices: a value and what it may be.
     """
+    problems = []
     for name, size in sizes.items():
-        if size is None and name in ("tp", "dp_shard"):
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ConfigError(
-                f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
-            )
+        absent = size is None and name in ("tp", "dp_shard")
+        if not absent and (type(size) is not int or size < 1):
+            problems.append((f"{name} must be a positive integer", f"{name}={size!r}", "1, 2, ..."))
     for name, flag in switches.items():
         if not isinstance(flag, bool):
-            raise ConfigError(
-                f"{name} is a switch, not a degree",
-                got=f"{name}={flag!r}",
-                rule=f"{name} is True or False, and has no size of its own",
-                legal="True, False",
-            )
-    for name, (value, legal) in choices.items():
-        if value not in legal:
-            raise ConfigError(f"unknown {name}", got=repr(value), legal=", ".join(map(repr, legal)))
-    if sizes["cp"] != 1:
-        raise ConfigError(
-            "cp is not built yet",
-            got=f"cp={sizes['cp']}",
-            rule="this release shards the sequence over the tp ranks",
-            legal="cp=1",
-        )
+            legal = f"{name} is True or False"
+            problems.append((f"{name} is a switch, not a degree", f"{name}={flag!r}", legal))
+    for name, (value, known) in choices.items():
+        if value not in known:
+            problems.append((f"unknown {name}", repr(value), ", ".join(map(repr, known))))
+    if problems:
+        what, got, legal = problems[0]
+        raise ConfigError(what, got=got, legal=legal)
 
 
-def check_environment() -> None:
-    """Refuse a launcher setting that means another kind of sequence parallelism."""
+def check_other_sequence_parallelism(cp: int) -> None:
+    """Refuse context parallelism, and a launcher that means another kind than ours."""
     if (size := _announced("SP")) > 1:
         raise ConfigError(
             "accelerate's sp_size is not Megatron's sequence parallelism",
             where="PARALLELISM_CONFIG_SP_SIZE (parallelism_config_sp_size in the YAML)",
             got=str(size),
             rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
-            remedy="remove it and set parallelism_config_tp_size; "
-            "parallelize(model, sp=True) shards the sequence over the tp ranks",
+            remedy="set parallelism_config_tp_size instead, and parallelize(model, sp=True)",
         )
-    if (size := _announced("CP")) > 1:
+    if (cp := max(cp, _announced("CP"))) > 1:
         raise ConfigError(
-            "context parallelism is not built yet",
-            where="PARALLELISM_CONFIG_CP_SIZE (parallelism_config_cp_size in the YAML)",
-            got=str(size),
-            legal="1",
+            "cp is not built yet",
+            where="parallelize(cp=...) or PARALLELISM_CONFIG_CP_SIZE",
+            got=f"cp={cp}",
+            rule="this release shards the sequence over the tp ranks",
+            legal="cp=1",
         )
 
 
@@ -113,17 +103,13 @@ def check_model(model: nn.Module) -> None:
             remedy="load the model in bf16; tp already divides its weights over the ranks",
         )
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1 or devices & {"disk", "cpu"}:
+    dispatched = len(devices) > 1 or devices & {"disk", "cpu"}
+    if dispatched or getattr(model, "_hf_hook", None) is not None:
+        how = "is dispatched by device_map" if dispatched else "carries accelerate's dispatch hooks"
         raise ConfigError(
-            f"{name} is dispatched by device_map",
+            f"{name} {how}",
             got=", ".join(sorted(devices)),
             rule="every rank needs the whole model on one device; hf_sp places the shards",
-            remedy="load it without device_map",
-        )
-    if getattr(model, "_hf_hook", None) is not None:
-        raise ConfigError(
-            f"{name} carries accelerate's dispatch hooks",
-            rule="they would move the shards of hf_sp between devices",
             remedy="load it without device_map and without cpu_offload",
         )
     sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
@@ -149,10 +135,10 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     if hasattr(model, "peft_config"):
         raise no_adapters(type(model).__name__, degrees.data)
     experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
+    alone = tuple(experts) if plan.ep > plan.tp else ()
     seen: dict[str, tuple[str, torch.dtype]] = {}
     for name, p in model.named_parameters():
-        spread = plan.ep > plan.tp and any(name.startswith(path) for path in experts)
-        if spread or not p.requires_grad:
+        if name.startswith(alone) or not p.requires_grad:
             continue
         layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
         first, dtype = seen.setdefault(layer, (name, p.dtype))
@@ -161,10 +147,8 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
                 "trained weights of one FSDP group have different dtypes",
                 where=f"{first}\n{name}",
                 got=f"{dtype} and {p.dtype}",
-                rule="FSDP reduces the gradients of a layer, and of what surrounds the layers, in "
-                "one buffer each",
-                remedy="cast them alike: model.to(torch.bfloat16), or train in float32 under "
-                "autocast; or freeze the odd ones",
+                rule="FSDP reduces a layer's gradients, and those of what surrounds, in one buffer",
+                remedy="model.to(torch.bfloat16), float32 under autocast, or freeze the odd ones",
             )
 
 

@@ -1,8 +1,4 @@
-"""The one voice in which hf_sp refuses.
-
-Owns the exception classes and the form of their messages. Must not know torch, transformers or
-any other module of this package.
-"""
+"""The one voice in which hf_sp refuses: the exception classes and the form of their messages."""
 
 from __future__ import annotations
 

@@ -52,11 +52,6 @@ def _allows(name: str, size: int, tp: int) -> bool:
 def check_ep(model: str, plan: Plan, dp_shard: int) -> None:
     """Refuse an expert parallel degree that this model or this release does not have.
 
-    Args:
-        model: its name.
-        plan: its plan.
-        dp_shard: data parallel ranks that ep may span beside tp.
-
     Raises:
         PlanError: with the legal values.
     """
@@ -69,12 +64,10 @@ def check_ep(model: str, plan: Plan, dp_shard: int) -> None:
         problem, rule = "no layer has experts", "ep splits the experts of sparse layers"
     elif ep not in (tp, tp * dp_shard):
         problem = f"ep={ep}, tp={tp}" + (f", dp_shard={dp_shard}" if dp_shard > 1 else "")
-        rule = "experts are split over the ranks of the tp axis, or over those of tp and dp_shard "
-        rule += "together (with dp_replicate=1)"
+        rule = "experts are split over tp, or over tp and dp_shard with dp_replicate=1"
     elif not plan.sp:
         problem = "sp=False"
-        rule = "each rank sends its own tokens to the experts: without sequence shards every rank "
-        rule += "holds all tokens and would send each tp times"
+        rule = "without sequence shards every rank has all tokens and would send each tp times"
     elif odd is not None:
         problem = f"experts={odd}, {odd} % {ep} = {odd % ep}"
         rule = "ep must divide the number of experts"

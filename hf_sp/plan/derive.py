@@ -11,7 +11,7 @@ what a family needs beyond its own plan strings would be an entry in ``_STYLES``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -71,8 +71,7 @@ def derive_plan(
             where=f"{name}.tp_plan",
             got=repr(styles),
             rule="hf_sp derives the split of each layer from the model's own plan strings",
-            remedy="use a model whose config defines base_model_tp_plan, or pass "
-            "parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
+            remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
     modules = dict(model.named_modules())
     container, keys = _layered_keys(name, without_experts(name, styles, modules), modules)
@@ -92,26 +91,22 @@ def derive_plan(
         sparse = sparse_blocks(modules, layer)
         for child in dict.fromkeys([*(key.partition(".")[0] for key in keys), *sparse]):
             path = f"{layer}.{child}"
-            # A sparse block's keys are those of a dense MLP, which the model may not have.
-            found = {
-                key: kind
-                for key, kind in keys.items()
-                if inside(key, child) and (child in sparse or f"{layer}.{key}" in modules)
-            }
-            matched |= found.keys()
+            named = {f"{layer}.{key}": kind for key, kind in keys.items() if inside(key, child)}
             if child in sparse:
-                dense = {key.removeprefix(f"{child}."): kind for key, kind in found.items()}
-                blocks.append(experts_block(modules, path, sparse[child], dense, ep))
-            elif found:
-                linears = {f"{layer}.{key}": kind for key, kind in found.items()}
-                blocks.append(_block(model, modules, path, linears, tp))
+                # The keys are those of a dense MLP, which the model may not have.
+                blocks.append(experts_block(modules, path, sparse[child], named, ep))
+            else:
+                named = {key: kind for key, kind in named.items() if key in modules}
+                blocks += [_block(model, modules, path, named, tp)] if named else []
+            matched |= {key.removeprefix(f"{layer}.") for key in named}
         norms += _norms(modules, layer, [b for b in blocks if inside(b.path, layer)])
-    missing = sorted(keys.keys() - matched)
+    missing = [f"{container}.*.{key}" for key in sorted(keys.keys() - matched)]
+    missing += [key for key in styles if ".*." not in key and key not in modules]
     if missing:
         raise PlanError(
             f"{name}: plan keys match no module",
-            where="\n".join(f"{container}.*.{key}" for key in missing),
-            rule="every key of the plan must match, or a weight would silently stay whole",
+            where="\n".join(missing),
+            rule="where a key matches no module, a weight would silently stay whole",
         )
     _refuse_dropout(model, modules, container)
     embedding = find_embedding(model, modules, decoder)
@@ -151,12 +146,6 @@ def _layered_keys(
         elif layered:
             containers.add(container)
             keys[below] = _STYLES[style]
-        elif key not in modules:
-            raise PlanError(
-                f"{name}: a plan key matches no module",
-                where=key,
-                rule="every key of the plan must match",
-            )
     if unknown:
         raise PlanError(
             f"{name}: the plan uses styles that hf_sp does not carry out",
@@ -190,33 +179,30 @@ def _block(
             "a block of the plan does not pair column with row linears",
             where=path,
             got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
-            rule="a TP block gathers once before its column linears and reduce-scatters once "
-            "after its row linear; it must own both",
+            rule="a TP block gathers before its column and reduce-scatters after its row linears",
         )
-    return Block(path, tuple(leaves), tuple(partial), attention=heads is not None)
+    return Block(path, tuple(leaves), tuple(partial), attention=heads[0] > 0)
 
 
-class _Heads(NamedTuple):
-    dim: int
-    query: int
-    key_value: int
-
-
-def _heads(model: nn.Module, block: nn.Module) -> _Heads | None:
-    """Head counts of an attention block, None for other blocks."""
-    dim: Any = getattr(block, "head_dim", 0)
-    if not dim:
-        return None
+def _heads(model: nn.Module, block: Any) -> tuple[int, int, int]:
+    """Size of a head, and numbers of query and key/value heads; zeros but for attention."""
+    if not getattr(block, "head_dim", 0):
+        return 0, 0, 0
     config: Any = getattr(block, "config", model.config)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     query = getattr(config, "num_attention_heads", 0)
-    return _Heads(dim, query, getattr(config, "num_key_value_heads", None) or query)
+    return block.head_dim, query, getattr(config, "num_key_value_heads", None) or query
 
 
 def _leaf(
-    path: str, module: nn.Module, kind: Literal["column", "row"], heads: _Heads | None, tp: int
+    path: str,
+    module: nn.Module,
+    kind: Literal["column", "row"],
+    heads: tuple[int, int, int],
+    tp: int,
 ) -> Leaf:
+    dim, query, key_value = heads
     # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
     if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
         raise PlanError(
@@ -227,19 +213,18 @@ def _leaf(
             remedy="parallelize the model before it is quantised or given adapters",
         )
     leaf = Leaf(path, kind, (module.out_features, module.in_features))
-    if heads is None:
+    if not dim:
         return leaf
-    count, rest = divmod(leaf.parts, heads.dim)
-    if rest or count not in (heads.query, heads.key_value):
+    count, rest = divmod(leaf.parts, dim)
+    if rest or count not in (query, key_value):
         raise PlanError(
             "an attention projection is not made of whole heads",
             where=path,
-            got=f"{leaf.parts} features with head_dim {heads.dim}",
-            rule=f"its split dim must hold {heads.query} query or {heads.key_value} key/value "
-            "heads",
+            got=f"{leaf.parts} features with head_dim {dim}",
+            rule=f"its split dim must hold {query} query or {key_value} key/value heads",
         )
     # With as many kv as query heads, all projections are split alike.
-    fewer = kind == "column" and count == heads.key_value != heads.query
+    fewer = kind == "column" and count == key_value != query
     style: Style = "column_replicated" if fewer and count < tp and tp % count == 0 else kind
     return Leaf(path, style, leaf.shape, count)
 
@@ -269,7 +254,7 @@ def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
     return norms
 
 
-# Dropout that hf_sp gives its own masks on each rank, and dropout outside the layers.
+# That to which hf_sp gives each rank's own masks, and that outside the layers.
 _KNOWN_DROPOUT = {"attention_dropout", "classifier_dropout", "classifier_dropout_prob"}
 
 

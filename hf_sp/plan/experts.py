@@ -8,8 +8,8 @@ plan says of a layer's dense MLP (``mlp.gate_proj``) holds for a shared expert i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -62,8 +62,7 @@ def without_experts(name: str, styles: Mapping[str, str], modules: Modules) -> d
     rest: dict[str, str] = {}
     wrong = []
     for key, style in styles.items():
-        pattern = re.compile(re.escape(key).replace(r"\*", r"\d+"))
-        ends = [end for end in _STYLES if any(pattern.fullmatch(path + end) for path in paths)]
+        ends = [end for end in _STYLES if any(fnmatchcase(path + end, key) for path in paths)]
         if not ends:
             rest[key] = style
         elif style != _STYLES[ends[0]]:
@@ -88,7 +87,7 @@ def experts_block(
         modules: all modules by path.
         path: the block, a child of a decoder layer.
         experts: its experts.
-        dense: what the plan says of the same child in a dense layer: relative path -> kind.
+        dense: what the plan says of the same child in a dense layer, by path.
         ep: expert parallel degree; above 1 whole experts are split, else their features.
 
     Raises:
@@ -97,11 +96,12 @@ def experts_block(
     """
     count, width, hidden = modules[experts].get_parameter("gate_up_proj").shape
     router, shared, leaves = "", "", []
+    odd: dict[str, str] = {}
     for other, own in owners(modules, path):
         if other == experts:
             continue
         owner, _, name = other.removeprefix(f"{path}.").rpartition(".")
-        linear, kind = type(modules[other]) is nn.Linear, dense.get(name, "partial")
+        linear, kind = type(modules[other]) is nn.Linear, dense.get(f"{path}.{name}", "partial")
         size = tuple(own["weight"].shape) if "weight" in own else ()
         child = not owner and len(own) == 1
         if linear and kind != "partial" and owner and "." not in owner and shared in ("", owner):
@@ -112,10 +112,21 @@ def experts_block(
         elif child and size == (count, hidden) and not router:
             router = other
         else:
-            raise _unknown(other, f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}")
+            odd[other] = f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}"
     kinds = {leaf.style for leaf in leaves if leaf.style != "replicated"}
-    if not router or kinds not in (set(), {"column", "row"}):
-        raise _unknown(path, "no router" if not router else f"a shared expert of {kinds} linears")
+    if not router:
+        odd.setdefault(path, "no router")
+    if kinds not in (set(), {"column", "row"}):
+        odd.setdefault(path, f"a shared expert of {kinds} linears")
+    if odd:
+        raise PlanError(
+            "a mixture-of-experts block is of another form than hf_sp knows",
+            where="\n".join(odd),
+            got="\n".join(odd.values()),
+            rule="beside experts: a router (one weight [E, H]), a shared expert whose linears have "
+            "the names of the plan's dense MLP, its gate (a linear to 1 feature); any other weight "
+            "would silently get a partial gradient",
+        )
     found = Experts(
         path=experts,
         router=router,
@@ -126,14 +137,3 @@ def experts_block(
         hidden=hidden,
     )
     return Block(path, tuple(leaves), experts=found)
-
-
-def _unknown(where: str, got: str) -> PlanError:
-    return PlanError(
-        "a mixture-of-experts block is of another form than hf_sp knows",
-        where=where,
-        got=got,
-        rule="beside the experts a block may own a router (one weight [E, H]), a shared expert "
-        "whose linears are named as the dense MLP's of the plan, and that expert's gate (a linear "
-        "to 1 feature); any other weight would silently get a partial gradient",
-    )

@@ -1,7 +1,6 @@
-"""The parallel plan of one model, as data.
+"""The parallel plan of one model, as data: dataclasses of module paths, and their printed form.
 
-Owns the dataclasses and their printed form. Must not know torch.distributed, modules in flight or
-how a plan is carried out.
+Must not know modules or how a plan is carried out.
 """
 
 from __future__ import annotations
@@ -25,19 +24,12 @@ computes with the rows of the one head that its query heads attend to, and the g
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A linear inside a TP block.
-
-    Args:
-        path: module path, as in ``model.get_submodule``.
-        style: how it is split.
-        shape: ``(out_features, in_features)`` of the whole weight.
-        heads: number of attention heads along the split dim, 0 outside attention.
-    """
+    """A linear inside a TP block."""
 
     path: str
     style: Style
-    shape: tuple[int, int]
-    heads: int = 0
+    shape: tuple[int, int]  # (out_features, in_features) of the whole weight
+    heads: int = 0  # attention heads along the split dim, 0 outside attention
 
     @property
     def parts(self) -> int:
@@ -57,27 +49,17 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of a mixture-of-experts block.
+    """The experts of a mixture-of-experts block."""
 
-    Args:
-        path: module that owns ``gate_up_proj [E, 2f, H]`` and ``down_proj [E, H, f]``.
-        router: module with one replicated weight ``[E, H]``; its gradient is partial.
-        shared: module of the shared expert, "" for a block without one; its linears are leaves of
-            the block.
-        split: ``features``: every rank has f / tp features of every expert, on all tokens.
-            ``experts``: every rank has E / ep whole experts, and tokens travel to them.
-        count: E.
-        intermediate: f.
-        hidden: H.
-    """
-
-    path: str
-    router: str
-    shared: str
+    path: str  # owns gate_up_proj [E, 2f, H] and down_proj [E, H, f]
+    router: str  # owns one replicated weight [E, H]; its gradient is partial
+    shared: str  # the shared expert, whose linears are leaves of the block; "" without one
+    # features: every rank has f / tp features of every expert, on all tokens.
+    # experts: every rank has E / ep whole experts, and tokens travel to them.
     split: Literal["features", "experts"]
-    count: int
-    intermediate: int
-    hidden: int
+    count: int  # E
+    intermediate: int  # f
+    hidden: int  # H
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,56 +68,33 @@ class Block:
 
     With experts that are split whole (``experts.split``), the block stays on the sequence shard,
     and its shared expert is the TP block.
-
-    Args:
-        path: module path.
-        leaves: its column and row linears, in the model's order.
-        partial: modules inside it with replicated weights that each rank uses on its own heads.
-        attention: whether the block attends over the sequence and so needs its true length.
-        experts: the experts of a sparse block.
     """
 
     path: str
-    leaves: tuple[Leaf, ...]
-    partial: tuple[str, ...] = ()
-    attention: bool = False
+    leaves: tuple[Leaf, ...]  # in the model's order
+    partial: tuple[str, ...] = ()  # modules with replicated weights, used on the rank's own heads
+    attention: bool = False  # attends over the sequence and so needs its true length
     experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What ``parallelize`` will do to a model.
+    """What ``parallelize`` will do to a model."""
 
-    Args:
-        family: ``config.model_type``.
-        tp: tensor parallel degree.
-        sp: whether hidden states between blocks are sequence shards.
-        decoder: path of the module that owns embedding, layers and final norm ("" = the model).
-        layers: paths of the decoder layers.
-        blocks: the TP blocks.
-        embedding: path of the vocab-parallel embedding.
-        norm: path of the final norm.
-        head: path of the vocab-parallel LM head, None for a model without one.
-        shard_norms: modules with replicated weights used on the hidden stream (norms); with
-            ``sp`` each rank sees its sequence shard only, so that their gradients are partial.
-        replicated: modules outside the decoder, computed alike on all ranks.
-        tied: whether head and embedding share one weight.
-        ep: expert parallel degree; 1, tp, or tp times the data parallel ranks it spans.
-    """
-
-    family: str
+    family: str  # config.model_type
     tp: int
-    sp: bool
-    decoder: str
+    sp: bool  # hidden states between blocks are sequence shards
+    decoder: str  # owns embedding, layers and final norm; "" is the model
     layers: tuple[str, ...]
     blocks: tuple[Block, ...]
     embedding: str
-    norm: str
+    norm: str  # the final one
     head: str | None
+    # Norms on the hidden stream: with sp each rank sees its shard only, and gradients are partial.
     shard_norms: tuple[str, ...]
-    replicated: tuple[str, ...] = ()
-    tied: bool = False
-    ep: int = 1
+    replicated: tuple[str, ...] = ()  # outside the decoder, computed alike on all ranks
+    tied: bool = False  # head and embedding share one weight
+    ep: int = 1  # 1, tp, or tp times the data parallel ranks it spans
 
     def __str__(self) -> str:
         """The plan of one layer of each kind and of what surrounds them, one line a module."""

@@ -1,8 +1,7 @@
 """Whether a module is written like a form: the normalised syntax tree of its forward's source.
 
 Docstrings and annotations go, local names and attributes of self are numbered, global names become
-the object they mean, casts are spelled alike. No code of the
-model is run.
+the object they mean, casts are spelled alike. No code of the model is run.
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def _unwrapped(function: Any) -> Any:
 @functools.cache
 def _of_function(function: Any) -> tuple[str, list[str]] | None:
     # What decorates a function or is closed over is not in its text.
-    if type(function) is not FunctionType or hasattr(function, "__wrapped__"):
-        return None
-    if function.__code__.co_freevars:
+    plain = type(function) is FunctionType and not hasattr(function, "__wrapped__")
+    if not plain or function.__code__.co_freevars:
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
