@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class HfSpError(ValueError):
-    """Base of all refusals. The message is built from named parts, in a fixed order.
+    """Base of all refusals: a message of named parts, in a fixed order.
 
     Args:
         what: one sentence, what cannot be done.

@@ -167,12 +167,10 @@ def _block(
 ) -> Block:
     """The TP block of the modules that the plan names."""
     heads = _heads(model, modules[path])
-    leaves, partial = [], []
-    for key, kind in keys.items():
-        if kind == "partial":
-            partial.append(key)
-        else:
-            leaves.append(_leaf(key, modules[key], kind, heads, tp))
+    partial = tuple(key for key, kind in keys.items() if kind == "partial")
+    leaves = tuple(
+        _leaf(key, modules[key], kind, heads, tp) for key, kind in keys.items() if kind != "partial"
+    )
     styles = {leaf.style for leaf in leaves}
     if "row" not in styles or len(styles) == 1:
         raise PlanError(
@@ -181,16 +179,14 @@ def _block(
             got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
             rule="a TP block gathers before its column and reduce-scatters after its row linears",
         )
-    return Block(path, tuple(leaves), tuple(partial), attention=heads[0] > 0)
+    return Block(path, leaves, partial, attention=heads[0] > 0)
 
 
-def _heads(model: nn.Module, block: Any) -> tuple[int, int, int]:
+def _heads(model: Any, block: Any) -> tuple[int, int, int]:
     """Size of a head, and numbers of query and key/value heads; zeros but for attention."""
     if not getattr(block, "head_dim", 0):
         return 0, 0, 0
-    config: Any = getattr(block, "config", model.config)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = getattr(block, "config", model.config).get_text_config()
     query = getattr(config, "num_attention_heads", 0)
     return block.head_dim, query, getattr(config, "num_key_value_heads", None) or query
 
@@ -239,7 +235,7 @@ def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
             # experts_block has looked at all weights of a sparse one.
             if block.experts or any(inside(path, one) for one in claimed):
                 continue
-        elif all(p.dim() == 1 for p in own.values()):
+        elif all(p.dim() <= 1 for p in own.values()):
             norms.append(path)
             continue
         wrong, p = max(own.items(), key=lambda item: item[1].dim())
@@ -259,10 +255,7 @@ _KNOWN_DROPOUT = {"attention_dropout", "classifier_dropout", "classifier_dropout
 
 
 def _refuse_dropout(model: Any, modules: Modules, container: str) -> None:
-    """Other dropout in the layers would drop the same places of each shard, or of partial sums.
-
-    It may be a module, or a call in a forward with a probability from the config.
-    """
+    """Refuse dropout in the layers: modules, and calls with a probability from the config."""
     found = {
         path: module.p
         for path, module in modules.items()

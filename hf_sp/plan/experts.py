@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 
@@ -81,14 +82,9 @@ def without_experts(name: str, styles: Mapping[str, str], modules: Modules) -> d
 def experts_block(
     modules: Modules, path: str, experts: str, dense: Mapping[str, Kind], ep: int
 ) -> Block:
-    """The block of a sparse layer.
+    """The sparse block at ``path``; ``dense`` is what the plan says of that place in a dense layer.
 
-    Args:
-        modules: all modules by path.
-        path: the block, a child of a decoder layer.
-        experts: its experts.
-        dense: what the plan says of the same child in a dense layer, by path.
-        ep: expert parallel degree; above 1 whole experts are split, else their features.
+    With ep above 1 whole experts are split, else their features.
 
     Raises:
         PlanError: the block owns weights that are understood neither as its router nor as a shared
@@ -127,13 +123,7 @@ def experts_block(
             "the names of the plan's dense MLP, its gate (a linear to 1 feature); any other weight "
             "would silently get a partial gradient",
         )
-    found = Experts(
-        path=experts,
-        router=router,
-        shared=f"{path}.{shared}" if shared else "",
-        split="features" if ep == 1 else "experts",
-        count=count,
-        intermediate=width // 2,
-        hidden=hidden,
-    )
+    split: Literal["features", "experts"] = "features" if ep == 1 else "experts"
+    shared = f"{path}.{shared}" if shared else ""
+    found = Experts(experts, router, shared, split, count, width // 2, hidden)
     return Block(path, tuple(leaves), experts=found)
