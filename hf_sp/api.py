@@ -49,8 +49,8 @@ def parallelize(
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
-    Call it on every rank, with the same whole model on each, before the optimizer and the Trainer
-    are made. Ranks that built different weights get those of the first rank, as under DDP.
+    Call it on every rank, with the same whole model, before the optimizer and the Trainer are made.
+    Ranks that built different weights get those of the first rank, as under DDP.
 
     Args:
         model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU,
@@ -65,9 +65,8 @@ def parallelize(
             features of every expert and the blocks gather and scatter as dense ones do. ``tp``:
             each rank has ``E / ep`` whole experts, and the tokens of its sequence shard travel to
             their experts and back. ``tp*dp_shard``: also over the data parallel ranks.
-        dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2
-            shards weights, gradients and optimizer state; applied here, for training loops of
-            one's own. Gradients are the mean over the groups.
+        dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2,
+            applied here, shards weights and optimizer state. Gradients are the groups' mean.
         dp_replicate: groups of these that hold the same weights (hybrid sharding).
         mesh: a DeviceMesh to use instead of building one, with axes named ``tp`` and, before it,
             ``dp_shard`` and ``dp_replicate``.
@@ -76,9 +75,8 @@ def parallelize(
         keep_logits: return whole logits from training forwards with labels too. By default the
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
-        kernels: run RMS norms, gated SiLU MLPs and the loss in fused Triton kernels on a GPU (the
-            same numbers in torch operations elsewhere). They are known by their forward's text; a
-            norm of another form keeps its own code. ``False``: no Triton.
+        kernels: run the loss, and RMS norms and gated SiLU MLPs whose forward's text is known, in
+            Triton kernels on a GPU (the same numbers in torch operations elsewhere).
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
             C for attention, t = tp, under ``sp``:
 
@@ -87,8 +85,7 @@ def parallelize(
             - ``"norm"``: norm outputs, ``(4h + 8)/t + C + 6f/t``
             - ``"norm+act"``: and ``silu(gate) * up``, ``(4h + 8)/t + C + 4f/t``
 
-            Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs one elementwise
-            pass each, no matrix product and no collective.
+            Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs elementwise passes.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data

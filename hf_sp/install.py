@@ -47,8 +47,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
 
 
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    embedding = model.get_submodule(plan.embedding)
-    assert isinstance(embedding, nn.Embedding)
+    embedding: Any = model.get_submodule(plan.embedding)
     VocabParallelEmbedding.take_over(embedding, state.axis)
     first = model.get_submodule(plan.layers[0])
     first.register_forward_pre_hook(StackEntry(state), with_kwargs=True, prepend=True)
@@ -59,8 +58,7 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         ModelBoundary(state).install(model)
     if plan.head is None:
         return
-    head = model.get_submodule(plan.head)
-    assert isinstance(head, nn.Linear)
+    head: Any = model.get_submodule(plan.head)
     VocabParallelHead.take_over(head, state)
     # A loss function that the user has set is theirs: it gets logits. HF's is looked up by name.
     original: Any = getattr(model, "loss_function", None)
@@ -103,17 +101,16 @@ def _convert(
     model: nn.Module, leaves: tuple[Leaf, ...], state: ParallelState, block: BlockInput, *, sp: bool
 ) -> list[ColumnParallelLinear]:
     """Make the leaves parallel linears, in place; the column linears among them."""
-    columns = []
+    columns: list[ColumnParallelLinear] = []
     for leaf in leaves:
-        module = model.get_submodule(leaf.path)
-        assert isinstance(module, nn.Linear)
+        module: Any = model.get_submodule(leaf.path)
         if leaf.style == "row":
             RowParallelLinear.convert_(module, state.axis, block, sp=sp)
         else:
             heads = {"column_replicated": leaf.heads, "replicated": 1}.get(leaf.style, 0)
             ColumnParallelLinear.convert_(module, state.axis, block, heads)
             columns.append(module)
-    return columns  # type: ignore[return-value]
+    return columns
 
 
 def _install_norm(

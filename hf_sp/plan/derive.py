@@ -17,7 +17,8 @@ from torch import nn
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.check import check_ep, check_tp
-from hf_sp.plan.experts import experts_block, sparse_blocks, without_experts
+from hf_sp.plan.experts import STYLES as EXPERTS_STYLES
+from hf_sp.plan.experts import experts_block, is_experts, sparse_blocks, style_of_experts
 from hf_sp.plan.outer import (
     Modules,
     class_name,
@@ -74,7 +75,8 @@ def derive_plan(
             remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
     modules = dict(model.named_modules())
-    container, keys = _layered_keys(name, without_experts(name, styles, modules), modules)
+    experts = [path for path, module in modules.items() if is_experts(module)]
+    container, keys = _layered_keys(name, styles, modules, experts)
     decoder = container.rpartition(".")[0]
     stack = list(cast(nn.ModuleList, modules[container]))
     if len(set(stack)) != len(stack):
@@ -88,7 +90,7 @@ def derive_plan(
     norms: list[str] = []
     matched: set[str] = set()
     for layer in layers:
-        sparse = sparse_blocks(modules, layer)
+        sparse = sparse_blocks(experts, layer)
         for child in dict.fromkeys([*(key.partition(".")[0] for key in keys), *sparse]):
             path = f"{layer}.{child}"
             named = {f"{layer}.{key}": kind for key, kind in keys.items() if inside(key, child)}
@@ -133,7 +135,7 @@ def derive_plan(
 
 
 def _layered_keys(
-    name: str, styles: Mapping[str, str], modules: Modules
+    name: str, styles: Mapping[str, str], modules: Modules, experts: list[str]
 ) -> tuple[str, dict[str, Kind]]:
     """The layer container's path, and what is below a layer -> our kind."""
     containers: set[str] = set()
@@ -141,17 +143,20 @@ def _layered_keys(
     unknown: list[str] = []
     for key, style in styles.items():
         container, layered, below = key.partition(".*.")
-        if style not in (_STYLES if layered else _OUTER_STYLES):
+        of_experts = style_of_experts(key, experts)
+        others = _STYLES if layered else _OUTER_STYLES
+        if style != of_experts and (of_experts or style not in others):
             unknown.append(f"{key}: {style}")
-        elif layered:
+        elif layered and not of_experts:
             containers.add(container)
             keys[below] = _STYLES[style]
     if unknown:
         raise PlanError(
             f"{name}: the plan uses styles that hf_sp does not carry out",
             where="\n".join(unknown),
-            rule="a plan is carried out whole or not at all",
-            legal=", ".join(sorted({*_STYLES, *_OUTER_STYLES})),
+            rule="a plan is carried out whole or not at all; experts' features are split on both "
+            "halves of gate_up_proj, whole experts by parallelize(..., ep=tp)",
+            legal=", ".join(sorted({*_STYLES, *_OUTER_STYLES, *EXPERTS_STYLES.values()})),
         )
     if len(containers) != 1 or not isinstance(modules.get(*containers), nn.ModuleList):
         raise PlanError(

@@ -19,7 +19,7 @@ from hf_sp.plan.outer import Modules, inside, owners
 from hf_sp.plan.schema import Block, Experts, Kind, Leaf
 
 # What a plan may say of experts, by what the key ends in; "" is the module itself.
-_STYLES = {"": "moe_tp_experts", ".gate_up_proj": "packed_colwise", ".down_proj": "rowwise"}
+STYLES = {"": "moe_tp_experts", ".gate_up_proj": "packed_colwise", ".down_proj": "rowwise"}
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -32,16 +32,22 @@ def is_experts(module: nn.Module) -> bool:
     return width % 2 == 0 and tuple(down.shape) == (count, hidden, width // 2)
 
 
-def sparse_blocks(modules: Modules, layer: str) -> dict[str, str]:
+def style_of_experts(key: str, experts: list[str]) -> str | None:
+    """The one style that a plan may give to a key that names experts, None for other keys."""
+    for end, style in STYLES.items():
+        if any(fnmatchcase(path + end, key) for path in experts):
+            return style
+    return None
+
+
+def sparse_blocks(experts: list[str], layer: str) -> dict[str, str]:
     """A layer's children that own experts -> the path of these.
 
     Raises:
         PlanError: experts stand elsewhere.
     """
     found: dict[str, str] = {}
-    for path, module in modules.items():
-        if not inside(path, layer) or not is_experts(module):
-            continue
+    for path in (path for path in experts if inside(path, layer)):
         child, *names = path.removeprefix(f"{layer}.").split(".")
         if len(names) != 1 or child in found:
             raise PlanError(
@@ -51,32 +57,6 @@ def sparse_blocks(modules: Modules, layer: str) -> dict[str, str]:
             )
         found[child] = path
     return found
-
-
-def without_experts(name: str, styles: Mapping[str, str], modules: Modules) -> dict[str, str]:
-    """The plan's keys but for those of experts, which are checked here.
-
-    Raises:
-        PlanError: a key gives experts a style that hf_sp does not carry out.
-    """
-    paths = [path for path, module in modules.items() if is_experts(module)]
-    rest: dict[str, str] = {}
-    wrong = []
-    for key, style in styles.items():
-        ends = [end for end in _STYLES if any(fnmatchcase(path + end, key) for path in paths)]
-        if not ends:
-            rest[key] = style
-        elif style != _STYLES[ends[0]]:
-            wrong.append(f"{key}: {style}")
-    if wrong:
-        raise PlanError(
-            f"{name}: the plan splits experts in a way that hf_sp does not carry out",
-            where="\n".join(wrong),
-            rule="gate_up_proj is split on both of its packed halves, down_proj on its input; "
-            "whole experts are split over the ranks by parallelize(..., ep=tp)",
-            legal=", ".join(f"{end or 'experts'}: {style}" for end, style in _STYLES.items()),
-        )
-    return rest
 
 
 def experts_block(

@@ -146,10 +146,10 @@ class Plan:
             yield block.path, f"MoE block: {alone if travel else ends}"
             yield f"  {experts.router}", "router: replicated, gradient summed over tp"
             count, f, h = experts.count, experts.intermediate, experts.hidden
-            local = (count // self.ep, f) if travel else (count, f // self.tp)
+            e, part = (count // self.ep, f) if travel else (count, f // self.tp)
             how = "all-to-all there and back" if travel else "features split"
             how += " over tp and dp_shard" if self.ep > self.tp else ""
-            sizes = f"[{count}, 2*{f}, {h}] -> [{local[0]}, 2*{local[1]}, {h}]"
+            sizes = f"[{count}, 2*{f}, {h}] -> [{e}, 2*{part}, {h}]"
             yield f"  {experts.path}", f"experts: {how}, {sizes}"
             if experts.shared and travel:
                 yield f"  {experts.shared}", f"TP block: {ends}"
