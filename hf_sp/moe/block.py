@@ -117,7 +117,7 @@ class SparseBoundary(BlockBoundary):
         Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
         would have averaged over the groups.
         """
-        p, state = self.experts.get_parameter(name), self.state
+        p, state = getattr(self.experts, name), self.state
         mine = local_of_groups(p, state.data) if state.spread else local(p)
         return cast_for_autocast(mine, like)
 

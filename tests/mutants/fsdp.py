@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from harness.parity import Case
 
 from hf_sp import api
@@ -26,7 +25,7 @@ def experts_averaged_over_ranks_instead_of_groups() -> list[Patch]:
 @mutant(Case("qwen2_moe", data=2, parallelize=(("ep", 2),)), tp=4)
 def experts_averaged_by_fsdp_and_by_us() -> list[Patch]:
     def averaged(self, name, like):
-        p = self.experts.get_parameter(name)
+        p = getattr(self.experts, name)
         return cast_for_autocast(local_of_groups(local(p), self.state.data), like)
 
     return [(sparse.SparseBoundary, "weight", averaged)]
