@@ -85,12 +85,8 @@ def adopt(model: nn.Module) -> None:
     compared = nn.ParameterList([*(own[3] for own in whole), *plain])
     taken = agree_on_weights(compared, state.axis, state.mesh.device_type)
     if taken and state.rank == 0:
-        logger.warning(
-            "%d of %d adapter tensors differed between the ranks; all ranks now have those of tp "
-            "rank 0",
-            len(taken),
-            len(compared),
-        )
+        message = "%d of %d adapter tensors differed; all ranks now have those of tp rank 0"
+        logger.warning(message, len(taken), len(compared))
     for layer in layers:
         kind = CLASSES.get((type(layer), type(layer.get_base_layer())))
         if kind is not None:

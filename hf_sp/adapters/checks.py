@@ -22,14 +22,14 @@ from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.state import parallel_state
 
+# Values of init_lora_weights that do not look at the base weights.
 _INITS = (True, False, "gaussian", "orthogonal")
-"""Values of init_lora_weights that do not look at the base weights."""
-
 _PARTIAL = "a factor whose gradient is partial would silently be trained on a part of it"
 _PACKED = (
     "PEFT replaces the experts' packed weights for each forward, which the block's entry would "
     "not see"
 )
+# Fields of a config that have to be left out, and why.
 _UNSUPPORTED = {
     "lora_bias": "the bias of a row linear's factor would be added once on every rank",
     "target_parameters": _PACKED,
@@ -38,7 +38,6 @@ _UNSUPPORTED = {
     "ensure_weight_tying": "copies of tied modules are sharded one by one",
     "megatron_config": "PEFT would build Megatron's own parallel layers",
 }
-"""Fields of a config that have to be left out, and why."""
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -80,7 +79,7 @@ def _check_layer(path: str, layer: Any, head: Any) -> None:
             remedy="unmerge_adapter() first, or merge_and_unload()",
         )
     if layer.lora_magnitude_vector and (layer is head or type(layer) is not LoraLinear):
-        raise _dora_on_vocabulary(path)
+        raise _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
 
 
 def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usage: bool) -> None:
@@ -111,7 +110,7 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
         vocabulary = isinstance(module, VocabParallelHead | VocabParallelEmbedding)
         named = vocabulary and config.target_modules != "all-linear"
         if config.use_dora and named and check_target_module_exists(config, path):
-            raise _dora_on_vocabulary(path)
+            raise _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
 
 
 def _check_experts(model: Any, config: Any, where: str) -> None:
@@ -201,10 +200,6 @@ def check_config(config: Any, where: str, *, after: bool) -> None:
         if value:
             got, remedy = f"{field}={value!r}", f"leave {field} out"
             raise _refuse(field, where, got=got, rule=rule, remedy=remedy)
-
-
-def _dora_on_vocabulary(path: str) -> ConfigError:
-    return _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
 
 
 def _refuse(what: str, where: str, *, rule: str = _PARTIAL, **parts: str) -> ConfigError:

@@ -4,8 +4,7 @@ A stock ``lora.Linear`` becomes one of these by changing its class, as the linea
 adapters, names and identity stay and PEFT's own code (switching, merging, deleting) goes on.
 Sizes of factors are the *whole* ones everywhere but in the tensors that a forward computes with.
 
-Shape letters: B batch, S sequence, H hidden, O / o whole and local out features, f local in
-features, V / v whole and local vocabulary, r rank.
+Shape letters: B batch, S sequence, H hidden, o local out features, f local in features, r rank.
 """
 
 from __future__ import annotations

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
-from hf_sp.model.block import (
-    BlockBoundary,
-    factors_of,
-    get_hidden_states,
-    replace_hidden_states,
-)
+from hf_sp.model.block import BlockBoundary, factors_of, get_hidden_states, replace_hidden_states
 from hf_sp.model.columns import Experts, gather_columns
-from hf_sp.model.linear import ColumnParallelLinear
 from hf_sp.model.local import cast_for_autocast, local, local_of_groups
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.ports import BlockInput, GatheredInput, Port, column_linear
@@ -58,7 +52,6 @@ class SparseBoundary(BlockBoundary):
         self.router, self.parameters = router, RouterParameters(state, router, self.route)
         self.linears.insert(0, (router, self.parameters))
         self.recompute: Recompute | None = None
-        self.shape: tuple[int, ...] = ()
         for column in columns:
             column.block = self.block
 
@@ -99,7 +92,7 @@ class SparseBoundary(BlockBoundary):
             if self.whole_experts:
                 # Each rank has other tokens, and draws other noise.
                 self.dropout.start(x)
-        self.block.gathered, self.shape = gathered, tuple(gathered.x.shape)
+        self.block.gathered = gathered
         return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -170,12 +163,12 @@ class SparseBoundary(BlockBoundary):
 
     def _note_load(self, index_Tk: Tensor) -> None:
         """Count the tokens of each expert, for whoever reads ``expert_load``."""
-        state, count = self.state, self.form.count
-        if state.length is None or self.block.gathered is None:
+        state, count, gathered = self.state, self.form.count, self.block.gathered
+        if state.length is None or gathered is None:
             return  # a recomputation in backward: counted before
         if state.sharded:
             # Not the rows that pad the sequence to a multiple of tp.
-            batch, rows, _ = self.shape
+            batch, rows, _ = gathered.x.shape
             real = state.length - (state.rank * rows if self.whole_experts else 0)
             index_Tk = index_Tk.view(batch, rows, -1)[:, : max(real, 0)]
         flat = index_Tk.detach().reshape(-1)
@@ -187,20 +180,11 @@ class SharedBoundary(BlockBoundary):
     """Entry and exit of a shared expert that is a TP block of its own, on flattened tokens.
 
     The order of the tokens does not matter to it: it gathers the ranks' ``[T, H]`` as they lie.
-
-    Args:
-        state: the model's parallel state.
-        block: what its linears find their input by.
-        columns: its column linears.
-        around: the block that it is a part of.
+    ``around`` is the block that it is a part of.
     """
 
     def __init__(
-        self,
-        state: ParallelState,
-        block: BlockInput,
-        columns: list[ColumnParallelLinear],
-        around: SparseBoundary,
+        self, state: ParallelState, block: BlockInput, columns: list[Any], around: SparseBoundary
     ) -> None:
         super().__init__(state, block, columns, attention=False)
         self.around = around

@@ -42,10 +42,8 @@ def experts_forward(
 def experts_backward(
     dy_RH: Tensor, both: Tensor, scale_R: Tensor, down: Tensor, groups: Groups, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``experts_forward``, but for the weights'.
-
-    Returns:
-        d both ``[R, 2f]``, d scale ``[R]``, and the down projection's input ``[R, f]`` again.
+    """Gradients of ``experts_forward``, but for the weights': d both ``[R, 2f]`` and d scale
+    ``[R]``; and the down projection's input ``[R, f]`` again.
     """
     dscaled = grouped_input_gradient(dy_RH, down, groups)
     dproduct = (dscaled * scale_R[:, None]).to(both.dtype)
@@ -89,10 +87,8 @@ def run_experts(
               has that
 
     Args:
-        x_TH: the tokens.
-        scale_Tk: their routing weights.
-        gate_up: local experts' packed weights.
-        down: their down projections.
+        x_TH, scale_Tk: the tokens and their routing weights.
+        gate_up, down: this rank's weights.
         dispatcher: which rows go where.
         port: of the block's entry, which makes gate_up's gradient from the tokens that it gathers
             again.
@@ -100,22 +96,13 @@ def run_experts(
     """
     outputs = (None, None, None) if port is None else port.outputs
     form = saved_form(x_TH)
-    return _Experts.apply(form, x_TH, scale_Tk, gate_up, down, dispatcher, triton, *outputs)
+    return _Experts.apply(form, dispatcher, triton, x_TH, scale_Tk, gate_up, down, *outputs)
 
 
 class _Experts(Node):
     @staticmethod
-    def forward(
-        ctx: Any,
-        form: Any,
-        x_TH: Tensor,
-        scale_Tk: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        dispatcher: Dispatcher,
-        triton: bool,
-        *ports: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, form: Any, dispatcher: Any, triton: bool, *tensors: Any) -> Tensor:
+        x_TH, scale_Tk, gate_up, down, *ports = tensors
         # Both are launched before the first is waited for.
         rows = dispatcher.launch_dispatch(dispatcher.permute(x_TH))
         scale = dispatcher.launch_dispatch(scale_Tk.reshape(-1).index_select(0, dispatcher.rows))
@@ -123,7 +110,7 @@ class _Experts(Node):
         y, both = experts_forward(rows, scale, gate_up, down, dispatcher.groups, triton)
         ctx.function, inputs = form
         ctx.ported, ctx.triton = ports[0] is not None, triton
-        ctx.trains = ctx.needs_input_grad[3] and not ctx.ported
+        ctx.trains = ctx.needs_input_grad[5] and not ctx.ported
         nothing = x_TH.new_empty(0)
         ctx.dispatcher = dispatcher.with_tensors(nothing, nothing, None)
         tensors = dispatcher.rows, dispatcher.groups.ends, dispatcher.places
@@ -146,10 +133,10 @@ class _Experts(Node):
         # The few numbers first: they are here when the products are done, and do not wait for dx.
         dscale = dispatcher.launch_combine(dscale)
         dx = dw = ddown = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[3]:
             dx = dispatcher.launch_combine(grouped_input_gradient(dgate_up, gate_up, groups))
         # In flight beside the weights' gradients.
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[6]:
             ddown = grouped_weight_gradient(dy, scaled, groups)
         if again is not None:
             again = dispatcher.land_dispatch(again)
@@ -160,4 +147,4 @@ class _Experts(Node):
         ports: tuple[Tensor | None, ...] = (None, None, None)
         if ctx.ported:
             ports = dgate_up, dispatcher.rows.double(), groups.ends.double()
-        return None, dx, dscale, dw, ddown, None, None, *ports
+        return None, None, None, dx, dscale, dw, ddown, *ports

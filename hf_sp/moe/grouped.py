@@ -63,10 +63,8 @@ def _fused(*operands: Tensor) -> Any:
 
 def _padded(x: Tensor, dim: int) -> Tensor:
     """Zeros up to a multiple of 8 along ``dim``, so that rows are 16 bytes apart in bfloat16."""
-    missing = -x.shape[dim] % 8
-    if not missing or not _suits(x):
-        return x
-    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
+    missing = -x.shape[dim] % 8 if _suits(x) else 0
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def grouped_linear(x_Ri: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:

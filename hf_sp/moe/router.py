@@ -21,6 +21,9 @@ from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import tree_map_only
 
+Product = Callable[[Tensor, Tensor], Tensor | None]
+"""Of tokens with the weight; None for tokens that it does not know."""
+
 
 class RouterWeight:
     """What HF's router reads as ``self.weight``: ``F.linear`` with it runs ``linear``.
@@ -28,7 +31,7 @@ class RouterWeight:
     No tensor, but to torch's functions like one; its attributes and methods are the weight's.
     """
 
-    def __init__(self, weight: Tensor, linear: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+    def __init__(self, weight: Tensor, linear: Product) -> None:
         self._weight, self._linear = weight, linear
 
     def __getattr__(self, name: str) -> Any:
@@ -48,20 +51,9 @@ class RouterWeight:
 
 
 class RouterParameters(LocalParameters):
-    """Shows the router its weight as a ``RouterWeight``; a column that reads the block's input.
+    """Shows the router its weight as a ``RouterWeight``; a column that reads the block's input."""
 
-    Args:
-        state: the model's.
-        module: the router.
-        linear: the product of tokens with the weight; None for tokens that it does not know.
-    """
-
-    def __init__(
-        self,
-        state: ParallelState,
-        module: nn.Module,
-        linear: Callable[[Tensor, Tensor], Tensor | None],
-    ) -> None:
+    def __init__(self, state: ParallelState, module: nn.Module, linear: Product) -> None:
         super().__init__(state, Partial.HEADS)
         self.module, self.linear = module, linear
 
