@@ -22,7 +22,6 @@ from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.comm.collectives import Axis
 from hf_sp.comm.shard import with_local
 from hf_sp.errors import ConfigError
 from hf_sp.model.columns import Factor
@@ -42,7 +41,7 @@ class ParallelLora:
     classifier by ``m / norm(W + s B A)``, the norm held constant in backward.
     """
 
-    axis: Axis
+    axis: comm.Axis
     # Placements of A, B and DoRA's magnitude.
     placements: tuple[Placement, Placement, Placement]
 
@@ -152,10 +151,7 @@ class ParallelLora:
             if safe_merge:
                 bad = (~torch.isfinite(merged)).any().float()
                 if comm.all_reduce(bad[None], self.axis).item():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be "
-                        "broken"
-                    )
+                    raise ValueError(f"NaNs detected in the merged weights of adapter {adapter}")
             weight.copy_(merged)
             self.merged_adapters.append(adapter)
 

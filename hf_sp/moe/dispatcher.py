@@ -82,8 +82,8 @@ class Dispatcher:
         ends = theirs.view(axis.size, local).sum(0).cumsum(0).to(torch.int32)
         host = list(itertools.accumulate(sum(got[i::local]) for i in range(local)))
         places = torch.argsort(experts, stable=True).int()
-        groups = Groups(ends, host)
-        return cls(index_Tk.shape, rows[: sum(send)], groups, axis, places, send, receive)
+        rows = rows[: sum(send)]
+        return cls(index_Tk.shape, rows, Groups(ends, host), axis, places, send, receive)
 
     def permute(self, x_TH: Tensor) -> Tensor:
         """Each row's token, ``[R, H]``."""

@@ -42,8 +42,10 @@ def experts_forward(
 def experts_backward(
     dy_RH: Tensor, both: Tensor, scale_R: Tensor, down: Tensor, groups: Groups, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``experts_forward``, but for the weights': d both ``[R, 2f]`` and d scale
-    ``[R]``; and the down projection's input ``[R, f]`` again.
+    """Gradients of ``experts_forward``, but for the weights'.
+
+    Returns:
+        d both ``[R, 2f]``, d scale ``[R]``, and the down projection's input ``[R, f]`` again.
     """
     dscaled = grouped_input_gradient(dy_RH, down, groups)
     dproduct = (dscaled * scale_R[:, None]).to(both.dtype)
@@ -86,13 +88,8 @@ def run_experts(
               if gate_up is trained, also x or what it is computed from; with one, the block's entry
               has that
 
-    Args:
-        x_TH, scale_Tk: the tokens and their routing weights.
-        gate_up, down: this rank's weights.
-        dispatcher: which rows go where.
-        port: of the block's entry, which makes gate_up's gradient from the tokens that it gathers
-            again.
-        triton: run Triton kernels.
+    ``port`` is of the block's entry, which makes gate_up's gradient from the tokens that it gathers
+    again. ``triton``: run Triton kernels.
     """
     outputs = (None, None, None) if port is None else port.outputs
     form = saved_form(x_TH)
