@@ -30,7 +30,7 @@ class Dispatcher:
 
     Args:
         shape: ``(T, k)``.
-        rows: ``[R]`` int32 places in the flattened ``[T * k]`` routing tensors, sorted by expert
+        rows: ``[R]`` places in the flattened ``[T * k]`` routing tensors, sorted by expert
             and so by destination; without those of experts that are nowhere here.
         groups: where each local expert's rows end.
         axis: the ranks that rows travel among; None if they stay.
@@ -92,7 +92,7 @@ class Dispatcher:
     def spread(self, y: Tensor) -> Tensor:
         """``[T, k, ...]`` of what belongs to rows, ``[R, ...]``; zero where a row was left out."""
         full = y.new_empty if y.shape[0] == self.shape.numel() else y.new_zeros
-        y = full(self.shape.numel(), *y.shape[1:]).index_copy_(0, self.rows.long(), y)
+        y = full(self.shape.numel(), *y.shape[1:]).index_copy_(0, self.rows, y)
         return y.view(*self.shape, *y.shape[1:])
 
     def unpermute(self, y_RH: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ class Dispatcher:
         return launched if self.axis is None else comm.wait(launched)
 
     def with_tensors(self, rows: Tensor, ends: Tensor, places: Tensor | None) -> Dispatcher:
-        """The same numbers with these tensors: autograd saves tensors, and a node the numbers."""
+        """The same numbers with these tensors, which autograd saves: rows as int32."""
         groups = Groups(ends, self.groups.host)
-        return dataclasses.replace(self, rows=rows, groups=groups, places=places)
+        return dataclasses.replace(self, rows=rows.long(), groups=groups, places=places)
 
 
 def _sorted(index_Tk: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -140,4 +140,4 @@ def _sorted(index_Tk: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     ids = torch.where((ids < 0) | (ids >= count), count, ids)
     ids, rows = torch.sort(ids, stable=True)
     experts = torch.arange(count, device=ids.device, dtype=ids.dtype)
-    return rows.int(), torch.searchsorted(ids, experts, right=True).to(torch.int32)
+    return rows, torch.searchsorted(ids, experts, right=True).to(torch.int32)

@@ -110,7 +110,7 @@ class _Experts(Node):
         ctx.trains = ctx.needs_input_grad[5] and not ctx.ported
         nothing = x_TH.new_empty(0)
         ctx.dispatcher = dispatcher.with_tensors(nothing, nothing, None)
-        tensors = dispatcher.rows, dispatcher.groups.ends, dispatcher.places
+        tensors = dispatcher.rows.int(), dispatcher.groups.ends, dispatcher.places
         inputs = inputs if ctx.trains else ()
         ctx.save_for_backward(both, scale, gate_up, down, *tensors, *inputs)
         return dispatcher.unpermute(dispatcher.land_combine(dispatcher.launch_combine(y)))
