@@ -1,7 +1,7 @@
 """Triton kernels of RMSNorm, with their launchers.
 
-Owns the tiles and the addressing; the arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits
-of the forward with it. Must not know autograd. Imported at the first launch only.
+The arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits of the forward with it. Must not
+know autograd. Imported at the first launch only.
 """
 
 from __future__ import annotations
@@ -150,15 +150,7 @@ def rms_norm(
     *,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward.
-
-    Args:
-        x: ``[..., N]``, N up to ``table.MAX_FORWARD``, as ``launch.norm_kernels`` accepts.
-        weight: ``[N]`` or None.
-        eps: see :func:`hf_sp.kernels.norm.rms_norm`, like the next two.
-        offset: see eps.
-        casting: see eps.
-        config: in place of the table's.
+    """Launch the forward of what ``launch.norm_kernels`` accepts; ``config`` instead of the table's.
 
     Returns:
         ``(y, rstd [...])``.
@@ -205,25 +197,11 @@ def rms_norm_backward(
     *,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward.
-
-    Args:
-        dy: ``[..., N]``, N up to ``table.MAX_BACKWARD``; read only.
-        x: ``[..., N]``.
-        rstd: ``[...]``, float32.
-        weight: ``[N]`` or None.
-        offset: see :func:`hf_sp.kernels.norm.rms_norm`, like the next.
-        casting: see offset.
-        need_dx: whether the first result is wanted.
-        need_dw: whether the second one is.
-        config: in place of the table's.
+    """Launch the backward of what ``launch.norm_kernels`` accepts.
 
     Returns:
         ``(dx in x.dtype, dw [N] in float32)``; None for what is not needed.
     """
-    need_dw = need_dw and weight is not None
-    if not (need_dx or need_dw):
-        return None, None
     n = x.shape[-1]
     config = config or table.norm_backward(n)
     x, dy = readable(x, dy)

@@ -1,7 +1,7 @@
 """Launch settings of the kernels: one fixed table, so that all ranks and all runs launch alike.
 
-Owns the numbers; a benchmark may hand the launchers others. Must not know kernels or tensors. There
-is no tuning at run time: it stalls the first step, and lets each rank choose for itself.
+A benchmark may hand the launchers others. Must not know kernels or tensors. There is no tuning at
+run time: it stalls the first step, and lets each rank choose for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LaunchConfig:
         rows: rows per tile (norms).
         stages: depth of the load pipeline of a loop over rows (norm backward).
         per_sm: programs per multiprocessor (norm backward); each holds one partial weight gradient.
-        block: elements per tile (swiglu).
+        block: elements per tile (swiglu, cross entropy).
     """
 
     warps: int
