@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-BLOCK = 2**20
-"""Elements of a block."""
+BLOCK = 2**20  # elements
 
 
 def by_blocks(

@@ -32,13 +32,8 @@ class LossTerms:
     ``z = softcap * tanh(scale * x / softcap)`` (``scale * x`` without a cap), then
     ``logsumexp(z) - z[label]``.
 
-    Args:
-        vocab: columns of all ranks.
-        start: first column of this rank.
-        ignore_index: label of tokens that do not count.
-        softcap: bound of the logits, None for none.
-        scale: factor of the logits, applied before the cap.
-        triton: run the Triton kernels where they can.
+    ``vocab`` counts the columns of all ranks, ``start`` is this rank's first; the others are those
+    of ``vocab_parallel_cross_entropy``.
     """
 
     vocab: int
@@ -125,16 +120,8 @@ def write_gradient(
 ) -> Tensor:
     """Gradient of the logits, ``[T, v]`` in their dtype, rounded once; exact zeros if ignored.
 
-    ``config`` is as in ``token_statistics``. Each logit is read once and written once.
-
-    Args:
-        logits_Tv: this rank's columns.
-        labels_T: global ids.
-        whole: of ``combine``.
-        terms: the loss.
-        dloss: gradient of the tokens' losses, one number or ``[T]``; None is 1.
-        out: where to; by default the logits themselves.
-        config: settings of the Triton kernel.
+    Each logit is read once and written once: to ``out``, or in the logits' place. ``whole`` is what
+    ``combine`` returned, ``dloss`` the gradient of the losses, one number or ``[T]`` (None is 1).
     """
     T, v = logits_Tv.shape
     out = logits_Tv if out is None else out
@@ -162,7 +149,6 @@ def _rows(x_Tv: Tensor) -> Tensor:
 
 
 def _slabs(T: int, v: int) -> Iterator[slice]:
-    """Rows that are held in float32 at a time."""
     step = max(1, _SLAB // v)
     return (slice(first, min(first + step, T)) for first in range(0, T, step))
 

@@ -105,7 +105,6 @@ def gradient_kernel(
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
-    # A row that does not count is not read.
     read = lanes < tl.where(counted, columns, 0)
     x = tl.load(logits_ptr + row * row_stride + lanes, mask=read, other=0.0)
     z, slope = _mapped(x.to(tl.float32), SCALE, CAP)

@@ -82,10 +82,7 @@ def cross_entropy_kernels(logits: Tensor) -> Any | None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Launch a ``triton.jit`` function on the device of its first argument, a tensor.
-
-    ``kwargs`` are constexpr arguments and launch options.
-    """
+    """Launch a ``triton.jit`` function on the device of its first argument, a tensor."""
     launches[kernel.fn.__name__] += 1
     device = args[0].get_device()
     if device < 0:
@@ -98,10 +95,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
             kernel[grid](*args, **OPTIONS, **kwargs)
 
 
+@cache
 def programs(device: torch.device, per_sm: int) -> int:
     """How many programs a persistent kernel runs: fixed per kind of device, so sums are too."""
     if device.type == "cuda":
-        return _sm_count(device.index) * per_sm
+        return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
     # In the interpreter few, so that each one's loop really runs.
     return 2
 
@@ -124,8 +122,3 @@ def _has_triton() -> bool:
 @cache
 def _cuda_usable(index: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
-
-
-@cache
-def _sm_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -48,9 +48,8 @@ def rms_norm(
     Saved for backward: x, rstd (float32, one number per row) and the weight. Backward works in
     float32 and rounds once, so it is closer to the true gradient than autograd over the modules'
     operations; it never writes into the incoming gradient, uses no atomics, and gives the same bits
-    every time on one kind of device. Not differentiable twice. No collective.
-
-    Under torch.compile these are the plain torch operations, which trace.
+    every time on one kind of device. Not differentiable twice. No collective. Under torch.compile
+    these are the plain torch operations, which trace.
 
     Args:
         x: ``[..., N]``, a floating dtype.
@@ -67,7 +66,8 @@ def rms_norm(
     _check(x, weight, eps, offset, casting)
     if torch.compiler.is_compiling():
         return reference.rms_norm(x, weight, eps, offset, casting)[0]
-    return RmsNorm.apply(x, weight, eps, offset, casting, triton)
+    options = {"offset": offset, "casting": casting, "triton": triton}
+    return RmsNorm.apply(x, weight, eps, options)
 
 
 def rms_norm_forward(
@@ -132,18 +132,10 @@ class RmsNorm(Node):
     """Autograd's view of :func:`rms_norm`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        offset: float,
-        casting: Casting,
-        triton: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, options: dict) -> Tensor:
         """Compute y."""
-        ctx.eps, ctx.options = eps, {"offset": offset, "casting": casting, "triton": triton}
-        y, rstd = rms_norm_forward(x, weight, eps, **ctx.options)
+        ctx.eps, ctx.options = eps, options
+        y, rstd = rms_norm_forward(x, weight, eps, **options)
         ctx.save_for_backward(x, rstd, weight)
         return y
 
@@ -156,7 +148,7 @@ class RmsNorm(Node):
         dx, dw = rms_norm_backward(
             grads[0], x, rstd, weight, ctx.eps, need_dx=need_dx, need_dw=need_dw, **ctx.options
         )
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
 def _check(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str) -> None:

@@ -18,11 +18,6 @@ Casting = Literal["llama", "gemma", "gpt_oss"]
 CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "gpt_oss")
 
 
-def rms_norm_dtype(x: torch.dtype, weight: torch.dtype | None, casting: Casting) -> torch.dtype:
-    """The dtype that Hugging Face's norm returns: only the llama form promotes with the weight."""
-    return torch.promote_types(x, weight) if casting == "llama" and weight is not None else x
-
-
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: Casting
 ) -> tuple[Tensor, Tensor]:
@@ -36,8 +31,7 @@ def rms_norm(
             cast = casting == "gemma" or offset
             y = (offset + weight.to(torch.float32) if cast else weight) * y
         return y.to(x.dtype), rstd.squeeze(-1)
-    if y.dtype != x.dtype:
-        y = y.to(x.dtype)
+    y = y.to(x.dtype)
     return y if weight is None else weight * y, rstd.squeeze(-1)
 
 
@@ -91,13 +85,12 @@ def rms_norm_backward_float64(
     float64 runs are compared with it far below that. Same operations, same order, same noise.
     """
     with torch.enable_grad():
-        x_leaf = x.detach().requires_grad_(need_dx)
-        w_leaf = None if weight is None else weight.detach().requires_grad_(need_dw)
-        y, _ = rms_norm(x_leaf, w_leaf, eps, offset, casting)
-        leaves = [leaf for leaf in (x_leaf, w_leaf) if leaf is not None and leaf.requires_grad]
-        grads = list(torch.autograd.grad(y, leaves, dy)) if leaves else []
-    dx = grads.pop(0) if need_dx else None
-    return dx, grads.pop() if need_dw else None
+        x = x.detach().requires_grad_(need_dx)
+        weight = None if weight is None else weight.detach().requires_grad_(need_dw)
+        y, _ = rms_norm(x, weight, eps, offset, casting)
+        leaves = [leaf for leaf in (x, weight) if leaf is not None and leaf.requires_grad]
+        grads = iter(torch.autograd.grad(y, leaves, dy) if leaves else ())
+    return next(grads) if need_dx else None, next(grads) if need_dw else None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

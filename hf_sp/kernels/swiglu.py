@@ -26,12 +26,8 @@ def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
                ``act_fn(gate) * up``: the same bits but for last-bit differences of ``exp``.
                Gradients are computed in float32 and rounded once, which autograd does twice
     Saves:     gate and up; autograd would save silu(gate) too, a third more memory in every MLP
-    No collective. Not differentiable twice. Under torch.compile this is the plain expression.
-
-    Args:
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        triton: False keeps to torch operations.
+    No collective. Not differentiable twice. Under torch.compile this is the plain expression;
+    ``triton=False`` keeps to torch operations.
 
     Raises:
         ShapeError: shapes or devices differ, or a dtype is not floating.
@@ -53,12 +49,8 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The backward pass, unchecked, for where autograd does not record.
 
-    Args:
-        dz: gradient of the product, ``[..., f]``; left as it is.
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        product: also return ``z``, bit-equal to the forward's, so that it need not be saved.
-        triton: False keeps to torch operations.
+    ``dz [..., f]`` is left as it is. ``product``: also make ``z``, bit-equal to the forward's, so
+    that it need not be saved.
 
     Returns:
         ``(dgate, dup, z or None)``, each in the layout and dtype of gate, up and gate.

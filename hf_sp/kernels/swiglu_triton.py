@@ -130,7 +130,7 @@ def swiglu_backward(
 def _launch(
     kernel: Any, lead: Tensor, tensors: list[Tensor], config: LaunchConfig | None, **options: Any
 ) -> None:
-    config = config or table.swiglu()
+    config = config or table.SWIGLU
     walk = rows_of(tensors, lead)
     assert walk is not None
     rows, n = walk.count, lead.shape[-1]

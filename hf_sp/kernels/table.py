@@ -33,6 +33,10 @@ class LaunchConfig:
     block: int = 1024
 
 
+# Both kernels: eight bf16 elements (16 bytes) per thread and tensor.
+SWIGLU = LaunchConfig(warps=4, block=1024)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()
@@ -59,9 +63,3 @@ def norm_backward(n: int) -> LaunchConfig:
     if width <= 2048:
         return LaunchConfig(warps=4, stages=2, per_sm=4)
     return LaunchConfig(warps=8 if width <= 4096 else 16, stages=2, per_sm=2)
-
-
-@cache
-def swiglu() -> LaunchConfig:
-    """Settings of both SwiGLU kernels: eight bf16 elements (16 bytes) per thread and tensor."""
-    return LaunchConfig(warps=4, block=1024)
