@@ -33,7 +33,7 @@ class LaunchConfig:
     block: int = 1024
 
 
-# Both kernels: eight bf16 elements (16 bytes) per thread and tensor.
+# Both SwiGLU kernels: eight bf16 elements (16 bytes) per thread and tensor.
 SWIGLU = LaunchConfig(warps=4, block=1024)
 
 
