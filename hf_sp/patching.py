@@ -69,8 +69,7 @@ class Patches:
 
         @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            instance = args[0] if args else kwargs.get(first)
-            if not self.active(instance):
+            if not self.active(args[0] if args else kwargs.get(first)):
                 return original(*args, **kwargs)
             if not args:
                 args = (kwargs.pop(first),)

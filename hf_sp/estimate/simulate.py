@@ -1,8 +1,7 @@
 """One rank of a world that is not there: a fake process group and tensors without memory.
 
-Owns: the only imports of torch's testing internals that the estimate needs. Must not know: what is
-run inside. The collectives of a fake world return at once with arbitrary values, so a simulation
-counts and never computes.
+Must not know what is run inside. The collectives of a fake world return at once with arbitrary
+values: a simulation counts and never computes.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def fake_world(size: int, rank: int = 0) -> Iterator[DeviceMesh]:
             rule="a simulation needs a process without a process group",
             remedy="run it outside the launcher, or after dist.destroy_process_group()",
         )
-    # Private, and the only way in: importing it registers the "fake" backend, and no public module
-    # does. Present and alike in torch 2.11 to 2.14; torch's own memory tools use it so.
+    # Private, alike in torch 2.11 to 2.14: importing it registers the "fake" backend, and no public
+    # module does.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

@@ -6,8 +6,7 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden, V vocabulary, v local 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ from hf_sp.model.loss import linear_cross_entropy, scaled_loss
 from hf_sp.state import ParallelState
 
 
-@dataclass(frozen=True, slots=True)
-class HeadRequest:
+class HeadRequest(NamedTuple):
     """The head and what it was called on, for who does without logits.
 
     Args:
@@ -71,27 +69,23 @@ class VocabParallelHead(nn.Linear):
         length = self.state.final_length
         shape = (*x.shape[:-1], self.vocab)
         if length is not None:
-            self._check_shard(x, length)
+            rows = padded(length, self.state.tp) // self.state.tp
+            if x.dim() != 3 or x.shape[1] != rows:
+                raise ShapeError(
+                    "something between the final norm and the LM head changed the sequence",
+                    where=type(self).__name__,
+                    got=f"hidden states {tuple(x.shape)}",
+                    rule=f"a forward that returns the loss alone hands over [B, {rows}, H], this "
+                    f"rank's shard of {length} tokens",
+                    remedy="parallelize(..., keep_logits=True)",
+                )
             shape = (x.shape[0], length, self.vocab)
         request = HeadRequest(self, x, length)
         # Backward hooks wrap the output in a Function: it has to be a real tensor.
-        hooked = self._backward_hooks or self._backward_pre_hooks
-        if not self.state.in_model or hooked:
+        if not self.state.in_model or self._backward_hooks or self._backward_pre_hooks:
             return self.logits(request)
         like = cast_for_autocast(x.new_empty(0), x)
         return LazyLogits(shape, like, lambda: self.logits(request), x, request)
-
-    def _check_shard(self, x: Tensor, length: int) -> None:
-        rows = padded(length, self.state.tp) // self.state.tp
-        if x.dim() != 3 or x.shape[1] != rows:
-            raise ShapeError(
-                "something between the final norm and the LM head changed the sequence",
-                where=type(self).__name__,
-                got=f"hidden states {tuple(x.shape)}",
-                rule=f"a forward that returns the loss alone hands over [B, {rows}, H], this "
-                f"rank's shard of {length} tokens",
-                remedy="parallelize(..., keep_logits=True)",
-            )
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight rows and bias as this forward uses them, differentiable."""
@@ -114,16 +108,9 @@ class VocabParallelHead(nn.Linear):
         self, request: HeadRequest, ignore_index: int, scale: float, softcap: float | None
     ) -> HeadSpec:
         """How the request is computed with in chunks."""
-        terms = LossTerms(
-            vocab=self.vocab,
-            start=vocab_range(self.vocab, self.state.axis)[0],
-            ignore_index=ignore_index,
-            softcap=softcap,
-            scale=scale,
-            triton=self.state.kernels,
-        )
-        sharded = request.length is not None
-        return HeadSpec(terms, self.state.axis, sharded, self.state.loss_chunk)
+        start, _ = vocab_range(self.vocab, self.state.axis)
+        terms = LossTerms(self.vocab, start, ignore_index, softcap, scale, self.state.kernels)
+        return HeadSpec(terms, self.state.axis, request.length is not None, self.state.loss_chunk)
 
     def extra_repr(self) -> str:
         """Local sizes and the place on the tp axis."""
@@ -158,17 +145,16 @@ class CausalLMLoss:
     ) -> Tensor:
         """The loss, a scalar equal on all ranks."""
         targets = labels if shift_labels is None else shift_labels
-        mapped = logits.scale_and_softcap() if isinstance(logits, LazyLogits) else None
+        lazy = isinstance(logits, LazyLogits)
+        mapping = logits.scale_and_softcap() if lazy and not logits.made else None
         if (
-            not isinstance(logits, LazyLogits)
-            or mapped is None
-            or logits.made
+            mapping is None
             or targets is None
-            or targets.shape != logits.shape[:-1]
             or targets.dim() != 2
+            or targets.shape != logits.shape[:-1]
         ):
             return self.original(
-                logits=logits.materialize() if isinstance(logits, LazyLogits) else logits,
+                logits=logits.materialize() if lazy else logits,
                 labels=labels,
                 vocab_size=vocab_size,
                 num_items_in_batch=num_items_in_batch,
@@ -177,14 +163,13 @@ class CausalLMLoss:
                 **kwargs,
             )
         request: HeadRequest = logits.request
+        head, hidden = request.head, cast_for_autocast(request.hidden, request.hidden)
         if shift_labels is None:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
-        targets = targets.to(request.hidden.device)
-        check_ids(targets, request.head.vocab, "labels", ignore_index)
-        hidden = cast_for_autocast(request.hidden, request.hidden)
-        weight, bias = request.head.local_parameters(hidden)
-        spec = request.head.spec(request, ignore_index, *mapped)
-        total = linear_cross_entropy(hidden, weight, bias, targets, spec)
+        targets = targets.to(hidden.device)
+        check_ids(targets, head.vocab, "labels", ignore_index)
+        spec = head.spec(request, ignore_index, *mapping)
+        total = linear_cross_entropy(hidden, *head.local_parameters(hidden), targets, spec)
         items: Any = num_items_in_batch
         if items is None:
             items = targets.ne(ignore_index).sum()

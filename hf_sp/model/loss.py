@@ -55,18 +55,11 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(Node):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_vH: Tensor,
-        bias_v: Tensor | None,
-        labels_BS: Tensor,
-        spec: HeadSpec,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        hidden, weight_vH, bias_v, labels_BS, spec = inputs
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        needs = ctx.needs_input_grad[:3]
-        chunks = Chunks(hidden, labels_BS, spec)
+        needs, chunks = ctx.needs_input_grad[:3], Chunks(hidden, labels_BS, spec)
         grads = HeadGradients(chunks, weight_vH, needs)
         for x_TH, labels_T, rows in chunks:
             logits_Tv = F.linear(x_TH, weight_vH, bias_v)
@@ -92,7 +85,7 @@ class _LinearCrossEntropy(Node):
         # Once: under checkpointing saved tensors can be unpacked a single time.
         saved = ctx.saved_tensors
         scaled = [
-            None if grad is None else (grad * grads[0].to(_at_least_float(grad))).to(dtype)
+            None if grad is None else (grad * grads[0].to(_wide(grad))).to(dtype)
             for grad, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None
