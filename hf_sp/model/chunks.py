@@ -45,7 +45,7 @@ class HeadSpec:
 class Chunks:
     """Iterates over ``(hidden states [T, H], labels [T], rows)``, by rank, then row, then batch.
 
-    ``rows`` is the slice of the source's sequence that the chunk covers.
+    ``rows`` is the chunk's slice of the source's sequence.
 
     Collectives: 1 all-gather a chunk, if sharded
 
@@ -104,15 +104,12 @@ class HeadGradients:
     """
 
     def __init__(self, chunks: Chunks, weight_vH: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        self.chunks, self.weight = chunks, weight_vH
+        self.chunks, self.weight, self.needs_head = chunks, weight_vH, needs[1]
         self.wide = torch.promote_types(weight_vH.dtype, torch.float32)
-        # The sum over several chunks is wide.
-        dtype = self.wide if len(chunks.pieces) > 1 else weight_vH.dtype
         self.source = torch.empty_like(chunks.source) if needs[0] else None
-        self.head = None
-        if needs[1] and len(chunks.pieces) != 1:
-            self.head = torch.zeros_like(weight_vH, dtype=dtype)
-        self.needs_head = needs[1]
+        # The sum over several chunks is wide; of a single one it is the product.
+        summed = needs[1] and len(chunks.pieces) != 1
+        self.head = torch.zeros_like(weight_vH, dtype=self.wide) if summed else None
         self.bias = weight_vH.new_zeros(weight_vH.shape[0], dtype=self.wide) if needs[2] else None
 
     def add(self, grad_Tv: Tensor, x_TH: Tensor, rows: slice) -> None:

@@ -145,16 +145,17 @@ class CausalLMLoss:
     ) -> Tensor:
         """The loss, a scalar equal on all ranks."""
         targets = labels if shift_labels is None else shift_labels
-        lazy = isinstance(logits, LazyLogits)
-        mapping = logits.scale_and_softcap() if lazy and not logits.made else None
+        lazy = logits if isinstance(logits, LazyLogits) else None
+        mapping = None if lazy is None or lazy.made else lazy.scale_and_softcap()
         if (
-            mapping is None
+            lazy is None
+            or mapping is None
             or targets is None
             or targets.dim() != 2
             or targets.shape != logits.shape[:-1]
         ):
             return self.original(
-                logits=logits.materialize() if lazy else logits,
+                logits=logits if lazy is None else lazy.materialize(),
                 labels=labels,
                 vocab_size=vocab_size,
                 num_items_in_batch=num_items_in_batch,
@@ -162,7 +163,7 @@ class CausalLMLoss:
                 shift_labels=shift_labels,
                 **kwargs,
             )
-        request: HeadRequest = logits.request
+        request: HeadRequest = lazy.request
         head, hidden = request.head, cast_for_autocast(request.hidden, request.hidden)
         if shift_labels is None:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]

@@ -1,15 +1,10 @@
 """Chunked, vocab-parallel cross entropy over the LM head: whole logits never exist.
 
-For each chunk of tokens (``hf_sp.model.chunks``): logits of the local vocabulary rows, their
-statistics (``hf_sp.kernels``) and one small all-gather of these, then the gradient in the logits'
-place and its two products.
-
 Gradients are made in the forward (three matrix products, none repeated) without the loss's scale:
 ``p - onehot`` is of order one, so that half precision neither under- nor overflows; the scale
 ``grad_output / denominator`` is applied once in backward.
 
-Shape letters: B batch, S sequence, s = ceil(S / tp), T tokens of a chunk (of all ranks), H hidden,
-v local vocabulary rows.
+Shape letters: as in ``hf_sp.model.chunks``.
 """
 
 from __future__ import annotations
@@ -57,8 +52,7 @@ class _LinearCrossEntropy(Node):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         hidden, weight_vH, bias_v, labels_BS, spec = inputs
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         needs, chunks = ctx.needs_input_grad[:3], Chunks(hidden, labels_BS, spec)
         grads = HeadGradients(chunks, weight_vH, needs)
         for x_TH, labels_T, rows in chunks:
@@ -91,7 +85,7 @@ class _LinearCrossEntropy(Node):
         return *scaled, None, None
 
 
-def _at_least_float(x: Tensor) -> torch.dtype:
+def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
