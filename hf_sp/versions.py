@@ -47,7 +47,5 @@ def warn_if_untested() -> None:
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:
-    """(5, 24) of "5.24.0.dev0"; of what has no numbers the empty tuple, older than any."""
-    # None where the metadata is broken, whatever its type says.
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return tuple(map(int, numbers.groups())) if numbers else ()
+    """(5, 24) of "5.24.0.dev0"; of "main", or None in broken metadata, (): older than any."""
+    return tuple(map(int, re.findall(r"\d+", version or "")[:2]))

@@ -76,12 +76,12 @@ class CollectiveCount:
 
 @dataclass(frozen=True, slots=True)
 class LiveStorage:
-    """A storage the step made that is still alive: what made it, and what it costs.
+    """A storage the step made that is still alive.
 
     Attributes:
         op: the op that made it, such as ``aten.mm.default``.
         shape: shape of the tensor the op returned; a later view may show another.
-        dtype: dtype of that tensor.
+        dtype: its dtype.
         phase: whether the forward or the backward made it.
         nbytes: size of the whole storage.
     """
@@ -160,7 +160,9 @@ class StepAccounting(TorchDispatchMode):
         kind = _collective_kind(op)
         if kind is not None:
             counts = self._collectives[self.phase]
-            payload = max(_operand_bytes(x) for x in (*args, *kwargs.values(), out))
+            # A list of tensors is one operand.
+            operands = map(_plain_tensors, (*args, *kwargs.values(), out))
+            payload = max(sum(t.numel() * t.element_size() for t in x) for x in operands)
             counts[kind] = counts.get(kind, CollectiveCount()) + CollectiveCount(1, payload)
         return out
 
@@ -192,9 +194,9 @@ class StepAccounting(TorchDispatchMode):
 def _fake_depth() -> tuple[int, int]:
     """Which fake mode is on, and how often it was entered.
 
-    A fake mode that is entered during a step serves a question about shapes, not the step: DTensor
-    runs every op it has not met before once more, on fake tensors of the global shape. It takes the
-    mode that is on already if there is one, so that only the depth tells the two apart.
+    A fake mode that is entered during a step serves a question about shapes: DTensor runs every new
+    op once more, on fake tensors of the global shape. It takes the mode that is on already if there
+    is one, so that only the depth tells the two apart.
     """
     mode = active_fake_mode()
     # `enter_stack` is private, in torch 2.11 to 2.14 alike; without it such ops inflate the peak.
@@ -211,11 +213,6 @@ def _plain_tensors(tree: Any) -> Iterator[Tensor]:
             yield from _plain_tensors([getattr(leaf, name) for name in names])
         else:
             yield leaf
-
-
-def _operand_bytes(operand: Any) -> int:
-    """Bytes of one operand of a collective; a list of tensors is one operand."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _plain_tensors(operand))
 
 
 def _collective_kind(op: str) -> str | None:

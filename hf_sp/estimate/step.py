@@ -18,12 +18,10 @@ class StepCount:
     """What one forward and backward cost on this rank.
 
     Attributes:
-        alive_bytes: bytes of the storages made during the forward that are alive when it has
-            returned: what the autograd graph saved, the loss itself, and whatever else still holds
-            on to a tensor (a cache, an output the caller keeps). Parameters, buffers and inputs
-            were there before and are not in it.
-        peak_bytes: most bytes alive at once over forward and backward, gradients included;
-            parameters, buffers, inputs and earlier `.grad` tensors are not.
+        alive_bytes: bytes of the storages that the forward made and that are alive when it has
+            returned: what autograd saved, the loss, a cache, an output that the caller keeps.
+        peak_bytes: most bytes alive at once over forward and backward, gradients included.
+            Parameters, buffers, inputs and earlier `.grad` tensors are in neither.
         forward: collectives of the forward by kind.
         backward: collectives of the backward by kind, recomputed forwards included.
     """

@@ -1,11 +1,9 @@
-"""Hooks around the decoder and around the whole model: what a forward starts and leaves with.
-
-Shape letters: B batch, S sequence, s = S / tp, H hidden, N heads, n = N / tp.
-"""
+"""Hooks around the decoder and around the whole model: what a forward starts and leaves with."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +23,7 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     """The inputs by name, positional ones too."""
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters)
+    names = inspect.signature(module.forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -157,11 +155,11 @@ def final_hidden(
         return "gathered"
     # A slice that keeps the last positions is of the whole sequence.
     keep = inputs.get("logits_to_keep")
-    wanted = [inputs.get("output_hidden_states")]
-    for module in (model, model.get_submodule(state.plan.decoder)):
-        wanted.append(getattr(module.config, "output_hidden_states", None))
+    modules = (model, model.get_submodule(state.plan.decoder))
+    asked = [getattr(m.config, "output_hidden_states", None) for m in modules]
+    asked.append(inputs.get("output_hidden_states"))
     # 0 asks for the first of them.
-    recorded = any(w is not None and w is not False for w in wanted)
+    recorded = any(a is not None and a is not False for a in asked)
     return "gathered" if isinstance(keep, Tensor) or keep or recorded else "shard"
 
 
@@ -178,18 +176,11 @@ def _watched(model: nn.Module, plan: Plan) -> bool:
     if not own or not isinstance(head, VocabParallelHead):
         return True
     found = list(head._forward_pre_hooks.values())
-    decoder = plan.decoder.split(".")
-    holders = [".".join(decoder[: i + 1]) for i in range(len(decoder))]
-    for path in (plan.norm, plan.head, *holders):
-        module = model.get_submodule(path)
+    holders = itertools.accumulate(plan.decoder.split("."), "{}.{}".format)
+    for module in map(model.get_submodule, (plan.norm, plan.head, *holders)):
         for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
             found += hooks.values()
-        if "forward" in vars(module):
-            found.append(vars(module)["forward"])
-    return not all(map(_is_ours, found))
-
-
-def _is_ours(hook: Any) -> bool:
-    owner = getattr(hook, "__self__", hook)
-    module = getattr(owner, "__module__", None) or type(owner).__module__
-    return module.partition(".")[0] == __name__.partition(".")[0]
+        found += [vars(module)["forward"]] if "forward" in vars(module) else []
+    owners = [getattr(hook, "__self__", hook) for hook in found]
+    modules = [getattr(owner, "__module__", None) or type(owner).__module__ for owner in owners]
+    return not all(name.startswith("hf_sp.") for name in modules)

@@ -18,7 +18,8 @@ from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.model.chunks import HeadSpec
 from hf_sp.model.lazy import LazyLogits
-from hf_sp.model.local import cast_for_autocast, local
+from hf_sp.model.linear import ParallelLinear
+from hf_sp.model.local import cast_for_autocast
 from hf_sp.model.loss import linear_cross_entropy, scaled_loss
 from hf_sp.state import ParallelState
 
@@ -37,7 +38,7 @@ class HeadRequest(NamedTuple):
     length: int | None
 
 
-class VocabParallelHead(nn.Linear):
+class VocabParallelHead(ParallelLinear):
     """An LM head whose vocabulary rows are split over tp, evenly or not.
 
     Inside the model's forward it returns ``LazyLogits``; called by anyone else, whole logits.
@@ -60,8 +61,8 @@ class VocabParallelHead(nn.Linear):
         """Make an ``nn.Linear`` one of these, in place."""
         module.__class__ = cls
         self = cast(VocabParallelHead, module)
-        self.state, self.vocab = state, module.out_features
-        start, stop = vocab_range(self.vocab, state.axis)
+        self.state, self.axis, self.vocab = state, state.axis, module.out_features
+        start, stop = vocab_range(self.vocab, self.axis)
         self.out_features = stop - start
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,35 +88,28 @@ class VocabParallelHead(nn.Linear):
         like = cast_for_autocast(x.new_empty(0), x)
         return LazyLogits(shape, like, lambda: self.logits(request), x, request)
 
-    def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Local weight rows and bias as this forward uses them, differentiable."""
-        bias = None if self.bias is None else cast_for_autocast(local(self.bias), like)
-        return cast_for_autocast(local(self.weight), like), bias
-
     def logits(self, request: HeadRequest) -> Tensor:
         """The whole logits ``[..., V]``."""
-        axis = self.state.axis
         x = cast_for_autocast(request.hidden, request.hidden)
         if request.length is None:
-            x = pairs.identity_allreduce(x, axis)
+            x = pairs.identity_allreduce(x, self.axis)
         else:
-            x = pairs.allgather_reducescatter(x, request.length, axis)
-        weight, bias = self.local_parameters(x)
-        sizes = vocab_sizes(self.vocab, axis)
-        return pairs.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
+            x = pairs.allgather_reducescatter(x, request.length, self.axis)
+        local_logits = F.linear(x, *self.local_parameters(x))
+        sizes = vocab_sizes(self.vocab, self.axis)
+        return pairs.concat_slice(local_logits, x.dim() - 1, sizes, self.axis)
 
     def spec(
         self, request: HeadRequest, ignore_index: int, scale: float, softcap: float | None
     ) -> HeadSpec:
         """How the request is computed with in chunks."""
-        start, _ = vocab_range(self.vocab, self.state.axis)
+        start, _ = vocab_range(self.vocab, self.axis)
         terms = LossTerms(self.vocab, start, ignore_index, softcap, scale, self.state.kernels)
-        return HeadSpec(terms, self.state.axis, request.length is not None, self.state.loss_chunk)
+        return HeadSpec(terms, self.axis, request.length is not None, self.state.loss_chunk)
 
     def extra_repr(self) -> str:
-        """Local sizes and the place on the tp axis."""
-        axis = self.state.axis
-        return f"{super().extra_repr()}, vocab={self.vocab}, tp={axis.size}, tp_rank={axis.rank}"
+        """Local sizes, the place on the tp axis, the whole vocabulary."""
+        return f"{super().extra_repr()}, vocab={self.vocab}"
 
 
 class CausalLMLoss:
@@ -171,11 +165,5 @@ class CausalLMLoss:
         check_ids(targets, head.vocab, "labels", ignore_index)
         spec = head.spec(request, ignore_index, *mapping)
         total = linear_cross_entropy(hidden, *head.local_parameters(hidden), targets, spec)
-        items: Any = num_items_in_batch
-        if items is None:
-            items = targets.ne(ignore_index).sum()
-        elif isinstance(items, Tensor):
-            items = items.to(total.device)
-        # The denominator stays outside the summed loss: where no label counts, its gradients are
-        # exact zeros and the loss is nan, as torch's; 0 / 0 inside would make every gradient nan.
+        items = targets.ne(ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return scaled_loss(total, items)

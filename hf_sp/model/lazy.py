@@ -20,19 +20,12 @@ from hf_sp.torch_private import stand_in, tree_map_only, without_torch_function
 
 # What may be asked of a stand-in without making the tensor.
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda")
+_METHODS = ("size", "dim", "ndimension", "element_size", "__len__")
+_FUNCTIONS = ("numel", "is_floating_point", "is_complex")
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.element_size,
-    Tensor.__len__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
+    *(getattr(Tensor, name) for name in (*_METHODS, *_FUNCTIONS)),
+    *(getattr(torch, name) for name in _FUNCTIONS),
 }
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div}

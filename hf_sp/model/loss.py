@@ -95,8 +95,7 @@ def scaled_loss(total: Tensor, items: Tensor | float) -> Tensor:
     torch's cross entropy writes no gradient for ignored tokens, so that a batch without a counted
     label trains nothing; dividing by its count would make every gradient nan.
     """
-    if not isinstance(items, Tensor):
-        # A plain number stays one: a tensor of it would be copied to the device in each step.
-        return total / items if items else total * 0 + total.detach() / 0
+    # A number is filled in on the device: no copy, no synchronisation.
+    items = items.to(total.device) if isinstance(items, Tensor) else total.new_full((), items)
     counted = items != 0
     return (total / items.masked_fill(~counted, 1)).where(counted, total.detach() / items)
