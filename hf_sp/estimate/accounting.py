@@ -76,21 +76,13 @@ class CollectiveCount:
 
 @dataclass(frozen=True, slots=True)
 class LiveStorage:
-    """A storage the step made that is still alive.
+    """A storage the step made that is still alive."""
 
-    Attributes:
-        op: the op that made it, such as ``aten.mm.default``.
-        shape: shape of the tensor the op returned; a later view may show another.
-        dtype: its dtype.
-        phase: whether the forward or the backward made it.
-        nbytes: size of the whole storage.
-    """
-
-    op: str
-    shape: tuple[int, ...]
+    op: str  # that made it, such as aten.mm.default
+    shape: tuple[int, ...]  # of the tensor that the op returned; a later view may show another
     dtype: torch.dtype
-    phase: Phase
-    nbytes: int
+    phase: Phase  # that made it
+    nbytes: int  # of the whole storage
 
 
 class StepAccounting(TorchDispatchMode):

@@ -24,10 +24,6 @@ def fake_world(size: int, rank: int = 0) -> Iterator[DeviceMesh]:
     its ranks back from a tensor, which a fake tensor cannot give: make any other mesh before
     entering `fake_tensors` too.
 
-    Args:
-        size: world size to pretend.
-        rank: rank to be.
-
     Raises:
         ConfigError: if `rank` is not a rank of that world, or torch.distributed is already running.
     """
@@ -66,9 +62,6 @@ def fake_tensors(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     transformers cannot look into fake position ids, takes every batch for a packed one, and builds
     the [S, S] causal mask that a real run skips. Select an attention it makes no mask for, as
     scripts/bench/step_cost.py does, to count what a real run keeps.
-
-    Args:
-        dtype: default dtype of what is made inside.
     """
     # Private; FakeTensorMode has no public path in torch 2.11 to 2.14.
     from torch._subclasses.fake_tensor import FakeTensorMode

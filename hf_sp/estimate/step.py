@@ -100,12 +100,8 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
 def per_layer(small: StepCount, large: StepCount, layers: int = 1) -> StepCount:
     """Return the cost of one layer, from two models that differ only in their number of layers.
 
-    Embedding, rotary tables, head and loss are in both and drop out.
-
-    Args:
-        small: the count of the shallower model.
-        large: the count of the deeper model.
-        layers: how many layers more the deeper one has.
+    Embedding, rotary tables, head and loss are in both and drop out. The larger model has `layers`
+    layers more.
 
     Raises:
         ConfigError: if `layers` is less than one, or a difference is not the same for each layer.

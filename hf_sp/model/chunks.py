@@ -27,32 +27,21 @@ from hf_sp.torch_private import is_fake
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """What is computed, besides tensors.
+    """What is computed, besides tensors."""
 
-    Args:
-        terms: the distribution, and the loss of a token.
-        axis: who holds the other rows of the vocabulary.
-        sharded: whether the hidden states are sequence shards (else they are replicated).
-        chunk: tokens per chunk, over all ranks.
-    """
-
-    terms: LossTerms
-    axis: Axis
-    sharded: bool
-    chunk: int
+    terms: LossTerms  # the distribution, and the loss of a token
+    axis: Axis  # who holds the other rows of the vocabulary
+    sharded: bool  # whether the hidden states are sequence shards; else they are replicated
+    chunk: int  # tokens per chunk, over all ranks
 
 
 class Chunks:
     """Iterates over ``(hidden states [T, H], labels [T], rows)``, by rank, then row, then batch.
 
-    ``rows`` is the chunk's slice of the source's sequence.
+    ``rows`` is the chunk's slice of the source's sequence. The source is the hidden states, ``[B,
+    s, H]`` or ``[B, S, H]``; padding at their end gets the label to ignore.
 
     Collectives: 1 all-gather a chunk, if sharded
-
-    Args:
-        source: hidden states, ``[B, s, H]`` sequence shard or ``[B, S, H]`` replicated.
-        labels_BS: of the whole sequence; padding at its end gets the label to ignore.
-        spec: see ``HeadSpec``.
     """
 
     def __init__(self, source: Tensor, labels_BS: Tensor, spec: HeadSpec) -> None:
@@ -95,12 +84,8 @@ class Chunks:
 class HeadGradients:
     """Gradients of the hidden states, the head's rows and their bias, summed over the chunks.
 
-    Collectives: 1 reduce-scatter a chunk, 1 all-reduce if the hidden states are replicated
-
-    Args:
-        chunks: the tokens.
-        weight_vH: rows of the head.
-        needs: which of the three are wanted.
+    As far as they are needed. Collectives: 1 reduce-scatter a chunk, 1 all-reduce if the hidden
+    states are replicated
     """
 
     def __init__(self, chunks: Chunks, weight_vH: Tensor, needs: tuple[bool, bool, bool]) -> None:

@@ -145,11 +145,7 @@ def final_hidden(
 ) -> Literal["gathered", "shard"]:
     """What the final norm returns in a forward of the whole model.
 
-    Args:
-        model: the whole model.
-        state: its state.
-        inputs: what its forward was called with.
-        head_alone: whether nothing is asked for but what the head makes of it by chunks.
+    ``head_alone``: whether nothing is asked for but what the head makes of it by chunks.
     """
     if not head_alone or _watched(model, state.plan):
         return "gathered"

@@ -25,17 +25,11 @@ from hf_sp.state import ParallelState
 
 
 class HeadRequest(NamedTuple):
-    """The head and what it was called on, for who does without logits.
-
-    Args:
-        head: the head.
-        hidden: final hidden states, replicated ``[..., H]`` or a sequence shard ``[B, s, H]``.
-        length: whole sequence length of a shard, None if replicated.
-    """
+    """The head and what it was called on, for who does without logits."""
 
     head: VocabParallelHead
-    hidden: Tensor
-    length: int | None
+    hidden: Tensor  # replicated [..., H], or a sequence shard [B, s, H]
+    length: int | None  # whole sequence length of a shard, None if replicated
 
 
 class VocabParallelHead(ParallelLinear):
@@ -118,10 +112,7 @@ class CausalLMLoss:
     Same arguments and result: labels are shifted here unless ``shift_labels`` is given, the mean is
     over the labels that count, or the sum is divided by ``num_items_in_batch``. A model's scale and
     soft cap of its logits (Cohere, Granite, Gemma) are part of the loss. Logits that someone has
-    touched otherwise, or another shape of labels, go to the model's own loss function.
-
-    Args:
-        original: the loss function that the model had.
+    touched otherwise, or another shape of labels, go to ``original``, the model's own loss.
     """
 
     def __init__(self, original: Callable[..., Tensor]) -> None:

@@ -30,7 +30,7 @@ _METADATA = {
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div}
 _TANHS = {Tensor.tanh, torch.tanh}
-# (before, after) of ``after * tanh(before * logits)``; after is None without a tanh.
+# (scale, softcap) of ``softcap * tanh(scale / softcap * logits)``, (scale, None) without a tanh.
 Mapping = tuple[float, float | None]
 
 
@@ -140,28 +140,22 @@ class LazyLogits(Tensor):
 
     def deferred(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> LazyLogits | None:
         """A product with a number or a tanh is noted; making the result does as the model did."""
-        before, after = self.mapping or (1.0, None)
+        scale, cap = self.mapping or (1.0, None)
         number = len(args) == 1 and type(args[0]) in (int, float)
         mapping: Mapping | None
         if kwargs:
             return None
         if func in _TANHS and not args:
-            mapping = (before, 1.0) if after is None else None
+            mapping = (scale, 1.0) if cap is None else None
         elif number and (func in _PRODUCTS or (func in _QUOTIENTS and args[0])):
             factor = args[0] if func in _PRODUCTS else 1.0 / args[0]
-            mapping = (before * factor, None) if after is None else (before, after * factor)
+            mapping = scale * factor, None if cap is None else cap * factor
         else:
             return None
         make = lambda: func(self.materialize(), *args)  # noqa: E731
         mapping = self.mapping and mapping
         return LazyLogits(tuple(self.shape), self, make, self.source, self.request, mapping)
 
-    def scale_and_softcap(self) -> tuple[float, float | None] | None:
-        """``(scale, softcap)`` if this is ``softcap * tanh(scale / softcap * logits)``.
-
-        ``(scale, None)`` if it is ``scale * logits``; None if it is neither.
-        """
-        if self.mapping is None or self.mapping[1] == 0:
-            return None
-        before, after = self.mapping
-        return (before, None) if after is None else (before * after, after)
+    def scale_and_softcap(self) -> Mapping | None:
+        """What the loss has to do to the head's result; None if it cannot."""
+        return None if self.mapping is None or self.mapping[1] == 0 else self.mapping
