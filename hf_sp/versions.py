@@ -1,7 +1,6 @@
 """The versions of other packages that the tests have run with; README.md says with which tests.
 
-Read from the metadata of what is installed: nothing is imported, so a version that cannot even be
-imported is named first. Must not know hf_sp.
+Read from metadata: a version that cannot even be imported is named first. Must not know hf_sp.
 """
 
 from __future__ import annotations

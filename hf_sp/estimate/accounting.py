@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,13 +123,7 @@ class StepAccounting(TorchDispatchMode):
         made = [record for _, record in self._storages.values() if record is not None]
         return sorted(made, key=lambda record: record.nbytes, reverse=True)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one op."""
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
             return NotImplemented
@@ -186,9 +180,8 @@ class StepAccounting(TorchDispatchMode):
 def _fake_depth() -> tuple[int, int]:
     """Which fake mode is on, and how often it was entered.
 
-    A fake mode that is entered during a step serves a question about shapes: DTensor runs every new
-    op once more, on fake tensors of the global shape. It takes the mode that is on already if there
-    is one, so that only the depth tells the two apart.
+    A step's own ops run at its depth. DTensor runs every new op once more to learn a shape, in the
+    mode that is on already if there is one.
     """
     mode = active_fake_mode()
     # `enter_stack` is private, in torch 2.11 to 2.14 alike; without it such ops inflate the peak.

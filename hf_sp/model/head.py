@@ -70,8 +70,7 @@ class VocabParallelHead(ParallelLinear):
                     "something between the final norm and the LM head changed the sequence",
                     where=type(self).__name__,
                     got=f"hidden states {tuple(x.shape)}",
-                    rule=f"a forward that returns the loss alone hands over [B, {rows}, H], this "
-                    f"rank's shard of {length} tokens",
+                    rule=f"for the loss alone it is [B, {rows}, H], a shard of {length} tokens",
                     remedy="parallelize(..., keep_logits=True)",
                 )
             shape = (x.shape[0], length, self.vocab)

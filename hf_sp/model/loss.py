@@ -21,11 +21,7 @@ from hf_sp.model.chunks import Chunks, HeadGradients, HeadSpec
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight_vH: Tensor,
-    bias_v: Tensor | None,
-    labels_BS: Tensor,
-    spec: HeadSpec,
+    hidden: Tensor, weight_vH: Tensor, bias_v: Tensor | None, labels_BS: Tensor, spec: HeadSpec
 ) -> Tensor:
     """Summed cross entropy of ``hidden W^T + b``, whose logits are never whole, in any dimension.
 
