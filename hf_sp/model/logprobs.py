@@ -79,7 +79,7 @@ class _TokenStatistics(Node):
         kept = found.get("entropy", found["log_z"])
         ctx.save_for_backward(hidden, weight_vH, bias_v, labels_BS, found["log_z"], kept)
         ctx.spec = spec
-        out = [chunks.join(found[n]) if n in found else None for n in TokenStatistics._fields]
+        out = [chunks.join(found[n]) if n in found else None for n in ("log_probs", *FIELDS)]
         if out[4] is not None:
             out[4] = out[4] > 0
         ctx.mark_non_differentiable(*(x for x in out[2:] if x is not None))
