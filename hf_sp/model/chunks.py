@@ -126,6 +126,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if total.dtype == a.dtype:
         return total.addmm_(a, b)
+    # On a GPU only, which no test on a CPU reaches: cuBLAS adds the product to the wide total.
     if a.is_cuda and not is_fake(a) and _adds_to_float(a.dtype):
         return torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     return total.add_(a @ b)
