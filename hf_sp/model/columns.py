@@ -21,7 +21,7 @@ in the order of the collectives, R = T * k rows (token, choice) of experts, E ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -61,13 +61,6 @@ class Factor(NamedTuple):
     p: float
 
 
-class RowGradient(Protocol):
-    """Makes an expert weight's gradient from the rows that experts have sent to their ports."""
-
-    def __call__(self, dgate_up: Tensor, rows: Tensor, ends: Tensor, x_TH: Tensor) -> Tensor:
-        """``[E, 2f, H]`` from d gate_up ``[R, 2f]``, the rows' places, and x batch-major."""
-
-
 class Experts(NamedTuple):
     """An expert weight that reads the gathered input.
 
@@ -75,13 +68,14 @@ class Experts(NamedTuple):
         key: who asks for the ports.
         weight: ``[E, 2f, H]``.
         top_k: experts of a token.
-        gradient: makes the weight's gradient.
+        gradient: makes the weight's gradient from what experts have sent to their ports, d gate_up
+            ``[R, 2f]``, the rows' places ``[R]`` and ends ``[E]``, and from x ``[T, H]``.
     """
 
     key: object
     weight: Tensor
     top_k: int
-    gradient: RowGradient
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def gather_columns(
@@ -134,8 +128,8 @@ def gather_columns(
     dropouts = [draws[factor.p] for factor in factors]
     spec = _Spec(axis, sharded, length, contiguous, len(linears), dropouts, experts, function)
     values, specs = unpack(parameters)
-    given = _Given(inputs if function is not None else None, values, specs)
-    full, *outputs = _GatherColumns.apply(spec, given, x, *parameters)
+    saved = None if function is None else inputs
+    full, *outputs = _GatherColumns.apply(spec, (saved, values, specs), x, *parameters)
     ports: dict[Any, Port] = {}
     for i, (key, _) in enumerate(linears):
         ports[key] = Port((outputs[i],), values[2 * i], values[2 * i + 1])
@@ -161,14 +155,6 @@ class _Spec:
     dropouts: Sequence[Dropout | None]
     experts: Experts | None
     recompute: Any
-
-
-class _Given(NamedTuple):
-    """What the node's forward is given beside its inputs: ``unpack`` of the parameters."""
-
-    inputs: Any
-    values: list[Any]
-    specs: list[Any]
 
 
 @torch.library.custom_op("hf_sp::gather_again", mutates_args=())
@@ -207,19 +193,19 @@ def _tokens(x: Tensor, spec: _Spec) -> Tensor:
 class _GatherColumns(Node):
     @staticmethod
     def forward(
-        ctx: Any, spec: _Spec, given: _Given, x: Tensor, *parameters: Tensor | None
+        ctx: Any, spec: _Spec, given: Any, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.spec, ctx.specs, ctx.dtype = spec, given.specs, x.dtype
+        # What x is computed from, if not saved itself, and the parameters, unpacked.
+        inputs, values, ctx.specs = given
+        ctx.spec, ctx.dtype = spec, x.dtype
         ctx.set_materialize_grads(False)
-        n, values = spec.linears, given.values
+        n = spec.linears
         weights = values[: 2 * n : 2] + values[2 * n :]
-        # What reads x again; nothing does if all is frozen.
-        inputs = (x,) if given.inputs is None else given.inputs
+        inputs = (x,) if inputs is None else inputs
+        # Nothing reads x again if all is frozen.
         ctx.save_for_backward(*weights, *(inputs if any(ctx.needs_input_grad[3:]) else ()))
-        if spec.sharded:
-            full = comm.gather_sequence(x, spec.length, spec.axis)
-        else:
-            full = x.view_as(x)
+        gathers = spec.sharded
+        full = comm.gather_sequence(x, spec.length, spec.axis) if gathers else x.view_as(x)
         full = full.contiguous() if spec.contiguous else full
         B, S = ctx.shape = full.shape[:2]
         shapes = [(B, S, w.shape[0]) for w in weights[: n + len(spec.dropouts)]]
@@ -246,56 +232,49 @@ class _GatherColumns(Node):
             for j, du in enumerate(grads[n + 1 : n + 1 + len(spec.dropouts)])
             if du is not None
         ]
-        of_experts = grads[-3:] if spec.experts is not None and needs[-1] else (None,)
-        rows = [i for i in range(n) if dys[i] is not None and needs[2 * i]]
-        x = flying = None
-        if rows or of_experts[0] is not None or any(needs[du.slot] for du in dus):
-            x = restored(spec.recompute, inputs).to(ctx.dtype)
-        if x is not None and (rows or of_experts[0] is not None):
-            flying = _ordered(x, spec)
-            if spec.sharded:
-                flying = _gather_again(flying, spec.axis, grads)
+        of_experts = spec.experts is not None and needs[-1] and grads[-3] is not None
+        gathers = of_experts or any(dy is not None and needs[2 * i] for i, dy in enumerate(dys))
+        shard = flying = None
+        if gathers or any(needs[du.slot] for du in dus):
+            shard = _ordered(restored(spec.recompute, inputs).to(ctx.dtype), spec)
+        if gathers:
+            flying = _gather_again(shard, spec.axis, grads) if spec.sharded else shard
         # The gather is in flight beside these products,
         wants_dx = ctx.needs_input_grad[2]
-        partial = _input_gradient(ctx, dfull, dys, weights) if wants_dx else None
+        dx = _input_gradient(ctx, dfull, dys, weights) if wants_dx else None
         if dus:
             S = dus[0].du.shape[0]
             height = comm.padded(S, spec.axis.size) if spec.sharded else S
-            partial = low_rank.join_gradients(partial, dus, height)
-        launched = None
-        if partial is not None:
+            dx = low_rank.join_gradients(dx, dus, height)
+        if dx is not None:
             launch = comm.launch_reduce_scatter if spec.sharded else comm.launch_all_reduce
-            launched = launch(partial, spec.axis)
-            del partial
+            dx = launch(dx, spec.axis)
         # and the reduce-scatter beside these.
         out: list[Tensor | None] = [None] * len(needs)
-        x_TH = None
         if flying is not None:
             full = comm.wait(flying)[: ctx.shape[1]] if spec.sharded else flying
             x_TH = full.reshape(-1, full.shape[-1])
         for i, dy in enumerate(dys):
             if dy is not None and needs[2 * i]:
-                assert x_TH is not None
                 out[2 * i] = dy.t() @ x_TH
             if dy is not None and needs[2 * i + 1]:
                 out[2 * i + 1] = dy.sum(0)
-        if of_experts[0] is not None:
-            assert spec.experts is not None
-            dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], of_experts)
+        if of_experts:
+            dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], grads[-3:])
             # Batch-major, as the experts have counted their rows.
             flat = _tokens(full, spec)
-            out[-1] = spec.experts.gradient(dgate_up, places.long(), ends.int(), flat)
-        dx = None if launched is None else comm.wait(launched)
-        if dus and dx is not None:
+            out[-1] = cast(Experts, spec.experts).gradient(
+                dgate_up, places.long(), ends.int(), flat
+            )
+        dx = None if dx is None else comm.wait(dx)
+        if dus:
             trains = [bool(needs[du.slot]) for du in dus]
-            shard = None if x is None else _ordered(x, spec)
             dx, dAs = low_rank.split_gradients(
-                dx, dus, shard, trains, wants_dx, spec.axis, spec.sharded
+                cast(Tensor, dx), dus, shard, trains, wants_dx, spec.axis, spec.sharded
             )
             for du, dA in zip(dus, dAs, strict=True):
                 out[du.slot] = dA
-        out = pack(out, ctx.specs)
-        return None, None, None if dx is None else _ordered(dx, spec), *out
+        return None, None, None if dx is None else _ordered(dx, spec), *pack(out, ctx.specs)
 
 
 def _input_gradient(
@@ -314,8 +293,7 @@ def _input_gradient(
     (dy, weight), *rest = used
     dx = dy.new_empty(height, others, weight.shape[1])
     rows = dx[:first].view(first * others, -1)
-    if height > first:
-        dx[first:].zero_()
+    dx[first:].zero_()
     torch.mm(dy, weight, out=rows)
     for dy, weight in rest:
         rows.addmm_(dy, weight)
