@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary
+from hf_sp.model.block import BlockBoundary, StackEntry, StackExit
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -15,7 +15,6 @@ from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
-from hf_sp.model.stack import StackEntry, StackExit
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form

@@ -1,4 +1,8 @@
-"""Entry and exit of a TP block, as hooks: all-gather and reduce-scatter (without sp: all-reduce).
+"""Hooks where hidden states change between whole and sharded: of a TP block, and of the stack.
+
+Entry and exit of a block: all-gather and reduce-scatter (without sp: all-reduce). A pre-hook on
+layer 0 takes the sequence shard: HF derives masks, positions and RoPE from the embedding's output
+before that, over the whole sequence. A hook on the final norm gathers, or leaves that to the head.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden.
 """
@@ -102,11 +106,8 @@ class BlockBoundary:
             factors=factors_of(module, x),
         )
         self.block.gathered = gathered
-        if (
-            self.attention
-            and module.training
-            and float(getattr(module, "attention_dropout", False))
-        ):
+        drops = module.training and float(getattr(module, "attention_dropout", False))
+        if self.attention and drops:
             self.dropout.start(gathered.x)
         return replace_hidden_states(args, kwargs, gathered.x)
 
@@ -139,7 +140,7 @@ class LocalDropout:
 
     def __init__(self, state: ParallelState) -> None:
         self.state = state
-        self._saved: tuple[torch.device, Tensor] | None = None
+        self._saved: tuple[torch.Generator, Tensor] | None = None
 
     def start(self, like: Tensor) -> None:
         """Switch the default generator of ``like``'s device to this rank's stream."""
@@ -147,22 +148,52 @@ class LocalDropout:
         self.stop()
         if self.state.everyone.size == 1:
             return
-        seed = int(torch.randint(2**62, ()))
-        device = like.device
-        if device.type == "cpu":
-            self._saved = (device, torch.get_rng_state())
-            torch.default_generator.manual_seed(seed + self.state.everyone.rank)
-        else:
-            module = torch.get_device_module(device)
-            self._saved = (device, module.get_rng_state(device))
-            module.manual_seed(seed + self.state.everyone.rank)
+        seed, device = int(torch.randint(2**62, ())), like.device
+        generator = torch.default_generator
+        if device.type != "cpu":
+            generator = torch.get_device_module(device).default_generators[device.index]
+        self._saved = (generator, generator.get_state())
+        generator.manual_seed(seed + self.state.everyone.rank)
 
     def stop(self) -> None:
         """Give the shared stream back."""
-        if self._saved is None:
-            return
-        (device, state), self._saved = self._saved, None
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+        if self._saved is not None:
+            (generator, state), self._saved = self._saved, None
+            generator.set_state(state)
+
+
+class StackEntry:
+    """Pre-hook of layer 0: replicated ``[B, S, H]`` -> sequence shard ``[B, s, H]``."""
+
+    def __init__(self, state: ParallelState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Scatter; the backward all-gathers."""
+        if not self.state.sharded:
+            return None
+        x = pairs.scatter_allgather(get_hidden_states(args, kwargs), self.state.axis)
+        return replace_hidden_states(args, kwargs, x)
+
+
+class StackExit:
+    """Hook of the final norm: sequence shard ``[B, s, H]`` -> replicated ``[B, S, H]``.
+
+    Replicated, because anyone may read ``last_hidden_state``. Where only the head meets it, the
+    shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
+    """
+
+    def __init__(self, state: ParallelState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Gather; the backward takes the shard."""
+        state = self.state
+        if not state.sharded or state.length is None:
+            return None
+        if state.final_hidden == "shard":
+            state.final_length = state.length
+            return None
+        full = pairs.allgather_scatter(output, state.length, state.axis)
+        # HF's own is contiguous, and people call .view on it. No copy for B = 1.
+        return full.contiguous()

@@ -1,19 +1,15 @@
 """The entry of a TP block: one autograd node that gathers the input and makes all its gradients.
 
-How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for separate q/k/v): the
-node returns the gathered input, and for each column linear (and each low-rank factor, router or
-expert weight that reads it) a *port*: a tensor of the shape of the linear's output that has strides
-of zero and no memory. The linear computes ``x W^T``, saves nothing, and sends its output gradient
-to its port, and nothing to x. So autograd, which runs a node when all its outputs' gradients are
-there, hands the node every dy at once, and whatever else has read x sends its gradient the same
-way. The backward
+How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for separate q/k/v). For
+each reader with a weight (a column linear, a low-rank factor, a router, experts) the node returns a
+port beside the gathered input (``ports``), so that autograd hands its backward every dy at once:
 
-1. launches the all-gather of x, from the saved shard,
-2. sums the input gradients, and launches their reduce-scatter,
-3. makes the weight gradients, from the gathered x.
+1. launch the all-gather of x, from the saved shard,
+2. sum the input gradients, and launch their reduce-scatter,
+3. make the weight gradients, from the gathered x.
 
 One communicator carries its collectives out in launch order: the gather is in flight beside the
-products of 2, the reduce-scatter beside those of 3. ``tests/parity/test_launch_order.py`` holds it.
+products of 2, the reduce-scatter beside those of 3 (``tests/parity/test_launch_order.py``).
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden, o = local out features, T = S * B tokens
 in the order of the collectives, R = T * k rows (token, choice) of experts, E experts, f features.
@@ -131,11 +127,11 @@ def gather_columns(
     saved = None if function is None else inputs
     full, *outputs = _GatherColumns.apply(spec, (saved, values, specs), x, *parameters)
     ports: dict[Any, Port] = {}
+    n = len(linears)
     for i, (key, _) in enumerate(linears):
         ports[key] = Port((outputs[i],), values[2 * i], values[2 * i + 1])
     for j, factor in enumerate(factors):
-        slot = len(linears) + j
-        ports[factor.key] = Port((outputs[slot],), values[len(linears) + slot], None, dropouts[j])
+        ports[factor.key] = Port((outputs[n + j],), values[2 * n + j], None, dropouts[j])
     if experts is not None:
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
     written = None if torch.compiler.is_compiling() else version(full)
@@ -159,10 +155,10 @@ class _Spec:
 
 @torch.library.custom_op("hf_sp::gather_again", mutates_args=())
 def gather_again(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
-    """An all-gather that a compiler cannot take for the forward's, and so save its result.
+    """An all-gather that torch's partitioner cannot merge with the forward's.
 
-    torch's partitioner merges equal collectives, and keeps what they return: the gathered tensor
-    would be saved instead of the shard. ``after``, a gradient, makes it the backward's own.
+    It would save what that returns instead of the shard. ``after``, a gradient, makes it the
+    backward's own.
     """
     return comm.launch_all_gather(x, Axis(group, size, -1))
 
@@ -173,7 +169,6 @@ def _(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
 
 
 def _gather_again(x_sBH: Tensor, axis: Axis, grads: Sequence[Tensor | None]) -> Tensor:
-    """Launch the gather of x for the weight gradients."""
     if not torch.compiler.is_compiling():
         return comm.launch_all_gather(x_sBH, axis)
     after = next(grad for grad in grads if grad is not None)
@@ -181,12 +176,11 @@ def _gather_again(x_sBH: Tensor, axis: Axis, grads: Sequence[Tensor | None]) -> 
 
 
 def _ordered(x: Tensor, spec: _Spec) -> Tensor:
-    """``[B, S, F]`` in the order of the collectives: sequence first, if x is gathered."""
+    # In the order of the collectives: sequence first, if x is gathered.
     return x.transpose(0, 1) if spec.sharded else x
 
 
 def _tokens(x: Tensor, spec: _Spec) -> Tensor:
-    """``[B, S, F]`` as ``[T, F]`` in that order."""
     return _ordered(x, spec).reshape(-1, x.shape[-1])
 
 
@@ -204,8 +198,10 @@ class _GatherColumns(Node):
         inputs = (x,) if inputs is None else inputs
         # Nothing reads x again if all is frozen.
         ctx.save_for_backward(*weights, *(inputs if any(ctx.needs_input_grad[3:]) else ()))
-        gathers = spec.sharded
-        full = comm.gather_sequence(x, spec.length, spec.axis) if gathers else x.view_as(x)
+        if spec.sharded:
+            full = comm.gather_sequence(x, spec.length, spec.axis)
+        else:
+            full = x.view_as(x)
         full = full.contiguous() if spec.contiguous else full
         B, S = ctx.shape = full.shape[:2]
         shapes = [(B, S, w.shape[0]) for w in weights[: n + len(spec.dropouts)]]
@@ -232,12 +228,13 @@ class _GatherColumns(Node):
             for j, du in enumerate(grads[n + 1 : n + 1 + len(spec.dropouts)])
             if du is not None
         ]
-        of_experts = spec.experts is not None and needs[-1] and grads[-3] is not None
-        gathers = of_experts or any(dy is not None and needs[2 * i] for i, dy in enumerate(dys))
+        experts = spec.experts if spec.experts and needs[-1] and grads[-3] is not None else None
+        gathers = any(dy is not None and needs[2 * i] for i, dy in enumerate(dys))
+        gathers = gathers or experts is not None
         shard = flying = None
         if gathers or any(needs[du.slot] for du in dus):
             shard = _ordered(restored(spec.recompute, inputs).to(ctx.dtype), spec)
-        if gathers:
+        if gathers and shard is not None:
             flying = _gather_again(shard, spec.axis, grads) if spec.sharded else shard
         # The gather is in flight beside these products,
         wants_dx = ctx.needs_input_grad[2]
@@ -259,13 +256,11 @@ class _GatherColumns(Node):
                 out[2 * i] = dy.t() @ x_TH
             if dy is not None and needs[2 * i + 1]:
                 out[2 * i + 1] = dy.sum(0)
-        if of_experts:
+        if experts is not None:
             dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], grads[-3:])
             # Batch-major, as the experts have counted their rows.
             flat = _tokens(full, spec)
-            out[-1] = cast(Experts, spec.experts).gradient(
-                dgate_up, places.long(), ends.int(), flat
-            )
+            out[-1] = experts.gradient(dgate_up, places.long(), ends.int(), flat)
         dx = None if dx is None else comm.wait(dx)
         if dus:
             trains = [bool(needs[du.slot]) for du in dus]
@@ -293,7 +288,8 @@ def _input_gradient(
     (dy, weight), *rest = used
     dx = dy.new_empty(height, others, weight.shape[1])
     rows = dx[:first].view(first * others, -1)
-    dx[first:].zero_()
+    if height > first:
+        dx[first:].zero_()
     torch.mm(dy, weight, out=rows)
     for dy, weight in rest:
         rows.addmm_(dy, weight)

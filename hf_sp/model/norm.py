@@ -1,8 +1,7 @@
 """Norms whose arithmetic is known: fused forward and backward, and what they need of the ranks.
 
-``NormForward`` hangs on the instance (``module.forward``): the module's class, name, hooks and
-parameters stay what they were. Under torch.compile, and for an argument or a setting that it does
-not know, the class's own forward runs.
+``NormForward`` hangs on the instance (``module.forward``). Under torch.compile, and for an argument
+or a setting that it does not know, the class's own forward runs.
 
 Shape letters: H features of a row.
 """
@@ -134,9 +133,8 @@ class NormForward:
     def _known(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return False
-        settings = self.module.__dict__
         for name, value in self.settings:
-            if settings.get(name) != value:
+            if self.module.__dict__.get(name) != value:
                 return False
         return self.form.float64 or args[0].dtype != torch.float64
 

@@ -1,9 +1,9 @@
 """Replicated parameters: shown as local tensors while their module runs; their gradients summed.
 
-HF's norms read ``self.weight`` and mix it with plain activations. During the module's forward an
-entry of that name in the instance's ``__dict__`` shadows the registered parameter (attribute lookup
-asks ``__dict__`` first; ``state_dict`` and ``named_parameters`` read ``_parameters`` and see no
-change). So any form of norm works, unmodified, and no class is replaced.
+HF's norms mix ``self.weight`` with plain activations. During the module's forward an entry of that
+name in the instance's ``__dict__`` shadows the registered parameter (attribute lookup asks
+``__dict__`` first; ``state_dict`` and ``named_parameters`` read ``_parameters``): any form of norm
+works, unmodified.
 
 Where a rank uses such a parameter on its tokens or its heads only, the gradient is a part of the
 sum over the ranks. ``PartialSums`` sums those of a decoder layer together.
@@ -42,7 +42,7 @@ class Partial(enum.Enum):
 class LocalParameters:
     """Hooks that show a module its parameters as local tensors, and sum their gradients over tp.
 
-    The sum is a part of the graph, so that it happens once per micro-batch, before accumulation.
+    The sum is a part of the graph: once per micro-batch, before accumulation.
 
     Args:
         state: the model's.
@@ -152,28 +152,24 @@ class _SumTogether(Node):
     def forward(ctx: Any, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)
-        ctx.specs, ctx.dtypes = unpack(weights)[1], [w.dtype for w in weights]
+        values, ctx.specs = unpack(weights)
+        ctx.dtypes = [w.dtype for w in values]
         ports = []
-        for w in weights:
+        for w in values:
             dtype = torch.promote_types(w.dtype, torch.float32)
-            shape = tuple(w.shape)
-            ports.append(
-                torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=w.device)
-            )
+            ports.append(w.new_empty_strided(w.shape, (0,) * w.dim(), dtype=dtype))
         return tuple(ports)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        used = [grad for grad in grads if grad is not None]
+        used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         out: list[Tensor | None] = [None] * len(grads)
         if used:
-            total = sum_over_ranks(torch.cat([grad.reshape(-1) for grad in used]), ctx.axis)
-            parts = iter(total.split([grad.numel() for grad in used]))
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    part = next(parts).view(grad.shape)
-                    out[i] = part.to(ctx.dtypes[i], copy=len(used) > 1)
+            total = sum_over_ranks(torch.cat([grad.flatten() for _, grad in used]), ctx.axis)
+            parts = total.split([grad.numel() for _, grad in used])
+            for (i, grad), part in zip(used, parts, strict=True):
+                out[i] = part.view(grad.shape).to(ctx.dtypes[i], copy=len(used) > 1)
         return None, *pack(out, ctx.specs)
 
 

@@ -1,11 +1,8 @@
 """How a tensor is computed again in backward, instead of being saved.
 
 A norm's output and the MLP's gated product are cheap functions of tensors that are saved anyway.
-Who computes such a tensor attaches its ``Recompute``; who would save the tensor for backward saves
-the inputs of that instead, which costs nothing.
-
-It is void once someone has written into the tensor or an input, and it does not follow through an
-operation: what a user's hook has changed is saved like any other tensor.
+Who computes one attaches its ``Recompute``; who would save it saves the inputs of that instead.
+Void after a write into the tensor or an input; it does not follow through an operation.
 """
 
 from __future__ import annotations
