@@ -1,5 +1,7 @@
 """Autograd pairs of collectives, each named ``<forward>_<backward>``: the name is the contract.
 
+None saves a tensor. The classes say what each does; the functions are at the end.
+
 Shape letters: B batch, S full sequence, s = ceil(S / tp), H features. Lower case = local.
 """
 
@@ -21,7 +23,6 @@ class _ScatterAllGather(Node):
     Shapes:   x [B, S, H] any float dtype, any strides -> [B, s, H], sequence-major inside
     Forward:  no collective; rows are padded with zeros where tp does not divide S
     Backward: 1 all-gather of the gradient shard; padding rows are dropped
-    Saves:    nothing
     """
 
     @staticmethod
@@ -44,7 +45,6 @@ class _AllGatherScatter(Node):
     Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
     Forward:  1 all-gather
     Backward: no collective
-    Saves:    nothing
     """
 
     @staticmethod
@@ -64,7 +64,6 @@ class _AllGatherReduceScatter(_AllGatherScatter):
     Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
     Forward:  1 all-gather
     Backward: 1 reduce-scatter; the gradient must be partial
-    Saves:    nothing
     Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g
     """
 
@@ -80,7 +79,6 @@ class _ReduceScatterAllGather(_ScatterAllGather):
     Shapes:   x [B, S, H] partial -> [B, s, H]
     Forward:  1 reduce-scatter
     Backward: 1 all-gather
-    Saves:    nothing
     Source:   Korthikanti et al. 2022, arXiv:2205.05198, the conjugate of g
     """
 
@@ -96,7 +94,6 @@ class _PaddedReduceScatterAllGather(Node):
     Shapes:   x [tp * s, B, H] partial, sequence-major, with padding rows -> [B, s, H]
     Forward:  1 reduce-scatter
     Backward: 1 all-gather; [tp * s, B, H]
-    Saves:    nothing
     """
 
     @staticmethod
@@ -116,7 +113,6 @@ class _IdentityAllReduce(Node):
     Shapes:   any -> the same (a view)
     Forward:  no collective
     Backward: 1 all-reduce (sum)
-    Saves:    nothing
     """
 
     @staticmethod
@@ -139,7 +135,6 @@ class _IdentityOneRank(_IdentityAllReduce):
     Shapes:   any -> the same (a view)
     Forward:  no collective
     Backward: no collective; the first rank passes the gradient on, the others zeros
-    Saves:    nothing
     """
 
     @staticmethod
@@ -155,7 +150,6 @@ class _AllReduceIdentity(Node):
     Shapes:   any, partial -> the same, replicated
     Forward:  1 all-reduce (sum)
     Backward: no collective
-    Saves:    nothing
     """
 
     @staticmethod
@@ -177,7 +171,6 @@ class _ConcatSlice(Node):
     Shapes:   x [.., sizes[rank], ..] -> [.., sum(sizes), ..]
     Forward:  1 all-gather (of the widest piece times tp)
     Backward: no collective
-    Saves:    nothing
     """
 
     @staticmethod
@@ -200,7 +193,6 @@ class _ConcatSlice(Node):
         return grads[0].narrow(ctx.dim, ctx.start, ctx.width), None, None, None
 
 
-# What is called; the classes hold the contracts.
 scatter_allgather = _ScatterAllGather.apply
 allgather_scatter = _AllGatherScatter.apply
 allgather_reducescatter = _AllGatherReduceScatter.apply

@@ -63,10 +63,10 @@ class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
     Args:
-        state: the model's parallel state.
+        state: the model's.
         block: what the block's linears find their input by.
-        linears: the block's column linears.
-        attention: whether the block needs the true sequence length (padding stripped).
+        linears: its column linears.
+        attention: whether it needs the true sequence length (padding stripped).
     """
 
     def __init__(
@@ -132,10 +132,9 @@ class LocalDropout:
     """Attention dropout with masks of their own on each rank.
 
     Ranks hold different heads but, seeded alike by Trainer, would drop the same places of each.
-    One number is drawn from the default generator, on all ranks alike, and a generator state of
-    ``number + rank`` is used inside the block, the rank among all: data parallel groups that were
-    seeded alike drop other places, too. Checkpointing restores the default generator before
-    it recomputes, so that the same number is drawn and the same masks come back.
+    One number is drawn from the default generator, on all ranks alike; inside the block it is
+    seeded with ``number + rank``, the rank among all. Checkpointing restores the default generator
+    before it recomputes: the same number is drawn, and the same masks come back.
     """
 
     def __init__(self, state: ParallelState) -> None:

@@ -189,7 +189,7 @@ class _GatherColumns(Node):
     def forward(
         ctx: Any, spec: _Spec, given: Any, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        # What x is computed from, if not saved itself, and the parameters, unpacked.
+        # What x is computed from, if it is not saved, and the parameters, unpacked.
         inputs, values, ctx.specs = given
         ctx.spec, ctx.dtype = spec, x.dtype
         ctx.set_materialize_grads(False)
@@ -229,12 +229,12 @@ class _GatherColumns(Node):
             if du is not None
         ]
         experts = spec.experts if spec.experts and needs[-1] and grads[-3] is not None else None
-        gathers = any(dy is not None and needs[2 * i] for i, dy in enumerate(dys))
-        gathers = gathers or experts is not None
+        rows = [i for i in range(n) if dys[i] is not None and needs[2 * i]]
+        trains = [bool(needs[du.slot]) for du in dus]
         shard = flying = None
-        if gathers or any(needs[du.slot] for du in dus):
+        if rows or experts is not None or True in trains:
             shard = _ordered(restored(spec.recompute, inputs).to(ctx.dtype), spec)
-        if gathers and shard is not None:
+        if shard is not None and (rows or experts is not None):
             flying = _gather_again(shard, spec.axis, grads) if spec.sharded else shard
         # The gather is in flight beside these products,
         wants_dx = ctx.needs_input_grad[2]
@@ -263,7 +263,6 @@ class _GatherColumns(Node):
             out[-1] = experts.gradient(dgate_up, places.long(), ends.int(), flat)
         dx = None if dx is None else comm.wait(dx)
         if dus:
-            trains = [bool(needs[du.slot]) for du in dus]
             dx, dAs = low_rank.split_gradients(
                 cast(Tensor, dx), dus, shard, trains, wants_dx, spec.axis, spec.sharded
             )

@@ -26,12 +26,6 @@ class SwiGLUForward:
     """A gated MLP's forward, with its fused product.
 
     Saves:    gate and up; the product too, unless ``recompute``
-
-    Args:
-        module: the MLP.
-        form: the names of its three linears.
-        recompute: let the down projection save gate and up instead of the product.
-        triton: run Triton kernels where they can.
     """
 
     def __init__(

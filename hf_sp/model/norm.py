@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_sp.comm.autograd import Node, once_differentiable
-from hf_sp.comm.collectives import Axis
 from hf_sp.kernels.norm import rms_norm_backward, rms_norm_forward
 from hf_sp.model.local import check_gathered
-from hf_sp.model.parameters import LocalParameters, sum_over_ranks
+from hf_sp.model.parameters import LocalParameters, sum_together
 from hf_sp.model.recompute import Recompute, attach_recompute
 from hf_sp.plan.known_forms import NormForm
 from hf_sp.torch_private import pack, unpack
@@ -31,8 +30,7 @@ class RmsNorm(Node):
 
     Shapes:   x [..., H], weight [H] -> [..., H], the dtype that the module itself would return
     Forward:  no collective
-    Backward: none with a port, which is sent the partial gradient in float32; without one, and with
-              an axis, 1 all-reduce of that
+    Backward: no collective; a port is sent the partial gradient in float32
     Saves:    x, one float32 a row, the weight
     """
 
@@ -43,11 +41,10 @@ class RmsNorm(Node):
         weight: Tensor,
         port: Tensor | None,
         form: NormForm,
-        axis: Axis | None,
         triton: bool,
     ) -> Tensor:
         """Normalise."""
-        ctx.form, ctx.axis, ctx.triton, ctx.to_port = form, axis, triton, port is not None
+        ctx.form, ctx.triton, ctx.to_port = form, triton, port is not None
         (weight,), ctx.specs = unpack((weight,))
         y, rstd = rms_norm_forward(
             x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
@@ -75,22 +72,16 @@ class RmsNorm(Node):
             triton=ctx.triton,
         )
         if ctx.to_port:
-            return dx, None, dw, None, None, None
-        if dw is not None:
-            dw = dw if ctx.axis is None else sum_over_ranks(dw, ctx.axis)
-            (dw,) = pack((dw.to(weight.dtype),), ctx.specs)
-        return dx, dw, None, None, None, None
+            return dx, None, dw, None, None
+        dw = None if dw is None else dw.to(weight.dtype)
+        return dx, *pack((dw,), ctx.specs), None, None, None
 
 
 class NormForward:
     """``RmsNorm`` in place of a norm's own forward.
 
-    Args:
-        module: the norm.
-        form: its maths.
-        parameters: when its gradient is partial, and where it is summed.
-        recompute: let what follows save x instead of the output.
-        triton: run Triton kernels where they can.
+    ``parameters`` knows when the weight's gradient is partial, and where it is summed.
+    ``recompute``: what follows saves x instead of the output.
     """
 
     def __init__(
@@ -123,8 +114,10 @@ class NormForward:
         if isinstance(weight, DTensor):
             check_gathered(weight)
         port = self.parameters.port
-        axis = self.parameters.state.axis if self.parameters.summed() else None
-        y = RmsNorm.apply(x, weight, port, form, axis, self.triton)
+        if port is None and weight.requires_grad and self.parameters.summed():
+            # No layer's norm: the final one.
+            port = sum_together(self.parameters.state.axis, weight)[0]
+        y = RmsNorm.apply(x, weight, port, form, self.triton)
         # A forward hook may change y through ``.data`` without a trace: y itself is saved then.
         if self.recompute and torch.is_grad_enabled() and not module._forward_hooks:
             attach_recompute(y, Recompute(self.again, (x, unpack((weight,))[0][0])))

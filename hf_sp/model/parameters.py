@@ -43,10 +43,6 @@ class LocalParameters:
     """Hooks that show a module its parameters as local tensors, and sum their gradients over tp.
 
     The sum is a part of the graph: once per micro-batch, before accumulation.
-
-    Args:
-        state: the model's.
-        partial: when there is something to sum.
     """
 
     def __init__(self, state: ParallelState, partial: Partial) -> None:
@@ -101,9 +97,7 @@ class LocalParameters:
 class PartialSums:
     """Hooks of a decoder layer: one all-reduce of all partial gradients of its norms.
 
-    Args:
-        state: the model's.
-        norms: modules with one parameter, ``weight``, and when its gradient is partial.
+    ``norms`` have one parameter, ``weight``.
     """
 
     def __init__(
@@ -129,7 +123,7 @@ class PartialSums:
             return
         compiling = torch.compiler.is_compiling()
         weights = [local(weight) if compiling else weight for _, weight in chosen]
-        ports = _SumTogether.apply(self.state.axis, *weights)
+        ports = sum_together(self.state.axis, *weights)
         for (parameters, _), port in zip(chosen, ports, strict=True):
             parameters.port = port
 
@@ -166,16 +160,14 @@ class _SumTogether(Node):
         used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         out: list[Tensor | None] = [None] * len(grads)
         if used:
-            total = sum_over_ranks(torch.cat([grad.flatten() for _, grad in used]), ctx.axis)
+            total = comm.all_reduce_(torch.cat([grad.flatten() for _, grad in used]), ctx.axis)
             parts = total.split([grad.numel() for _, grad in used])
             for (i, grad), part in zip(used, parts, strict=True):
                 out[i] = part.view(grad.shape).to(ctx.dtypes[i], copy=len(used) > 1)
         return None, *pack(out, ctx.specs)
 
 
-def sum_over_ranks(dw: Tensor, axis: Axis) -> Tensor:
-    """Sum partial gradients, in their memory. One all-reduce."""
-    return comm.all_reduce_(dw, axis)
+sum_together = _SumTogether.apply
 
 
 class _SendToPort(Node):
