@@ -44,12 +44,9 @@ class ColumnLinear(Protocol):
 
 
 class Factor(NamedTuple):
-    """A low-rank factor that reads the gathered input.
+    """A low-rank factor ``[r, H]``, replicated, that reads the gathered input.
 
-    Args:
-        key: who asks for its output.
-        A: ``[r, H]``, replicated; a DTensor or a local tensor.
-        p: probability of dropout in front of it.
+    ``key`` asks for its output; ``p`` is the probability of the dropout in front of it.
     """
 
     key: object
@@ -58,14 +55,10 @@ class Factor(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """An expert weight that reads the gathered input.
+    """An expert weight ``[E, 2f, H]`` that reads the gathered input; ``key`` asks for the ports.
 
-    Args:
-        key: who asks for the ports.
-        weight: ``[E, 2f, H]``.
-        top_k: experts of a token.
-        gradient: makes the weight's gradient from what experts have sent to their ports, d gate_up
-            ``[R, 2f]``, the rows' places ``[R]`` and ends ``[E]``, and from x ``[T, H]``.
+    ``gradient`` makes the weight's gradient from what experts have sent to their ports, d gate_up
+    ``[R, 2f]``, the rows' places ``[R]`` and ends ``[E]``, and from x ``[T, H]``.
     """
 
     key: object

@@ -77,11 +77,7 @@ class ColumnParallelLinear(ParallelLinear):
     def convert_(cls, module: nn.Linear, axis: Axis, block: BlockInput, heads: int = 0) -> None:
         """Make an ``nn.Linear`` one of these, in place.
 
-        Args:
-            module: the linear.
-            axis: the tp axis.
-            block: its block's.
-            heads: number of heads of a linear with fewer heads than ranks, else 0.
+        ``heads`` is the number of heads of a linear with fewer heads than ranks, else 0.
         """
         module.__class__ = cls
         self = cast(ColumnParallelLinear, module)
@@ -154,8 +150,7 @@ class RowLinear(Node):
 
     Shapes:   x [..., f], weight [H, f] -> [..., H] partial; with a ``height``: [height, B, H],
               sequence-major, with zeros from row S on
-    Forward:  no collective
-    Backward: no collective
+    Forward, backward: no collective
     Saves:    x if the weight needs a gradient, the weight
     """
 

@@ -32,13 +32,9 @@ from hf_sp.model.recompute import restored, saved_form
 
 
 class FactorGradient(NamedTuple):
-    """What the backward of one pair has sent to its port.
+    """du ``[S, B, r]``, partial, that the backward of one pair has sent to its port.
 
-    Args:
-        slot: the factor's place among the node's inputs.
-        du: ``[S, B, r]``, partial.
-        factor: A.
-        dropout: what was dropped in front of it.
+    ``slot`` is the place of its A, ``factor``, among the node's inputs.
     """
 
     slot: int
@@ -78,14 +74,8 @@ def split_gradients(
     Collectives: 1 all-reduce of all dA together if ``sharded``: each rank has its own tokens; none
               else, where x and du are whole
 
-    Args:
-        reduced: the reduced buffer, in the order of the collective.
-        waiting: as they were joined.
-        x: the block's input, in the same order; None if no A needs a gradient.
-        needs: which A need one.
-        wants_dx: whether the buffer holds the input gradient; else it is returned as None.
-        axis: the tp axis.
-        sharded: whether x is a sequence shard.
+    ``x`` is the block's input in the order of the collective, None if no A needs a gradient;
+    ``needs`` says which do.
     """
     widths = [one.du.shape[-1] for one in waiting]
     columns = reduced.split([reduced.shape[-1] - sum(widths), *widths], -1)

@@ -87,8 +87,7 @@ class SwiGLURowLinear(Node):
     gradient needs it there, and nowhere else.
 
     Shapes:   gate, up, product [B, S, f], weight [H, f] -> as ``RowLinear``
-    Forward:  no collective; the product comes ready-made
-    Backward: no collective
+    Forward, backward: no collective; the product comes ready-made
     Saves:    gate, up, the weight
     """
 

@@ -40,15 +40,12 @@ class RmsNorm(Node):
         x: Tensor,
         weight: Tensor,
         port: Tensor | None,
-        form: NormForm,
-        triton: bool,
+        maths: dict[str, Any],
     ) -> Tensor:
         """Normalise."""
-        ctx.form, ctx.triton, ctx.to_port = form, triton, port is not None
+        ctx.maths, ctx.to_port = maths, port is not None
         (weight,), ctx.specs = unpack((weight,))
-        y, rstd = rms_norm_forward(
-            x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
-        )
+        y, rstd = rms_norm_forward(x, weight, **maths)
         ctx.save_for_backward(x, rstd, weight)
         return y
 
@@ -57,24 +54,15 @@ class RmsNorm(Node):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x and the weight."""
         x, rstd, weight = ctx.saved_tensors
-        form: NormForm = ctx.form
         needs_x, needs_weight, needs_port = ctx.needs_input_grad[:3]
+        needs_weight = needs_port if ctx.to_port else needs_weight
         dx, dw = rms_norm_backward(
-            grads[0],
-            x,
-            rstd,
-            weight,
-            form.eps,
-            offset=form.offset,
-            casting=form.casting,
-            need_dx=needs_x,
-            need_dw=needs_port if ctx.to_port else needs_weight,
-            triton=ctx.triton,
+            grads[0], x, rstd, weight, need_dx=needs_x, need_dw=needs_weight, **ctx.maths
         )
         if ctx.to_port:
-            return dx, None, dw, None, None
+            return dx, None, dw, None
         dw = None if dw is None else dw.to(weight.dtype)
-        return dx, *pack((dw,), ctx.specs), None, None, None
+        return dx, *pack((dw,), ctx.specs), None, None
 
 
 class NormForward:
@@ -94,15 +82,21 @@ class NormForward:
         triton: bool,
     ) -> None:
         self.module, self.form, self.parameters = module, form, parameters
-        self.recompute, self.triton = recompute, triton
+        self.recompute = recompute
+        self.maths: dict[str, Any] = {
+            "eps": form.eps,
+            "offset": form.offset,
+            "casting": form.casting,
+            "triton": triton,
+        }
         # The attributes that hold eps: who sets another value later means it.
         self.settings = [(k, v) for k, v in vars(module).items() if isinstance(v, float)]
         # Of the form alone: it lives in the autograd graph and must not hold the module.
-        self.again = functools.partial(_norm_again, form=form, triton=triton)
+        self.again = functools.partial(_norm_again, **self.maths)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm of one tensor."""
-        module, form = self.module, self.form
+        module = self.module
         if torch.compiler.is_compiling() or not self._known(args, kwargs):
             forward = type(module).forward
             with self.parameters.shown(module):
@@ -117,7 +111,7 @@ class NormForward:
         if port is None and weight.requires_grad and self.parameters.summed():
             # No layer's norm: the final one.
             port = sum_together(self.parameters.state.axis, weight)[0]
-        y = RmsNorm.apply(x, weight, port, form, self.triton)
+        y = RmsNorm.apply(x, weight, port, self.maths)
         # A forward hook may change y through ``.data`` without a trace: y itself is saved then.
         if self.recompute and torch.is_grad_enabled() and not module._forward_hooks:
             attach_recompute(y, Recompute(self.again, (x, unpack((weight,))[0][0])))
@@ -132,7 +126,5 @@ class NormForward:
         return self.form.float64 or args[0].dtype != torch.float64
 
 
-def _norm_again(x: Tensor, weight: Tensor, *, form: NormForm, triton: bool) -> Tensor:
-    return rms_norm_forward(
-        x, weight, form.eps, offset=form.offset, casting=form.casting, triton=triton
-    )[0]
+def _norm_again(x: Tensor, weight: Tensor, **maths: Any) -> Tensor:
+    return rms_norm_forward(x, weight, **maths)[0]

@@ -21,12 +21,10 @@ _RECOMPUTE = "_hf_sp_recompute"
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """A tensor as a function of others.
+    """A tensor as a function of others, with their gradient paths.
 
-    Args:
-        function: gives the same bits each time, and holds no tensor itself.
-        inputs: its arguments, with their gradient paths.
-        row_linear: a row linear of the inputs instead of the tensor, if there is one.
+    ``function`` gives the same bits each time, and holds no tensor itself. ``row_linear``: a row
+    linear of the inputs instead of the tensor, if there is one.
     """
 
     function: Callable[..., Tensor]

@@ -10,8 +10,7 @@ import itertools
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -97,8 +96,9 @@ def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None
             if p is None:
                 continue
             if id(p) not in made:
-                shard = _shard_experts if id(p) in travelling else shard_parameter
-                made[id(p)] = shard(p, placed[id(p)][1], state, device)
+                made[id(p)] = shard_parameter(
+                    p, placed[id(p)][1], state, device, spread=id(p) in travelling
+                )
             module._parameters[name] = made[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device.type:
@@ -113,28 +113,19 @@ def spread_experts(model: nn.Module, state: ParallelState) -> list[nn.Parameter]
     return [p for path in paths for p in model.get_submodule(path).parameters(recurse=False)]
 
 
-def _shard_experts(
-    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
-) -> nn.Parameter:
-    """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
-    everyone = state.everyone
-    piece = take_shard(p.detach(), Shard(0), everyone.size, everyone.rank, device)
-    return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
-
-
 def shard_parameter(
-    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+    p: nn.Parameter,
+    placement: Placement,
+    state: ParallelState,
+    device: torch.device,
+    *,
+    spread: bool = False,
 ) -> nn.Parameter:
-    """This rank's part of a full parameter, as a DTensor parameter."""
-    piece = take_shard(p.detach(), placement, state.tp, state.rank, device)
-    return _as_parameter(piece, p, state.mesh, (placement,))
-
-
-def _as_parameter(
-    piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> nn.Parameter:
+    """This rank's part of a full parameter, as a DTensor parameter; ``spread`` over all ranks."""
+    axis, mesh = (state.everyone, state.whole) if spread else (state.axis, state.mesh)
+    piece = take_shard(p.detach(), placement, axis.size, axis.rank, device)
     stride = p.stride() if p.is_contiguous() else None
-    tensor = as_dtensor(piece, mesh, placements, p.shape, stride)
+    tensor = as_dtensor(piece, mesh, (placement,) * mesh.ndim, p.shape, stride)
     new = nn.Parameter(tensor, requires_grad=p.requires_grad)
     # Marks that transformers leaves on parameters (already initialised, no weight decay).
     new.__dict__.update(p.__dict__)
