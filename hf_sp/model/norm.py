@@ -36,11 +36,7 @@ class RmsNorm(Node):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        port: Tensor | None,
-        maths: dict[str, Any],
+        ctx: Any, x: Tensor, weight: Tensor, port: Tensor | None, maths: dict[str, Any]
     ) -> Tensor:
         """Normalise."""
         ctx.maths, ctx.to_port = maths, port is not None
@@ -99,11 +95,14 @@ class NormForward:
         module = self.module
         if torch.compiler.is_compiling() or not self._known(args, kwargs):
             forward = type(module).forward
-            with self.parameters.shown(module):
+            self.parameters.show(module, args)
+            try:
                 if not self.recompute or not torch.compiler.is_compiling():
                     return forward(module, *args, **kwargs)
                 # The partitioner would save what a collective of the backward reads.
                 return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
+            finally:
+                self.parameters.hide(module, args, None)
         x, weight = args[0], cast(Tensor, module.weight)
         if isinstance(weight, DTensor):
             check_gathered(weight)

@@ -11,9 +11,8 @@ sum over the ranks. ``PartialSums`` sums those of a decoder layer together.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,15 +63,6 @@ class LocalParameters:
         if partial is Partial.DECODER_TOKENS:
             return state.sharded and state.length is not None
         return partial is Partial.HEADS
-
-    @contextlib.contextmanager
-    def shown(self, module: nn.Module) -> Iterator[None]:
-        """Shadow the parameters inside, for a forward that is called without its hooks."""
-        self.show(module, ())
-        try:
-            yield
-        finally:
-            self.hide(module, (), None)
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the parameters with their local tensors."""
