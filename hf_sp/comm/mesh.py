@@ -96,8 +96,7 @@ def resolve_degrees(
     data = (dp_shard or 1) * dp_replicate
     if world % data or (tp is not None and tp * data != world):
         given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
-        asked = [f"{n}={size}" for n, size in given.items() if size is not None and size > 1]
-        asked = asked or [f"tp={tp}"]
+        asked = [f"{n}={size}" for n, size in given.items() if size and size > 1] or [f"tp={tp}"]
         ranks = (tp or 1) * data
         raise ConfigError(
             f"{', '.join(asked)} {'do' if len(asked) > 1 else 'does'} not make up the world",
@@ -217,17 +216,15 @@ def start_distributed() -> None:
     """Start torch.distributed from the launcher's environment, or as a world of one."""
     if dist.is_initialized():
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "nccl" if _use_cuda() else "gloo"
     if _use_cuda():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
     else:
         # A world of one, started without a launcher.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    # Whoever starts it stops it: gloo's threads, still running at interpreter exit, abort the
-    # process after all work is done.
+    # Gloo's threads, still running at interpreter exit, abort the process.
     atexit.register(_stop)
 
 

@@ -62,11 +62,7 @@ def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
 class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
-    Args:
-        state: the model's.
-        block: what the block's linears find their input by.
-        linears: its column linears.
-        attention: whether it needs the true sequence length (padding stripped).
+    ``attention``: it needs the true sequence length, padding stripped.
     """
 
     def __init__(
@@ -106,8 +102,8 @@ class BlockBoundary:
             factors=factors_of(module, x),
         )
         self.block.gathered = gathered
-        drops = module.training and float(getattr(module, "attention_dropout", False))
-        if self.attention and drops:
+        drops = self.attention and module.training
+        if drops and float(getattr(module, "attention_dropout", False)):
             self.dropout.start(gathered.x)
         return replace_hidden_states(args, kwargs, gathered.x)
 

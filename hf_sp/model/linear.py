@@ -1,6 +1,4 @@
-"""Column and row parallel linears.
-
-What a block's columns share, and who makes their weight gradients, is in ``columns``.
+"""Column and row parallel linears. What a block's columns share is in ``columns``.
 
 Shape letters: B batch, S sequence, H hidden, O out features of a whole linear, o = local out
 features, f = local in features of a row linear.
@@ -108,8 +106,7 @@ class RowParallelLinear(ParallelLinear):
     ranks from the gathered output gradient, is whole on each and needs no sum.
 
     Shapes:   x [B, S, f] -> [B, S, H] partial, sequence-major inside under sp
-    Forward:  no collective
-    Backward: no collective; the output gradient is whole
+    Forward, backward: no collective; the output gradient is whole
     Saves:    the weight, and x or what x is computed again from
     """
 

@@ -127,7 +127,6 @@ class _SumTogether(Node):
     """Ports for partial gradients ``[H_i]`` in float32: summed over the ranks, then rounded.
 
     Shapes:   weights [H_i] -> ports [H_i], float32 (float64 for float64), without memory
-    Forward:  no collective
     Backward: 1 all-reduce of all gradients together
     Saves:    nothing
     """

@@ -35,7 +35,7 @@ class GatheredInput:
 
     A tensor is taken for the gathered one if it is that object (or, for a block that flattens it, a
     view of all of it), nobody has written into it, and nobody watches its gradient, which would go
-    by: else it is an ordinary tensor, and its reader an ordinary linear.
+    by.
 
     Args:
         x: ``[B, S, H]``.

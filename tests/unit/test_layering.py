@@ -15,7 +15,6 @@ MAX_LINES = 300
 LONGER = {
     "adapters.lora_linear": 318,
     "checkpoint.optimizer": 307,
-    "model.columns": 324,
     "plan.derive": 349,
 }
 # The package in all, and the attributes that it leaves on modules and tensors of others.
