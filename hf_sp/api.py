@@ -93,7 +93,7 @@ def parallelize(
         is the unsharded model's.
 
     Collectives per decoder layer and step with ``sp``: 6 all-gathers and 4 reduce-scatters, and one
-    small all-reduce for each weight whose gradient is partial. Without ``sp``: 4 all-reduces. With
+    small all-reduce of its norms' gradients. Without ``sp``: 4 all-reduces. With
     data parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter.
 
     Raises:

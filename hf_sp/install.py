@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary
+from hf_sp.model.block import BlockBoundary, enter_stack, leave_stack
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -15,7 +16,6 @@ from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
-from hf_sp.model.stack import StackEntry, StackExit
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
@@ -50,8 +50,9 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     embedding: Any = model.get_submodule(plan.embedding)
     VocabParallelEmbedding.take_over(embedding, state.axis)
     first = model.get_submodule(plan.layers[0])
-    first.register_forward_pre_hook(StackEntry(state), with_kwargs=True, prepend=True)
-    model.get_submodule(plan.norm).register_forward_hook(StackExit(state), prepend=True)
+    enter, leave = (functools.partial(hook, state) for hook in (enter_stack, leave_stack))
+    first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    model.get_submodule(plan.norm).register_forward_hook(leave, prepend=True)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
     if decoder is not model:

@@ -1,9 +1,9 @@
 """Replicated parameters: shown as local tensors while their module runs; their gradients summed.
 
-HF's norms read ``self.weight`` and mix it with plain activations. During the module's forward an
-entry of that name in the instance's ``__dict__`` shadows the registered parameter (attribute lookup
-asks ``__dict__`` first; ``state_dict`` and ``named_parameters`` read ``_parameters`` and see no
-change). So any form of norm works, unmodified, and no class is replaced.
+HF's norms mix ``self.weight`` with plain activations. During the module's forward an entry of that
+name in the instance's ``__dict__`` shadows the registered parameter (attribute lookup asks
+``__dict__`` first; ``state_dict`` and ``named_parameters`` read ``_parameters``): any form of norm
+works, unmodified.
 
 Where a rank uses such a parameter on its tokens or its heads only, the gradient is a part of the
 sum over the ranks. ``PartialSums`` sums those of a decoder layer together.
@@ -11,9 +11,8 @@ sum over the ranks. ``PartialSums`` sums those of a decoder layer together.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,11 +41,7 @@ class Partial(enum.Enum):
 class LocalParameters:
     """Hooks that show a module its parameters as local tensors, and sum their gradients over tp.
 
-    The sum is a part of the graph, so that it happens once per micro-batch, before accumulation.
-
-    Args:
-        state: the model's.
-        partial: when there is something to sum.
+    The sum is a part of the graph: once per micro-batch, before accumulation.
     """
 
     def __init__(self, state: ParallelState, partial: Partial) -> None:
@@ -68,15 +63,6 @@ class LocalParameters:
         if partial is Partial.DECODER_TOKENS:
             return state.sharded and state.length is not None
         return partial is Partial.HEADS
-
-    @contextlib.contextmanager
-    def shown(self, module: nn.Module) -> Iterator[None]:
-        """Shadow the parameters inside, for a forward that is called without its hooks."""
-        self.show(module, ())
-        try:
-            yield
-        finally:
-            self.hide(module, (), None)
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the parameters with their local tensors."""
@@ -101,9 +87,7 @@ class LocalParameters:
 class PartialSums:
     """Hooks of a decoder layer: one all-reduce of all partial gradients of its norms.
 
-    Args:
-        state: the model's.
-        norms: modules with one parameter, ``weight``, and when its gradient is partial.
+    ``norms`` have one parameter, ``weight``.
     """
 
     def __init__(
@@ -129,7 +113,7 @@ class PartialSums:
             return
         compiling = torch.compiler.is_compiling()
         weights = [local(weight) if compiling else weight for _, weight in chosen]
-        ports = _SumTogether.apply(self.state.axis, *weights)
+        ports = sum_together(self.state.axis, *weights)
         for (parameters, _), port in zip(chosen, ports, strict=True):
             parameters.port = port
 
@@ -143,7 +127,6 @@ class _SumTogether(Node):
     """Ports for partial gradients ``[H_i]`` in float32: summed over the ranks, then rounded.
 
     Shapes:   weights [H_i] -> ports [H_i], float32 (float64 for float64), without memory
-    Forward:  no collective
     Backward: 1 all-reduce of all gradients together
     Saves:    nothing
     """
@@ -152,34 +135,28 @@ class _SumTogether(Node):
     def forward(ctx: Any, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)
-        ctx.specs, ctx.dtypes = unpack(weights)[1], [w.dtype for w in weights]
+        values, ctx.specs = unpack(weights)
+        ctx.dtypes = [w.dtype for w in values]
         ports = []
-        for w in weights:
+        for w in values:
             dtype = torch.promote_types(w.dtype, torch.float32)
-            shape = tuple(w.shape)
-            ports.append(
-                torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=w.device)
-            )
+            ports.append(w.new_empty_strided(w.shape, (0,) * w.dim(), dtype=dtype))
         return tuple(ports)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        used = [grad for grad in grads if grad is not None]
+        used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         out: list[Tensor | None] = [None] * len(grads)
         if used:
-            total = sum_over_ranks(torch.cat([grad.reshape(-1) for grad in used]), ctx.axis)
-            parts = iter(total.split([grad.numel() for grad in used]))
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    part = next(parts).view(grad.shape)
-                    out[i] = part.to(ctx.dtypes[i], copy=len(used) > 1)
+            total = comm.all_reduce_(torch.cat([grad.flatten() for _, grad in used]), ctx.axis)
+            parts = total.split([grad.numel() for _, grad in used])
+            for (i, grad), part in zip(used, parts, strict=True):
+                out[i] = part.view(grad.shape).to(ctx.dtypes[i], copy=len(used) > 1)
         return None, *pack(out, ctx.specs)
 
 
-def sum_over_ranks(dw: Tensor, axis: Axis) -> Tensor:
-    """Sum partial gradients, in their memory. One all-reduce."""
-    return comm.all_reduce_(dw, axis)
+sum_together = _SumTogether.apply
 
 
 class _SendToPort(Node):
