@@ -55,6 +55,8 @@ class ParallelState:
             this rank's own tokens where experts are split whole.
         logits_wanted: whether anyone reads the logits of a forward with labels in eval.
         checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
+        delivered: in the decoder's forward, whose norms' gradients are summed next, and the ports
+            that the sums go to (``PartialSums``).
     """
 
     mesh: DeviceMesh
@@ -75,6 +77,7 @@ class ParallelState:
     load: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logits_wanted: bool = True
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
+    delivered: tuple[Any, Any] = (None, None)
 
     @property
     def tp(self) -> int:

@@ -73,6 +73,7 @@ class DecoderBoundary:
             routed = self.leave_router_logits(routed, state, self._batch)
             output["router_logits"] = tuple(self._no_view(x) for x in routed)
         state.length, state.single_token = None, False
+        state.delivered = (None, None)
         as_tuple, self._as_tuple = self._as_tuple, False
         if not hasattr(output, "get") or length is None:
             return None

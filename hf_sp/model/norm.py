@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_sp.comm import collectives as comm
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.kernels.norm import rms_norm_backward, rms_norm_forward
@@ -78,7 +79,7 @@ class RmsNorm(Node):
         if ctx.to_port:
             return dx, None, dw, None, None, None
         if dw is not None:
-            dw = dw if ctx.axis is None else sum_over_ranks(dw, ctx.axis)
+            dw = dw if ctx.axis is None else comm.wait(sum_over_ranks(dw, ctx.axis))
             (dw,) = pack((dw.to(weight.dtype),), ctx.specs)
         return dx, dw, None, None, None, None
 

@@ -101,6 +101,9 @@ class LocalParameters:
 class PartialSums:
     """Hooks of a decoder layer: one all-reduce of all partial gradients of its norms.
 
+    A layer makes the node that delivers the sums of the next one. Autograd runs what was recorded
+    last first: that node, which waits for the all-reduce, after this layer's backward.
+
     Args:
         state: the model's.
         norms: modules with one parameter, ``weight``, and when its gradient is partial.
@@ -110,28 +113,40 @@ class PartialSums:
         self, state: ParallelState, norms: Sequence[tuple[nn.Module, LocalParameters]]
     ) -> None:
         self.state, self.norms = state, norms
+        self.next: PartialSums | None = None
 
     def install(self, layer: nn.Module) -> None:
         """Register both hooks. The second also runs, to clean up, if the forward raises."""
         layer.register_forward_pre_hook(self.open)
         layer.register_forward_hook(self.close, prepend=True, always_call=True)
 
+    def deliver(self) -> tuple[list[LocalParameters], tuple[Tensor, ...]]:
+        """The norms whose gradients are partial, and the ports that their sums go to."""
+        norms, weights = [], []
+        compiling = torch.compiler.is_compiling()
+        for norm, parameters in self.norms:
+            weight = norm._parameters["weight"]
+            if weight is not None and weight.requires_grad and parameters.summed():
+                norms.append(parameters)
+                weights.append(local(weight) if compiling else weight)
+        return norms, _Deliver.apply(*weights) if weights else ()
+
     def open(self, layer: nn.Module, args: Any) -> None:
         """Give each norm a port."""
         if not torch.is_grad_enabled():
             return
-        chosen = []
-        for norm, parameters in self.norms:
-            weight = norm._parameters["weight"]
-            if weight is not None and weight.requires_grad and parameters.summed():
-                chosen.append((parameters, weight))
-        if not chosen:
-            return
-        compiling = torch.compiler.is_compiling()
-        weights = [local(weight) if compiling else weight for _, weight in chosen]
-        ports = _SumTogether.apply(self.state.axis, *weights)
-        for (parameters, _), port in zip(chosen, ports, strict=True):
-            parameters.port = port
+        state = self.state
+        layer_after, delivered = state.delivered
+        norms, ports = delivered if layer_after is self else self.deliver()
+        # FSDP reduces a layer's gradients when its backward ends, so they have to be there; so has
+        # a checkpointed layer, which runs when the decoder's forward is over.
+        late = state.data == 1 and state.length is not None and not torch.compiler.is_compiling()
+        following = self.next if late else None
+        state.delivered = (following, following.deliver()) if following else (None, None)
+        if ports:
+            ports = _SumTogether.apply(state.axis, *ports)
+            for parameters, port in zip(norms, ports, strict=True):
+                parameters.port = port
 
     def close(self, layer: nn.Module, args: Any, output: Any) -> None:
         """The layer has run."""
@@ -139,47 +154,64 @@ class PartialSums:
             parameters.port = None
 
 
-class _SumTogether(Node):
-    """Ports for partial gradients ``[H_i]`` in float32: summed over the ranks, then rounded.
+class _Deliver(Node):
+    """Weights ``[H_i]`` -> ports of the same shapes in float32 (float64 for float64), no memory.
 
-    Shapes:   weights [H_i] -> ports [H_i], float32 (float64 for float64), without memory
+    Backward: waits for the sums that are in flight, and rounds them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.specs, ctx.dtypes = unpack(weights)[1], [w.dtype for w in weights]
+        return tuple(_port(w, torch.promote_types(w.dtype, torch.float32)) for w in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *sums: Tensor | None) -> Any:
+        # They share their memory, and so the wait.
+        here = [comm.wait(x) for x in sums if x is not None][:1]
+        several = sum(x is not None for x in sums) > 1
+        out = [
+            None if x is None else x.to(dtype, copy=several)
+            for x, dtype in zip(sums, ctx.dtypes, strict=True)
+        ]
+        return tuple(pack(out, ctx.specs))
+
+
+class _SumTogether(Node):
+    """Ports for partial gradients ``[H_i]``: summed over the ranks, the sums in flight.
+
     Forward:  no collective
     Backward: 1 all-reduce of all gradients together
     Saves:    nothing
     """
 
     @staticmethod
-    def forward(ctx: Any, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, axis: Axis, *ports: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)
-        ctx.specs, ctx.dtypes = unpack(weights)[1], [w.dtype for w in weights]
-        ports = []
-        for w in weights:
-            dtype = torch.promote_types(w.dtype, torch.float32)
-            shape = tuple(w.shape)
-            ports.append(
-                torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=w.device)
-            )
-        return tuple(ports)
+        return tuple(_port(port, port.dtype) for port in ports)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         used = [grad for grad in grads if grad is not None]
-        out: list[Tensor | None] = [None] * len(grads)
-        if used:
-            total = sum_over_ranks(torch.cat([grad.reshape(-1) for grad in used]), ctx.axis)
-            parts = iter(total.split([grad.numel() for grad in used]))
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    part = next(parts).view(grad.shape)
-                    out[i] = part.to(ctx.dtypes[i], copy=len(used) > 1)
-        return None, *pack(out, ctx.specs)
+        if not used:
+            return None, *grads
+        total = sum_over_ranks(torch.cat([grad.reshape(-1) for grad in used]), ctx.axis)
+        parts = iter(total.split([grad.numel() for grad in used]))
+        return None, *(None if g is None else next(parts).view(g.shape) for g in grads)
+
+
+def _port(like: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = tuple(like.shape)
+    return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=like.device)
 
 
 def sum_over_ranks(dw: Tensor, axis: Axis) -> Tensor:
-    """Sum partial gradients, in their memory. One all-reduce."""
-    return comm.all_reduce_(dw, axis)
+    """Launch the sum of partial gradients, in their memory. One all-reduce, to be waited for."""
+    return comm.launch_all_reduce_(dw, axis)
 
 
 class _SendToPort(Node):
