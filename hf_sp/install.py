@@ -37,10 +37,15 @@ def install(model: nn.Module, state: ParallelState) -> None:
     norms = {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
     for path in plan.replicated:
         LocalParameters(state, Partial.NEVER).install(model.get_submodule(path))
+    last = None
     for path in plan.layers:
         inside = [norm for name, norm in norms.items() if name.startswith(path + ".")]
         single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
-        PartialSums(state, single).install(model.get_submodule(path))
+        sums = PartialSums(state, single)
+        sums.install(model.get_submodule(path))
+        if last is not None:
+            last.next = sums
+        last = sums
     _install_ends(model, plan, state)
     # A few for each layer: lengths that differ, with and without gradients.
     allow_graphs(8 * len(plan.layers))

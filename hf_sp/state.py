@@ -59,6 +59,8 @@ class ParallelState:
     # Tokens of each expert in the latest forward, by the path of the experts; of this rank's own
     # tokens where experts are split whole.
     load: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    # The layer whose norms' gradients are summed next, and the ports their sums go to.
+    delivered: tuple[Any, Any] = field(default=(None, None), init=False, repr=False)
     # Whether anyone reads the logits of a forward with labels in eval.
     logits_wanted: bool = field(default=True, init=False)
 

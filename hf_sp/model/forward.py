@@ -75,6 +75,7 @@ class DecoderBoundary(_Boundary):
             return output.to_tuple() if self._as_tuple else output
         finally:
             state.length, state.single_token = None, False
+            state.delivered = (None, None)
 
     def _gather(self, output: Any, length: int) -> None:
         state, axis, last = self.state, self.state.axis, output.get("last_hidden_state")

@@ -16,12 +16,12 @@ from mutants.registry import Patch, mutant, register
 
 def _every_sum(wrong: Callable) -> list[Patch]:
     """Another sum of a layer's norm gradients, and of the final norm's."""
-    return [(comm, "all_reduce_", wrong)]
+    return [(comm, "launch_all_reduce_", wrong)]
 
 
 def _sum_of_a_layer(wrong: Callable) -> list[Patch]:
     """Another sum of a layer's norm gradients; the final norm's is of one weight ``[64]``."""
-    right = comm.all_reduce_
+    right = comm.launch_all_reduce_
     return _every_sum(lambda dw, axis: (wrong if len(dw) > 64 else right)(dw, axis))
 
 
