@@ -50,7 +50,7 @@ def check_arguments(
 
 def check_other_sequence_parallelism(cp: int) -> None:
     """Refuse context parallelism, and a launcher that means another kind than ours."""
-    if (size := _announced("SP")) > 1:
+    if (size := _announced("PARALLELISM_CONFIG_SP_SIZE")) > 1:
         raise ConfigError(
             "accelerate's sp_size is not Megatron's sequence parallelism",
             where="PARALLELISM_CONFIG_SP_SIZE (parallelism_config_sp_size in the YAML)",
@@ -58,7 +58,7 @@ def check_other_sequence_parallelism(cp: int) -> None:
             rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
             remedy="set parallelism_config_tp_size instead, and parallelize(model, sp=True)",
         )
-    if (cp := max(cp, _announced("CP"))) > 1:
+    if (cp := max(cp, _announced("PARALLELISM_CONFIG_CP_SIZE"))) > 1:
         raise ConfigError(
             "cp is not built yet",
             where="parallelize(cp=...) or PARALLELISM_CONFIG_CP_SIZE",
@@ -68,8 +68,8 @@ def check_other_sequence_parallelism(cp: int) -> None:
         )
 
 
-def _announced(kind: str) -> int:
-    size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "")
+def _announced(name: str) -> int:
+    size = os.environ.get(name, "")
     return int(size) if size.isdigit() else 1
 
 
