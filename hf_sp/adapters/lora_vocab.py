@@ -74,7 +74,7 @@ class ParallelLoraEmbedding(ParallelLora, LoraEmbedding):
         base, axis = self.get_base_layer(), self.axis
         start, stop = vocab_range(base.num_embeddings, axis)
         # What lives elsewhere has a row of zeros behind those that live here, if any.
-        ids = torch.where((x < start) | (x >= stop), stop, x) - start
+        ids = torch.where((x < start) | (x >= stop), A.shape[1], x - start)
         padding = base.padding_idx
         if padding is not None:
             padding = padding - start if start <= padding < stop else None
