@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary, enter_stack, leave_stack
+from hf_sp.model.block import BlockBoundary, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -54,10 +53,9 @@ def install(model: nn.Module, state: ParallelState) -> None:
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     embedding: Any = model.get_submodule(plan.embedding)
     VocabParallelEmbedding.take_over(embedding, state.axis)
-    first = model.get_submodule(plan.layers[0])
-    enter, leave = (functools.partial(hook, state) for hook in (enter_stack, leave_stack))
-    first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-    model.get_submodule(plan.norm).register_forward_hook(leave, prepend=True)
+    first, stack = model.get_submodule(plan.layers[0]), StackBoundary(state)
+    first.register_forward_pre_hook(stack.enter, with_kwargs=True, prepend=True)
+    model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
     if decoder is not model:

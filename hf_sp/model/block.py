@@ -157,24 +157,30 @@ class LocalDropout:
             generator.set_state(state)
 
 
-def enter_stack(state: ParallelState, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Pre-hook of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; back: all-gather."""
-    if not state.sharded:
-        return None
-    x = pairs.scatter_allgather(get_hidden_states(args, kwargs), state.axis)
-    return replace_hidden_states(args, kwargs, x)
+class StackBoundary:
+    """Hooks at the ends of the decoder's stack."""
 
+    def __init__(self, state: ParallelState) -> None:
+        self.state = state
 
-def leave_stack(state: ParallelState, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    """Hook of the final norm: shard ``[B, s, H]`` -> replicated ``[B, S, H]``; back: the shard.
+    def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; the backward all-gathers."""
+        if not self.state.sharded:
+            return None
+        x = pairs.scatter_allgather(get_hidden_states(args, kwargs), self.state.axis)
+        return replace_hidden_states(args, kwargs, x)
 
-    Replicated, because anyone may read ``last_hidden_state``. Where only the head meets it, the
-    shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
-    """
-    if not state.sharded or state.length is None:
-        return None
-    if state.final_hidden == "shard":
-        state.final_length = state.length
-        return None
-    # HF's own is contiguous, and people call .view on it. No copy for B = 1.
-    return pairs.allgather_scatter(output, state.length, state.axis).contiguous()
+    def leave(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Of the final norm: shard -> replicated; the backward takes the shard.
+
+        Replicated, because anyone may read ``last_hidden_state``. Where only the head meets it, the
+        shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
+        """
+        state = self.state
+        if not state.sharded or state.length is None:
+            return None
+        if state.final_hidden == "shard":
+            state.final_length = state.length
+            return None
+        # HF's own is contiguous, and people call .view on it. No copy for B = 1.
+        return pairs.allgather_scatter(output, state.length, state.axis).contiguous()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from harness.parity import Case
 
-from hf_sp import install
 from hf_sp.comm import pairs
 from hf_sp.kernels import cross_entropy_steps as steps
 from hf_sp.model import block, chunks, embedding, head, lazy, loss
@@ -156,11 +155,11 @@ def labels_of_the_wrong_shard_order() -> list[Patch]:
 
 @mutant()
 def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
-    right = block.enter_stack
+    right = block.StackBoundary.enter
 
-    def wrong(state, module, args, kwargs):
-        args, kwargs = right(state, module, args, kwargs)
+    def wrong(self, module, args, kwargs):
+        args, kwargs = right(self, module, args, kwargs)
         x = block.get_hidden_states(args, kwargs)
         return block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
 
-    return [(install, "enter_stack", wrong)]
+    return [(block.StackBoundary, "enter", wrong)]

@@ -97,7 +97,8 @@ def _swapped(a: int, b: int) -> list[Patch]:
 
     def backward(ctx, *grads):
         axis, *sums = right(ctx, *grads)
-        sums[a], sums[b] = sums[b], sums[a]
+        if len(sums) > 1:  # else the final norm's
+            sums[a], sums[b] = sums[b], sums[a]
         return axis, *sums
 
     return [wrongly.backward(parameters._SumTogether, backward)]
