@@ -42,7 +42,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
         single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
         sums = PartialSums(state, single)
         sums.install(model.get_submodule(path))
-        if last is not None:
+        if last is not None and state.data == 1:
+            # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
             last.next = sums
         last = sums
     _install_ends(model, plan, state)

@@ -46,7 +46,7 @@ class ParallelLinear(nn.Linear):
         direct = self.rows is None and isinstance(weight, DTensor) and autocast_dtype(like) is None
         if not direct or torch.compiler.is_compiling():
             return self.local_parameters(like)
-        check_gathered(cast(DTensor, weight))
+        check_gathered(weight)  # type: ignore[arg-type]
         return weight, self.bias
 
     def _local(self, parameter: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Shape letters: H features of a row.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class NormForward:
                 return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
             finally:
                 self.parameters.hide(module, args, None)
-        x, weight = args[0], cast(Tensor, module.weight)
+        x, weight = args[0], module._parameters["weight"]
+        assert weight is not None
         if isinstance(weight, DTensor):
             check_gathered(weight)
         port = self.parameters.port

@@ -103,10 +103,9 @@ class PartialSums:
         layer.register_forward_pre_hook(self.open)
         layer.register_forward_hook(self.close, prepend=True, always_call=True)
 
-    def deliver(self) -> tuple[list[LocalParameters], tuple[Tensor, ...]]:
+    def deliver(self, compiling: bool) -> tuple[list[LocalParameters], tuple[Tensor, ...]]:
         """The norms whose gradients are partial, and the ports that their sums go to."""
         norms, weights = [], []
-        compiling = torch.compiler.is_compiling()
         for norm, parameters in self.norms:
             weight = norm._parameters["weight"]
             if weight is not None and weight.requires_grad and parameters.summed():
@@ -118,14 +117,14 @@ class PartialSums:
         """Give each norm a port."""
         if not torch.is_grad_enabled():
             return
-        state = self.state
+        state, following, compiling = self.state, self.next, torch.compiler.is_compiling()
         layer_after, delivered = state.delivered
-        norms, ports = delivered if layer_after is self else self.deliver()
-        # Not where FSDP reduces a layer's gradients at the end of its backward, nor where a
-        # checkpointed layer runs again, when the decoder's forward is over.
-        late = state.data == 1 and state.length is not None and not torch.compiler.is_compiling()
-        following = self.next if late else None
-        state.delivered = (following, following.deliver()) if following else (None, None)
+        norms, ports = delivered if layer_after is self else self.deliver(compiling)
+        # Not where a checkpointed layer runs again, when the decoder's forward is over.
+        if following is None or compiling or state.length is None:
+            state.delivered = (None, None)
+        else:
+            state.delivered = (following, following.deliver(compiling))
         if ports:
             ports = _SumTogether.apply(state.axis, *ports)
             for parameters, port in zip(norms, ports, strict=True):
@@ -148,7 +147,15 @@ class _Deliver(Node):
         ctx.set_materialize_grads(False)
         values, ctx.specs = unpack(weights)
         ctx.dtypes = [w.dtype for w in values]
-        return tuple(_port(w, torch.promote_types(w.dtype, torch.float32)) for w in values)
+        wide = torch.float32
+        return tuple(
+            [
+                w.new_empty_strided(
+                    w.shape, (0,) * w.dim(), dtype=torch.promote_types(w.dtype, wide)
+                )
+                for w in values
+            ]
+        )
 
     @staticmethod
     @once_differentiable
@@ -173,21 +180,24 @@ class _SumTogether(Node):
     def forward(ctx: Any, axis: Axis, *ports: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)
-        return tuple(_port(port, port.dtype) for port in ports)
+        return tuple([port.view_as(port) for port in ports])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        used = [grad for grad in grads if grad is not None]
-        if not used:
+        flat = [grad.flatten() for grad in grads if grad is not None]
+        if not flat:
             return None, *grads
-        total = comm.launch_all_reduce_(torch.cat([grad.flatten() for grad in used]), ctx.axis)
-        parts = iter(total.split([grad.numel() for grad in used]))
-        return None, *(None if g is None else next(parts).view(g.shape) for g in grads)
-
-
-def _port(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_empty_strided(like.shape, (0,) * like.dim(), dtype=dtype)
+        total = comm.launch_all_reduce_(torch.cat(flat), ctx.axis)
+        out: list[Tensor | None] = [None]
+        start = 0
+        for grad in grads:
+            if grad is None:
+                out.append(None)
+                continue
+            out.append(total[start : start + grad.numel()].view(grad.shape))
+            start += grad.numel()
+        return tuple(out)
 
 
 def sum_together(axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
