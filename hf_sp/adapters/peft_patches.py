@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.adapters.adopt import adopt
 from hf_sp.adapters.checks import check_config, check_new_adapter
-from hf_sp.checkpoint.weights import gather_state_dict, install_load_hook, meet
+from hf_sp.checkpoint.gather import gather_state_dict
+from hf_sp.checkpoint.ranks import meet
+from hf_sp.checkpoint.weights import install_load_hook
 from hf_sp.errors import ConfigError
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.model.linear import ParallelLinear

@@ -33,6 +33,7 @@ def install(model: nn.Module) -> None:
     )
 
     saving.PATCHES.apply()
+    saving.FILE_PATCHES.apply()
     accelerate_patches.PATCHES.apply()
     accelerate_patches.STATE_PATCHES.apply()
     for patches in (trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES):
