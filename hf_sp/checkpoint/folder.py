@@ -29,36 +29,25 @@ MANIFEST = "hf_sp_manifest.json"
 OLD_OPTIMIZER = "optimizer_dcp"
 """What earlier versions wrote; it can only be read by unpickling."""
 
-_ASIDE, _OLD = ".writing", ".old"
-_FORMAT = 1
+_ASIDE, _OLD, _FORMAT = ".writing", ".old", 1
+_RULE = "all files are there as they were saved, and are of this model"
 
 
-def shapes_of(model: nn.Module) -> dict[str, Any]:
-    """Dtype and whole shape of every parameter, by name."""
-    return {
-        name: [str(p.dtype).removeprefix("torch."), list(p.shape)]
-        for name, p in model.named_parameters()
-    }
-
-
-def degrees_of(model: nn.Module) -> dict[str, int]:
-    """How the model is split, for those who read the manifest."""
+def about(model: nn.Module) -> dict[str, Any]:
+    """What a manifest says of a model: how it is split, and its parameters' dtypes and shapes."""
     state = parallel_state(model)
-    if state is None:
-        return {"world": 1, "tp": 1, "dp": 1, "ep": 1}
-    return {
-        "world": state.everyone.size,
-        "tp": state.tp,
-        "dp": state.data,
-        "ep": state.plan.ep,
-    }
+    degrees = (1, 1, 1, 1)
+    if state is not None:
+        degrees = (state.everyone.size, state.tp, state.data, state.plan.ep)
+    named = {n: [str(p.dtype)[6:], list(p.shape)] for n, p in model.named_parameters()}
+    return {**dict(zip(("world", "tp", "dp", "ep"), degrees, strict=True)), "parameters": named}
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def replacing(folder: str | Path, ranks: Ranks, about: Mapping[str, Any]) -> Iterator[Path]:
+def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> Iterator[Path]:
     """Write a folder aside, and put it in place of an older one when all ranks have written.
 
     To be entered on every rank, which all see the same file system. What the block writes into the
@@ -68,7 +57,7 @@ def replacing(folder: str | Path, ranks: Ranks, about: Mapping[str, Any]) -> Ite
     Args:
         folder: where it will be.
         ranks: who writes.
-        about: entries of the manifest.
+        entries: of the manifest.
 
     Raises:
         CheckpointError: on all ranks, if one could not write.
@@ -93,7 +82,7 @@ def replacing(folder: str | Path, ranks: Ranks, about: Mapping[str, Any]) -> Ite
         files = {name: found for part in ranks.gather(mine) for name, found in part.items()}
         with failing:
             if ranks.first:
-                manifest = {"format": _FORMAT, **about, "files": dict(sorted(files.items()))}
+                manifest = {"format": _FORMAT, **entries, "files": dict(sorted(files.items()))}
                 (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 _digest(aside / MANIFEST, sync=True)
                 for inner in (p for p in (aside, *aside.rglob("*")) if p.is_dir()):
@@ -109,9 +98,11 @@ def _put_in_place(aside: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     # A kill here leaves the old one under its hidden name: ``tidy`` puts it back.
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    finally:
+        tidy(folder.parent)
     _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def tidy(parent: Path) -> None:
@@ -218,14 +209,9 @@ def _compare(folder: Path, ranks: Ranks, model: nn.Module | None, problems: list
             problems.append(f"{name} is not what was saved: its digest differs")
     saved = manifest.get("parameters")
     if model is not None and saved is not None:
-        here = shapes_of(model)
-        problems += [f"{n}: in the checkpoint only" for n in saved.keys() - here.keys()]
-        problems += [f"{n}: in the model only" for n in here.keys() - saved.keys()]
-        problems += [
-            f"{n}: {saved[n][1]} in the checkpoint, {here[n][1]} in the model"
-            for n in saved.keys() & here.keys()
-            if saved[n][1] != here[n][1]
-        ]
+        here, none = about(model)["parameters"], (None, "no such parameter")
+        pairs = ((n, saved.get(n, none)[1], here.get(n, none)[1]) for n in {*saved, *here})
+        problems += [f"{n}: {x} in the checkpoint, {y} in the model" for n, x, y in pairs if x != y]
 
 
 def _look(folder: Path, problems: list[str]) -> None:
@@ -235,14 +221,13 @@ def _look(folder: Path, problems: list[str]) -> None:
         problems.append(f"{OLD_OPTIMIZER}: of an earlier version of hf_sp, read by unpickling")
     elif any(name.startswith("optimizer_shards") for name in names):
         problems.append(f"{MANIFEST} is missing")
-    if "trainer_state.json" not in names:
-        problems.append("trainer_state.json is missing")
-    else:
+    if "trainer_state.json" in names:
         json.loads((folder / "trainer_state.json").read_text())
-    if "optimizer.pt" in names and "scheduler.pt" not in names:
-        problems.append("scheduler.pt is missing")
-    if "scheduler.pt" in names and "optimizer.pt" not in names and OLD_OPTIMIZER not in names:
-        problems.append("optimizer.pt is missing")
+    else:
+        problems.append("trainer_state.json is missing")
+    pair = {"optimizer.pt", "scheduler.pt"}
+    if OLD_OPTIMIZER not in names and pair & names:
+        problems += [f"{name} is missing" for name in pair - names]
     for index in folder.glob("*.index.json"):
         weights = set(json.loads(index.read_text())["weight_map"].values())
         problems += [f"{w} is missing" for w in weights if not inside(folder, w).is_file()]
@@ -261,15 +246,12 @@ def check(folder: str | Path, ranks: Ranks, model: nn.Module | None = None) -> N
     found = faults(folder, ranks, model)
     if not found:
         return
-    others = [p for p in _checkpoints(folder.parent) if p != folder]
     raise CheckpointError(
-        "the checkpoint cannot be resumed from",
+        "the checkpoint cannot be read",
         where=str(folder),
         got=listing(found),
-        rule="all files are there as they were saved, and are of this model",
-        remedy="resume_from_checkpoint=True takes the last complete one"
-        if others
-        else "resume from another checkpoint, or start from its weights (from_pretrained)",
+        rule=_RULE,
+        remedy="resume_from_checkpoint=True takes the last complete checkpoint of a run",
     )
 
 
@@ -296,6 +278,6 @@ def last_complete(parent: str | Path, ranks: Ranks, model: nn.Module | None = No
         "there is no complete checkpoint to resume from",
         where=str(parent),
         got=listing(skipped) or "no folder checkpoint-N",
-        rule="all files are there as they were saved, and are of this model",
+        rule=_RULE,
         remedy="train without resume_from_checkpoint",
     )

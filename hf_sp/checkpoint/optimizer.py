@@ -6,7 +6,7 @@ optimizer file of whole tensors is read too. Knows torch only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sp.checkpoint.folder import check, degrees_of, replacing
+from hf_sp.checkpoint.folder import about, check, replacing
 from hf_sp.checkpoint.packed import packed_dims
 from hf_sp.checkpoint.ranks import Together, listing, ranks_of
 from hf_sp.checkpoint.shards import Shards, dtype_of, save_shards
@@ -89,7 +89,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
             of the shard's shape that is not a DTensor (it would be read back as another rank's);
             or a rank could not write. What was in the directory is untouched then.
     """
-    with replacing(directory, ranks_of(model), degrees_of(model)) as aside:
+    with replacing(directory, ranks_of(model), about(model)) as aside:
         write_optimizer(model, optimizer, aside)
 
 
@@ -154,11 +154,8 @@ def read_optimizer(model: nn.Module, optimizer: Any, directory: Path) -> None:
     shards = Shards(directory)
     _same_groups([g["names"] for g in shards.index["groups"]], groups, directory)
     likes = dict(model.named_parameters())
-    wrong = [
-        f"{key}: {shape}, the parameter is {tuple(likes[key.rpartition('.')[0]].shape)}"
-        for key, shape in shards.shapes.items()
-        if shape != likes[key.rpartition(".")[0]].shape
-    ]
+    pairs = [(key, shape, likes[key.rpartition(".")[0]]) for key, shape in shards.shapes.items()]
+    wrong = [_sizes(key, shape, p) for key, shape, p in pairs if shape != p.shape]
     if wrong:
         raise _misfit(wrong, directory)
     with Together(ranks_of(model), "the optimizer's state cannot be read", directory):
@@ -213,12 +210,10 @@ def load_full_optimizer(model: nn.Module, optimizer: Any, full: Mapping[str, Any
     for number, name in zip(numbers, (n for g in groups for n in g), strict=False):
         p = parameters[name]
         for key, value in full["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
-                wrong.append(
-                    f"{name}.{key}: {tuple(value.shape)}, the parameter is {tuple(p.shape)}"
-                )
-            elif isinstance(value, Tensor) and value.dim() and isinstance(p, DTensor):
-                value = shard_like(value, p)
+            if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
+                value = shard_like(value, p) if isinstance(p, DTensor) else value
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                wrong.append(_sizes(f"{name}.{key}", value.shape, p))
             state.setdefault(number, {})[key] = value
     if wrong:
         raise _misfit(wrong, "optimizer.pt")
@@ -226,15 +221,16 @@ def load_full_optimizer(model: nn.Module, optimizer: Any, full: Mapping[str, Any
 
 
 def _same_groups(saved: list[list[str]], here: list[list[str]], where: str | Path) -> None:
-    if [sorted(g) for g in saved] == [sorted(g) for g in here] and saved == here:
-        return
-    lines = []
-    if len(saved) != len(here):
-        lines.append(f"{len(saved)} parameter groups, here {len(here)}")
     old, new = {n for g in saved for n in g}, {n for g in here for n in g}
+    lines = [f"{len(saved)} parameter groups, here {len(here)}"] * (len(saved) != len(here))
     lines += [f"{n}: in the checkpoint only" for n in sorted(old - new)]
     lines += [f"{n}: in the optimizer only" for n in sorted(new - old)]
-    raise _misfit(lines or ["the same parameters in other groups or another order"], where)
+    if saved != here:
+        raise _misfit(lines or ["the same parameters in other groups or another order"], where)
+
+
+def _sizes(key: str, shape: Sequence[int], parameter: Tensor) -> str:
+    return f"{key}: {tuple(shape)}, the parameter is {tuple(parameter.shape)}"
 
 
 def _misfit(lines: Iterable[str], where: str | Path) -> CheckpointError:

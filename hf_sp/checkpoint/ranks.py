@@ -13,12 +13,12 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import CheckpointError, HfSpError
 from hf_sp.state import parallel_state
@@ -71,11 +71,13 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks of a parallelized model."""
+    """The ranks of a parallelized model; all there are, of another one made of DTensors."""
     state = parallel_state(model)
-    if state is None or state.everyone.size == 1:
-        return Ranks()
-    return Ranks(state.all_ranks, state.everyone.size, state.everyone.rank)
+    if state is not None:
+        one = state.everyone.size == 1
+        return Ranks() if one else Ranks(state.all_ranks, state.everyone.size, state.everyone.rank)
+    spread = dist.is_initialized() and any(isinstance(p, DTensor) for p in model.parameters())
+    return Ranks(None, dist.get_world_size(), dist.get_rank()) if spread else Ranks()
 
 
 class Together:
@@ -106,11 +108,9 @@ class Together:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and (
-            not isinstance(error, Exception) or isinstance(error, dist.DistError)
-        ):
+        if isinstance(error, dist.DistError) or not isinstance(error, Exception | None):
             return
-        text = None if error is None else f"{type(error).__name__}: {error}"
+        text = error and f"{type(error).__name__}: {error}"
         told = self.ranks.gather(text)
         if isinstance(error, HfSpError) or not any(told):
             return
@@ -121,10 +121,6 @@ class Together:
             rule="all ranks succeed, or all fail",
             remedy=self.remedy,
         ) from error
-
-
-def _timeout_seconds() -> float:
-    return float(os.environ.get("HF_SP_SAVE_TIMEOUT", "180"))
 
 
 _meetings: dict[str, int] = {}
@@ -155,7 +151,7 @@ def meet(group: dist.ProcessGroup | None, what: str) -> None:
     count = _meetings.get(name, 0) + 1
     mine = f"{name}/{count}/{rank}"
     store.set(mine, "here")
-    patience = _timeout_seconds() if rank == ranks[0] else timedelta(minutes=30).total_seconds()
+    patience = float(os.environ.get("HF_SP_SAVE_TIMEOUT", "180")) if rank == ranks[0] else 1800.0
     started, pause, warned = time.monotonic(), 0.001, False
     absent = [r for r in ranks if r != rank]
     while True:
@@ -179,12 +175,7 @@ def meet(group: dist.ProcessGroup | None, what: str) -> None:
             )
         if waited > _WARN_SECONDS and not warned:
             warned = True
-            logger.warning(
-                "%s on rank %d has waited %.0f s for ranks %s: it has to be called on every rank",
-                what,
-                rank,
-                waited,
-                absent,
-            )
+            text = "%s on rank %d waits for ranks %s: it has to be called on every rank"
+            logger.warning(text, what, rank, absent)
         time.sleep(pause)
         pause = min(2 * pause, 0.1)

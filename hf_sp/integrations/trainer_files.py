@@ -51,11 +51,10 @@ def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
     run = Path(self._get_output_dir(trial=trial))
     step = self.state.global_step
     target = run / f"checkpoint-{step}"
-    about = {"step": step, **folders.degrees_of(self.model)}
-    about["parameters"] = folders.shapes_of(self.model)
+    entries = {"step": step, **folders.about(self.model)}
     push, self.args.push_to_hub = self.args.push_to_hub, False
     try:
-        with folders.replacing(target, ranks_of(self.model), about) as aside:
+        with folders.replacing(target, ranks_of(self.model), entries) as aside:
             vars(self)["_get_output_dir"] = lambda trial=None: str(aside.parent)
             original(self, model, trial)
             if self.state.best_model_checkpoint == str(aside):
@@ -130,11 +129,11 @@ def resume_from_complete(
     original: Patch, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Trainer takes the greatest step whatever is in the folder, and reads it file by file."""
+    ranks = ranks_of(self.model)
     if resume_from_checkpoint is True:
-        ranks = ranks_of(self.model)
         resume_from_checkpoint = str(folders.last_complete(self.args.output_dir, ranks, self.model))
     elif resume_from_checkpoint:
-        folders.check(resume_from_checkpoint, ranks_of(self.model), self.model)
+        folders.check(resume_from_checkpoint, ranks, self.model)
     return original(self, resume_from_checkpoint, *args, **kwargs)
 
 
@@ -151,23 +150,15 @@ def refuse_missing_adapters(
 ) -> None:
     """Trainer does not look at what PEFT missed, and trains on with fresh factors."""
     target = self.model if model is None else model
-    load = getattr(target, "load_adapter", None)
-    if not hasattr(target, "peft_config") or load is None:
-        original(self, resume_from_checkpoint, model)
-        return
-    missing: list[str] = []
-
-    def loaded(*args: Any, **kwargs: Any) -> Any:
-        result = load(*args, **kwargs)
-        missing.extend(getattr(result, "missing_keys", ()))
-        return result
-
-    vars(target)["load_adapter"] = loaded
+    results: list[Any] = []
+    if hasattr(target, "peft_config"):
+        load = target.load_adapter
+        vars(target)["load_adapter"] = lambda *a, **k: results.append(load(*a, **k))
     try:
         original(self, resume_from_checkpoint, model)
     finally:
-        del vars(target)["load_adapter"]
-    if missing:
+        vars(target).pop("load_adapter", None)
+    if missing := [name for result in results for name in result.missing_keys]:
         raise _missing(missing)
 
 
@@ -180,7 +171,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             "a file of the checkpoint cannot be read",
             where=str(path),
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            got=type(error).__name__,
             rule="tensors and plain data, as Trainer wrote them; nothing else is unpickled",
             remedy="resume from another checkpoint",
         ) from error
