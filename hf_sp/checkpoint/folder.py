@@ -1,8 +1,8 @@
 """Checkpoint folders: written aside, put in place when complete, checked before they are read.
 
-A folder is written as ``.writing/NAME`` beside its place, digested and synced by all ranks, given a
-manifest, and renamed. So a folder in its place is complete, and a kill at any moment leaves the one
-before. Nothing here unpickles. Knows torch only.
+A folder is written as ``.NAME.writing/NAME`` beside its place, digested and synced by all ranks,
+given a manifest, and renamed. So a folder in its place is complete, and a kill at any moment leaves
+the one before. Nothing here unpickles. Knows torch only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> I
         CheckpointError: on all ranks, if one could not write.
     """
     folder = Path(folder)
-    aside = folder.parent / _ASIDE / folder.name
+    aside = folder.parent / f".{folder.name}{_ASIDE}" / folder.name
     remedy = "make room, or write elsewhere; the checkpoints that were there are untouched"
     failing = Together(ranks, "the checkpoint could not be written", folder, remedy)
     try:
@@ -72,7 +72,8 @@ def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> I
                 if folder.exists() and not folder.is_dir():
                     raise FileExistsError(f"{folder} is a file")
                 tidy(folder.parent)
-                shutil.rmtree(aside.parent, ignore_errors=True)
+                for left in (aside.parent, *folder.parent.glob(f".checkpoint-*{_ASIDE}")):
+                    shutil.rmtree(left, ignore_errors=True)
                 aside.mkdir(parents=True)
         with failing:
             yield aside
@@ -124,9 +125,7 @@ def rotate(parent: Path, limit: int | None, keep: set[Path]) -> None:
     spare = len(found) - max(limit, len(keep)) if limit and limit > 0 else 0
     for folder in [p for p in found if p not in keep][: max(spare, 0)]:
         with contextlib.suppress(OSError):
-            (parent / _ASIDE).mkdir(exist_ok=True)
-            folder.rename(parent / _ASIDE / folder.name)
-    shutil.rmtree(parent / _ASIDE, ignore_errors=True)
+            shutil.rmtree(folder.rename(parent / f".{folder.name}{_ASIDE}"))
 
 
 def _checkpoints(parent: Path) -> list[Path]:
@@ -159,19 +158,10 @@ def _sync(folder: Path) -> None:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The file of that name in a folder.
-
-    Raises:
-        CheckpointError: the name leads out of it.
-    """
+    """The file of that name in a folder; ValueError if the name leads out of it."""
     pure = PurePosixPath(str(name))
     if pure.is_absolute() or ".." in pure.parts:
-        raise CheckpointError(
-            "a file of the checkpoint names a path outside of it",
-            where=str(folder),
-            got=str(name),
-            rule="paths in a checkpoint are relative and stay inside",
-        )
+        raise ValueError(f"{name} is a path outside of the checkpoint")
     return folder / pure
 
 
@@ -182,15 +172,15 @@ def faults(folder: str | Path, ranks: Ranks, model: nn.Module | None = None) -> 
     with their digests, and the parameters with the model's.
     """
     folder, problems = Path(folder), list[str]()
+    ours = (folder / MANIFEST).is_file()
     try:
-        if (folder / MANIFEST).is_file():
+        if ours:
             _compare(folder, ranks, model, problems)
         else:
             _look(folder, problems)
-    except CheckpointError as error:
-        problems.append(" ".join(str(error).split()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{type(error).__name__}: {error}")
+        what = MANIFEST if ours else "trainer_state.json or an index"
+        problems.append(f"{what}: {type(error).__name__}: {error}")
     return sorted({p for told in ranks.gather(problems) for p in told})
 
 
@@ -240,19 +230,23 @@ def check(folder: str | Path, ranks: Ranks, model: nn.Module | None = None) -> N
         CheckpointError: on every rank alike; the model is untouched.
     """
     folder = Path(folder)
-    with Together(ranks, "the checkpoint cannot be read", folder):
+    _mend(folder.parent, ranks)
+    if found := faults(folder, ranks, model):
+        raise CheckpointError(
+            "the checkpoint cannot be read",
+            where=str(folder),
+            got=listing(found),
+            rule=_RULE,
+            remedy="resume_from_checkpoint=True takes the last complete checkpoint of a run",
+        )
+
+
+def _mend(parent: Path, ranks: Ranks) -> list[str]:
+    """``tidy`` by the first rank; the names of the checkpoints that it then sees, by step."""
+    with Together(ranks, "the checkpoints cannot be listed", parent):
         if ranks.first:
-            tidy(folder.parent)
-    found = faults(folder, ranks, model)
-    if not found:
-        return
-    raise CheckpointError(
-        "the checkpoint cannot be read",
-        where=str(folder),
-        got=listing(found),
-        rule=_RULE,
-        remedy="resume_from_checkpoint=True takes the last complete checkpoint of a run",
-    )
+            tidy(parent)
+    return ranks.tell([p.name for p in _checkpoints(parent)])
 
 
 def last_complete(parent: str | Path, ranks: Ranks, model: nn.Module | None = None) -> Path:
@@ -262,12 +256,8 @@ def last_complete(parent: str | Path, ranks: Ranks, model: nn.Module | None = No
         CheckpointError: there is none.
     """
     parent = Path(parent)
-    with Together(ranks, "the checkpoints cannot be listed", parent):
-        if ranks.first:
-            tidy(parent)
-        found = _checkpoints(parent) if ranks.first else []
     skipped = []
-    for name in ranks.tell([p.name for p in reversed(found)]):
+    for name in reversed(_mend(parent, ranks)):
         problems = faults(parent / name, ranks, model)
         if not problems:
             return parent / name

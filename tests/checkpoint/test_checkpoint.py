@@ -81,14 +81,14 @@ WORDS = {
     "manifest missing": "hf_sp_manifest.json is missing",
     "manifest cut": "JSONDecodeError",
     "manifest of a later format": "format 2, this version reads 1",
-    "manifest leads out": "a path outside of it",
+    "manifest leads out": "a path outside of the checkpoint",
     "manifest of nonsense": "hf_sp_manifest.json",
     "another model": "model.norm.weight: [33] in the checkpoint, [32] in the model",
     "of an earlier version": "of an earlier version of hf_sp, read by unpickling",
     "stock without schedule": "scheduler.pt is missing",
     "stock without trainer state": "trainer_state.json is missing",
-    "stock index leads out": "a path outside of it",
-    "optimizer leads out": "a path outside of it",
+    "stock index leads out": "a path outside of the checkpoint",
+    "optimizer leads out": "a path outside of the checkpoint",
     "optimizer has holes": "elements",
 }
 
