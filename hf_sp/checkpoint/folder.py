@@ -207,14 +207,14 @@ def _compare(folder: Path, ranks: Ranks, model: nn.Module | None, problems: list
 def _look(folder: Path, problems: list[str]) -> None:
     """A folder without a manifest: what stock Trainer writes is taken, with all that belongs."""
     names = {p.name for p in folder.iterdir()}
-    if OLD_OPTIMIZER in names:
-        problems.append(f"{OLD_OPTIMIZER}: of an earlier version of hf_sp, read by unpickling")
+    if old := names & {OLD_OPTIMIZER, ".metadata"}:
+        problems.append(f"{min(old)}: of an earlier version of hf_sp, read by unpickling")
     elif any(name.startswith("optimizer_shards") for name in names):
         problems.append(f"{MANIFEST} is missing")
     if "trainer_state.json" in names:
         json.loads((folder / "trainer_state.json").read_text())
     else:
-        problems.append("trainer_state.json is missing")
+        problems.append(f"neither {MANIFEST} nor trainer_state.json is there")
     pair = {"optimizer.pt", "scheduler.pt"}
     if OLD_OPTIMIZER not in names and pair & names:
         problems += [f"{name} is missing" for name in pair - names]

@@ -86,7 +86,7 @@ WORDS = {
     "another model": "model.norm.weight: [33] in the checkpoint, [32] in the model",
     "of an earlier version": "of an earlier version of hf_sp, read by unpickling",
     "stock without schedule": "scheduler.pt is missing",
-    "stock without trainer state": "trainer_state.json is missing",
+    "stock without trainer state": "neither hf_sp_manifest.json nor trainer_state.json",
     "stock index leads out": "a path outside of the checkpoint",
     "optimizer leads out": "a path outside of the checkpoint",
     "optimizer has holes": "elements",
