@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from hf_sp.adapters.adopt import adopt
 from hf_sp.adapters.checks import check_config, check_new_adapter
 from hf_sp.checkpoint.gather import gather_state_dict
-from hf_sp.checkpoint.ranks import meet
+from hf_sp.checkpoint.ranks import Together, meet, ranks_of
 from hf_sp.checkpoint.weights import install_load_hook
 from hf_sp.errors import ConfigError
 from hf_sp.model.head import VocabParallelHead
@@ -149,10 +148,9 @@ def save_adapters_alone(
     embeddings = kwargs.get("save_embedding_layers", "auto")
     wanted = _saved_names(self, everything, chosen, embeddings)
     whole = gather_state_dict(self, {k: everything[k] for k in wanted}, keep=writes)
-    if writes:
-        original(self, save_directory, state_dict=whole, **kwargs)
-    if state.tp > 1:
-        dist.barrier(group=state.group)
+    with Together(ranks_of(self), "the adapters could not be saved", save_directory):
+        if writes:
+            original(self, save_directory, state_dict=whole, **kwargs)
 
 
 def _saved_names(

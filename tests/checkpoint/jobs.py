@@ -426,16 +426,16 @@ def fails_to_save(folder: str, rank: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "left": sorted(p.name for p in run.iterdir())}
 
 
-def limited(folder: str) -> list[str]:
+def limited(folder: str, kind: str) -> list[str]:
     """A file that the system does not let grow, on the writing rank; then again without a limit."""
     import resource
 
     with launched():
-        trainer = trainer_of(Path(folder) / "run", max_steps=1)
+        trainer = trainer_of(Path(folder) / "run", kind, max_steps=1)
         trainer.train()
         if dist.get_rank() == 0:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
         texts = [refused(lambda: trainer._save_checkpoint(trainer.model, None))]
         texts.append(refused(lambda: trainer.save_model(f"{folder}/model")))
         texts.append(refused(lambda: trainer.model.save_pretrained(f"{folder}/plain")))
