@@ -8,23 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_sp import integrations
-from hf_sp.checks import (
-    agree,
-    check_arguments,
-    check_data_parallel,
-    check_devices,
-    check_environment,
-    check_model,
-    check_optimizers,
-    check_switches,
-    describe_tensors,
-)
+from hf_sp import checks, integrations
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
@@ -37,6 +26,7 @@ from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
 
+CpMode = Literal["ulysses", "ring", "hybrid"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -46,7 +36,7 @@ def parallelize(
     sp: bool = True,
     *,
     cp: int = 1,
-    cp_mode: Literal["ulysses", "ring", "hybrid"] = "ulysses",
+    cp_mode: CpMode = "ulysses",
     ep: int = 1,
     dp_shard: int | None = None,
     dp_replicate: int = 1,
@@ -59,8 +49,8 @@ def parallelize(
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
-    Call it on every rank, with the same whole model on each, before the optimizer and the Trainer
-    are made. Ranks that built different weights get those of the first rank, as under DDP.
+    Call it on every rank, with the same whole model, before the optimizer and the Trainer are made.
+    Ranks that built different weights get those of the first rank, as under DDP.
 
     Args:
         model: a transformers causal LM (or its decoder, or a classifier over it) on CPU or GPU,
@@ -72,13 +62,11 @@ def parallelize(
         cp: context parallel degree; 1 in this release.
         cp_mode: how context parallelism would exchange keys and values.
         ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
-            features of every expert and the blocks gather and scatter as dense ones do. ``ep=tp``:
-            each rank has ``E / ep`` whole experts, and every token of its sequence shard travels
-            to its k experts and back. ``ep=tp*dp_shard``: experts are split over the data parallel
-            ranks too, and tokens travel among all ranks. Other values are refused.
-        dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2
-            shards weights, gradients and optimizer state; applied here, for training loops of
-            one's own. Gradients are the mean over the groups.
+            features of every expert and the blocks gather and scatter as dense ones do. ``tp``:
+            each rank has ``E / ep`` whole experts, and the tokens of its sequence shard travel to
+            their experts and back. ``tp*dp_shard``: also over the data parallel ranks.
+        dp_shard: data parallel groups of tp ranks, each with a batch of its own, over which FSDP2,
+            applied here, shards weights and optimizer state. Gradients are the groups' mean.
         dp_replicate: groups of these that hold the same weights (hybrid sharding).
         mesh: a DeviceMesh to use instead of building one, with axes named ``tp`` and, before it,
             ``dp_shard`` and ``dp_replicate``.
@@ -87,9 +75,8 @@ def parallelize(
         keep_logits: return whole logits from training forwards with labels too. By default the
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
-        kernels: run RMS norms, gated SiLU MLPs and the loss in fused Triton kernels on a GPU (the
-            same numbers in torch operations elsewhere). They are known by their forward's text; a
-            norm of another form keeps its own code. ``False``: no Triton.
+        kernels: run the loss, and RMS norms and gated SiLU MLPs whose forward's text is known, in
+            Triton kernels on a GPU (the same numbers in torch operations elsewhere).
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
             C for attention, t = tp, under ``sp``:
 
@@ -98,8 +85,7 @@ def parallelize(
             - ``"norm"``: norm outputs, ``(4h + 8)/t + C + 6f/t``
             - ``"norm+act"``: and ``silu(gate) * up``, ``(4h + 8)/t + C + 4f/t``
 
-            Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs one elementwise
-            pass each, no matrix product and no collective.
+            Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs elementwise passes.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data
@@ -107,7 +93,7 @@ def parallelize(
         is the unsharded model's.
 
     Collectives per decoder layer and step with ``sp``: 6 all-gathers and 4 reduce-scatters, and one
-    small all-reduce for each weight whose gradient is partial. Without ``sp``: 4 all-reduces. With
+    small all-reduce of its norms' gradients. Without ``sp``: 4 all-reduces. With
     data parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter.
 
     Raises:
@@ -119,10 +105,12 @@ def parallelize(
     problem: HfSpError | None = None
     try:
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
-        check_arguments(sizes, cp_mode, loss_chunk)
-        check_switches({"sp": sp, "keep_logits": keep_logits, "kernels": kernels}, recompute)
-        check_environment()
-        check_model(model)
+        switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
+        ways = (None, *get_args(Recompute))
+        choices = {"cp_mode": (cp_mode, get_args(CpMode)), "recompute": (recompute, ways)}
+        checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
+        checks.check_other_sequence_parallelism(cp)
+        checks.check_model(model)
         integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
@@ -130,16 +118,17 @@ def parallelize(
             resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
-        check_data_parallel(model, resolved, degrees)
-        check_optimizers(model)
+        checks.check_data_parallel(model, resolved, degrees)
+        checks.check_optimizers(model)
     except HfSpError as error:
         problem = error
     options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
-    agree(mesh, problem, f"{resolved}", {"options": options, **describe_tensors(model)})
+    settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
+    checks.agree(mesh, problem, settings)
     assert resolved is not None
     assert degrees is not None
     ranks = build_mesh(degrees, mesh)
-    check_devices(model, ranks.tp)
+    checks.check_devices(model, ranks.tp)
     state = ParallelState(
         mesh=ranks.tp,
         axis=Axis.of(ranks.tp),
@@ -153,24 +142,20 @@ def parallelize(
         recompute=recompute or ("norm+act" if kernels else "none"),
     )
     with integrations.without_adapters(model) as whole:
-        _shard(whole, resolved, state)
+        taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)
+        shard_parameters(whole, resolved, state)
+        install(whole, state)
+        setattr(whole, ATTRIBUTE, state)
+        integrations.install(whole)
         if ranks.data is not None:
             shard_over_data(whole, state, ranks.data)
     if state.everyone.rank == 0:
         logger.info("%s", resolved)
+        if taken:
+            logger.warning(
+                "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
+                len(taken),
+                ", ".join(taken[:3]),
+                ", ..." if len(taken) > 3 else "",
+            )
     return model
-
-
-def _shard(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    taken = agree_on_weights(model, state.everyone, state.mesh.device_type)
-    if taken and state.everyone.rank == 0:
-        logger.warning(
-            "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
-            len(taken),
-            ", ".join(taken[:3]),
-            ", ..." if len(taken) > 3 else "",
-        )
-    shard_parameters(model, plan, state)
-    install(model, plan, state)
-    setattr(model, ATTRIBUTE, state)
-    integrations.install(model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,68 +16,61 @@ from torch.distributed.tensor import DTensor
 from hf_sp.comm.mesh import Degrees, launched_world, spans_world, start_distributed
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.plan import Plan
-from hf_sp.state import Recompute, parallel_state
+from hf_sp.state import parallel_state
 
 
-def check_switches(switches: dict[str, bool], recompute: str | None) -> None:
-    """Refuse switches that are neither on nor off."""
+def check_arguments(
+    sizes: dict[str, int | None],
+    switches: Mapping[str, object],
+    choices: Mapping[str, tuple[str | None, tuple[str | None, ...]]],
+) -> None:
+    """Refuse arguments of a wrong type or value.
+
+    Args:
+        sizes: positive integers; ``tp`` and ``dp_shard`` may be None.
+        switches: on or off.
+        choices: a value and what it may be.
+    """
+    problems = []
+    for name, size in sizes.items():
+        absent = size is None and name in ("tp", "dp_shard")
+        if not absent and (type(size) is not int or size < 1):
+            problems.append((f"{name} must be a positive integer", f"{name}={size!r}", "1, 2, ..."))
     for name, flag in switches.items():
         if not isinstance(flag, bool):
-            raise ConfigError(
-                f"{name} is a switch, not a degree",
-                got=f"{name}={flag!r}",
-                rule=f"{name} shards over the tp ranks and has no size of its own"
-                if name == "sp"
-                else f"{name} is True or False",
-                legal="True, False",
-            )
-    legal = (None, *get_args(Recompute))
-    if recompute not in legal:
+            legal = f"{name} is True or False"
+            problems.append((f"{name} is a switch, not a degree", f"{name}={flag!r}", legal))
+    for name, (value, known) in choices.items():
+        if value not in known:
+            problems.append((f"unknown {name}", repr(value), ", ".join(map(repr, known))))
+    if problems:
+        what, got, legal = problems[0]
+        raise ConfigError(what, got=got, legal=legal)
+
+
+def check_other_sequence_parallelism(cp: int) -> None:
+    """Refuse context parallelism, and a launcher that means another kind than ours."""
+    if (size := _announced("SP")) > 1:
         raise ConfigError(
-            "unknown recompute", got=repr(recompute), legal=", ".join(map(repr, legal))
+            "accelerate's sp_size is not Megatron's sequence parallelism",
+            where="PARALLELISM_CONFIG_SP_SIZE (parallelism_config_sp_size in the YAML)",
+            got=str(size),
+            rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
+            remedy="set parallelism_config_tp_size instead, and parallelize(model, sp=True)",
         )
-
-
-def check_arguments(degrees: dict[str, int | None], cp_mode: str, loss_chunk: int) -> None:
-    """Refuse arguments of a wrong type or value, and degrees that are not built yet."""
-    for name, size in {"loss_chunk": loss_chunk, **degrees}.items():
-        if size is None and name in ("tp", "dp_shard"):
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ConfigError(
-                f"{name} must be a positive integer", got=f"{name}={size!r}", legal="1, 2, ..."
-            )
-    if cp_mode not in ("ulysses", "ring", "hybrid"):
-        raise ConfigError("unknown cp_mode", got=repr(cp_mode), legal="'ulysses', 'ring', 'hybrid'")
-    if degrees["cp"] != 1:
+    if (cp := max(cp, _announced("CP"))) > 1:
         raise ConfigError(
             "cp is not built yet",
-            got=f"cp={degrees['cp']}",
+            where="parallelize(cp=...) or PARALLELISM_CONFIG_CP_SIZE",
+            got=f"cp={cp}",
             rule="this release shards the sequence over the tp ranks",
             legal="cp=1",
         )
 
 
-def check_environment() -> None:
-    """Refuse a launcher setting that means another kind of sequence parallelism."""
-    size = os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "")
-    if size.isdigit() and int(size) > 1:
-        raise ConfigError(
-            "accelerate's sp_size is not Megatron's sequence parallelism",
-            where="PARALLELISM_CONFIG_SP_SIZE (parallelism_config_sp_size in the YAML)",
-            got=size,
-            rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
-            remedy="remove it and set parallelism_config_tp_size; "
-            "parallelize(model, sp=True) shards the sequence over the tp ranks",
-        )
-    size = os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "")
-    if size.isdigit() and int(size) > 1:
-        raise ConfigError(
-            "context parallelism is not built yet",
-            where="PARALLELISM_CONFIG_CP_SIZE (parallelism_config_cp_size in the YAML)",
-            got=size,
-            legal="1",
-        )
+def _announced(kind: str) -> int:
+    size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "")
+    return int(size) if size.isdigit() else 1
 
 
 def check_model(model: nn.Module) -> None:
@@ -108,18 +102,14 @@ def check_model(model: nn.Module) -> None:
             rule="packed weights cannot be cut into shards (QLoRA: not in this release)",
             remedy="load the model in bf16; tp already divides its weights over the ranks",
         )
-    devices = getattr(model, "hf_device_map", None) or {}
-    if len(set(map(str, devices.values()))) > 1 or {"disk", "cpu"} & set(devices.values()):
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    dispatched = len(devices) > 1 or devices & {"disk", "cpu"}
+    if dispatched or getattr(model, "_hf_hook", None) is not None:
+        how = "is dispatched by device_map" if dispatched else "carries accelerate's dispatch hooks"
         raise ConfigError(
-            f"{name} is dispatched by device_map",
-            got=f"{len(set(map(str, devices.values())))} devices",
+            f"{name} {how}",
+            got=", ".join(sorted(devices)),
             rule="every rank needs the whole model on one device; hf_sp places the shards",
-            remedy="load it without device_map",
-        )
-    if getattr(model, "_hf_hook", None) is not None:
-        raise ConfigError(
-            f"{name} carries accelerate's dispatch hooks",
-            rule="they would move the shards of hf_sp between devices",
             remedy="load it without device_map and without cpu_offload",
         )
     sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
@@ -145,10 +135,10 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     if hasattr(model, "peft_config"):
         raise no_adapters(type(model).__name__, degrees.data)
     experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
+    alone = tuple(experts) if plan.ep > plan.tp else ()
     seen: dict[str, tuple[str, torch.dtype]] = {}
     for name, p in model.named_parameters():
-        spread = plan.ep > plan.tp and any(name.startswith(path) for path in experts)
-        if spread or not p.requires_grad:
+        if name.startswith(alone) or not p.requires_grad:
             continue
         layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
         first, dtype = seen.setdefault(layer, (name, p.dtype))
@@ -157,10 +147,8 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
                 "trained weights of one FSDP group have different dtypes",
                 where=f"{first}\n{name}",
                 got=f"{dtype} and {p.dtype}",
-                rule="FSDP reduces the gradients of a layer, and of what surrounds the layers, in "
-                "one buffer each",
-                remedy="cast them alike: model.to(torch.bfloat16), or train in float32 under "
-                "autocast; or freeze the odd ones",
+                rule="FSDP reduces a layer's gradients, and those of what surrounds, in one buffer",
+                remedy="model.to(torch.bfloat16), float32 under autocast, or freeze the odd ones",
             )
 
 
@@ -189,7 +177,6 @@ def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def check_optimizers(model: nn.Module) -> None:
     """Refuse if an optimizer or a gradient already refers to the whole parameters."""
-    parameters = {id(p): n for n, p in model.named_parameters()}
     graded = next((n for n, p in model.named_parameters() if p.grad is not None), None)
     if graded is not None:
         raise ConfigError(
@@ -198,15 +185,12 @@ def check_optimizers(model: nn.Module) -> None:
             rule="parallelize replaces the parameters; these gradients would be lost",
             remedy="parallelize first, or call model.zero_grad() if they are not needed",
         )
+    names = {id(p): n for n, p in model.named_parameters()}
     for thing in gc.get_objects():
         if not issubclass(type(thing), torch.optim.Optimizer):
             continue
-        held = [
-            parameters[id(p)]
-            for group in getattr(thing, "param_groups", [])
-            for p in group["params"]
-            if id(p) in parameters
-        ]
+        groups = getattr(thing, "param_groups", [])
+        held = [names[id(p)] for group in groups for p in group["params"] if id(p) in names]
         if held:
             raise ConfigError(
                 "an optimizer was built on the whole parameters",
@@ -226,9 +210,7 @@ def describe_tensors(model: Any) -> dict[str, str]:
     }
 
 
-def agree(
-    mesh: DeviceMesh | None, problem: HfSpError | None, plan: str, settings: dict[str, str]
-) -> None:
+def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: dict[str, str]) -> None:
     """Raise on every rank if one refuses, or if they were asked for different things.
 
     Collectives: 1 all-gather of a text over the ranks (none in a world of one).
@@ -237,35 +219,27 @@ def agree(
         HfSpError: this rank's own problem, or a ConfigError that quotes the other's.
     """
     alone = launched_world() == 1 if mesh is None else mesh.size() == 1
-    axis_known = mesh is None or "tp" in (mesh.mesh_dim_names or ())
-    if not alone and axis_known:
+    everyone: list[Any] = []
+    if not alone and (mesh is None or "tp" in (mesh.mesh_dim_names or ())):
         start_distributed()
         group = None if mesh is None or spans_world(mesh) else mesh.get_group("tp")
         if dist.get_backend(group) != "fake":
-            mine = (None if problem is None else str(problem), {"plan": plan, **settings})
-            everyone: list = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
-            if problem is None:
-                _compare(everyone)
+            everyone = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everyone, (problem and str(problem), settings), group=group)
     if problem is not None:
         raise problem
-
-
-def _compare(everyone: list[tuple[str | None, dict[str, str]]]) -> None:
     for rank, (message, _) in enumerate(everyone):
         if message is not None:
             raise ConfigError(f"rank {rank} refused", got=message)
-    first = everyone[0][1]
     for rank, (_, other) in enumerate(everyone):
+        first = everyone[0][1]
         different = [k for k in {**first, **other} if first.get(k) != other.get(k)]
         if different:
             name = different[0]
+            told = {0: first.get(name, "missing"), rank: other.get(name, "missing")}
             raise ConfigError(
                 "the ranks were asked for different things",
                 where=name if len(different) == 1 else f"{name}, and {len(different) - 1} more",
-                got="\n".join(
-                    f"rank {r}: {text.get(name, 'missing').splitlines()[0]}"
-                    for r, text in ((0, first), (rank, other))
-                ),
+                got="\n".join(f"rank {r}: {text.splitlines()[0]}" for r, text in told.items()),
                 rule="every rank calls parallelize with the same model and arguments",
             )

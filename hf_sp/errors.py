@@ -1,14 +1,10 @@
-"""The one voice in which hf_sp refuses.
-
-Owns the exception classes and the form of their messages. Must not know torch, transformers or
-any other module of this package.
-"""
+"""The one voice in which hf_sp refuses: the exception classes and the form of their messages."""
 
 from __future__ import annotations
 
 
 class HfSpError(ValueError):
-    """Base of all refusals. The message is built from named parts, in a fixed order.
+    """Base of all refusals: a message of named parts, in a fixed order.
 
     Args:
         what: one sentence, what cannot be done.

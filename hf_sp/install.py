@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary
+from hf_sp.model.block import BlockBoundary, enter_stack, leave_stack
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -15,7 +16,6 @@ from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
-from hf_sp.model.stack import StackEntry, StackExit
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
@@ -23,69 +23,76 @@ from hf_sp.plan.schema import Block, Leaf, Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import allow_graphs
 
-Norms = dict[str, tuple[nn.Module, LocalParameters]]
 
-
-def install(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+def install(model: nn.Module, state: ParallelState) -> None:
     """Convert the leaves; install the boundaries of the stack and of each block, and the loss."""
-    norms: Norms = {}
+    plan = state.plan
+    kinds: dict[str, Partial] = {}
     for block in plan.blocks:
-        if block.experts is None:
-            _install_block(model, block, state)
-        else:
-            _install_sparse(model, block, state)
-        for path in block.partial:
-            norms[path] = _norm(model, path, state, Partial.HEADS)
-    for path in plan.shard_norms:
-        kind = Partial.DECODER_TOKENS if path == plan.norm else Partial.TOKENS
-        norms[path] = _norm(model, path, state, kind)
+        install_block = _install_block if block.experts is None else _install_sparse
+        install_block(model, block, state)
+        kinds |= dict.fromkeys(block.partial, Partial.HEADS)
+    kinds |= dict.fromkeys(plan.shard_norms, Partial.TOKENS)
+    kinds[plan.norm] = Partial.DECODER_TOKENS
+    norms = {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
     for path in plan.replicated:
         LocalParameters(state, Partial.NEVER).install(model.get_submodule(path))
+    last = None
     for path in plan.layers:
         inside = [norm for name, norm in norms.items() if name.startswith(path + ".")]
         single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
-        PartialSums(state, single).install(model.get_submodule(path))
+        sums = PartialSums(state, single)
+        sums.install(model.get_submodule(path))
+        if last is not None:
+            last.next = sums
+        last = sums
     _install_ends(model, plan, state)
     # A few for each layer: lengths that differ, with and without gradients.
     allow_graphs(8 * len(plan.layers))
 
 
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    embedding = model.get_submodule(plan.embedding)
-    assert isinstance(embedding, nn.Embedding)
+    embedding: Any = model.get_submodule(plan.embedding)
     VocabParallelEmbedding.take_over(embedding, state.axis)
     first = model.get_submodule(plan.layers[0])
-    first.register_forward_pre_hook(StackEntry(state), with_kwargs=True, prepend=True)
-    model.get_submodule(plan.norm).register_forward_hook(StackExit(state), prepend=True)
+    enter, leave = (functools.partial(hook, state) for hook in (enter_stack, leave_stack))
+    first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    model.get_submodule(plan.norm).register_forward_hook(leave, prepend=True)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
     if decoder is not model:
         ModelBoundary(state).install(model)
-    if plan.head is not None:
-        head = model.get_submodule(plan.head)
-        assert isinstance(head, nn.Linear)
-        VocabParallelHead.take_over(head, state)
-        _install_loss(model)
+    if plan.head is None:
+        return
+    head: Any = model.get_submodule(plan.head)
+    VocabParallelHead.take_over(head, state)
+    # A loss function that the user has set is theirs: it gets logits. HF's is looked up by name.
+    original: Any = getattr(model, "loss_function", None)
+    if getattr(original, "__name__", "") == "ForCausalLMLoss":
+        setattr(model, "loss_function", CausalLMLoss(original))  # noqa: B010 (HF's property)
 
 
 def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None:
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
     BlockBoundary(state, shared, columns, block.attention).install(module)
-    if block.attention:
-        _set_local_groups(module, block.leaves, state)
-    else:
+    if not block.attention:
         _install_gated(module, block.path, block.leaves, state)
+    elif hasattr(module, "num_key_value_groups"):
+        # Query heads per key/value head, as this rank sees them.
+        query = next(leaf.heads for leaf in block.leaves if leaf.style == "row")
+        key_value = min(leaf.heads for leaf in block.leaves if leaf.style != "row")
+        groups = (query // state.tp) // max(1, key_value // state.tp)
+        setattr(module, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)
 
 
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:
     assert block.experts is not None
-    shared = BlockInput()
+    module, shared, path = model.get_submodule(block.path), BlockInput(), block.experts.shared
     # A sparse block works on flattened tokens, batch-major.
     columns = _convert(model, block.leaves, state, shared, sp=False)
-    boundary = SparseBoundary(state, model.get_submodule(block.path), block, columns)
-    boundary.install(model.get_submodule(block.path))
-    path = block.experts.shared
+    boundary = SparseBoundary(state, module, block, columns)
+    boundary.install(module)
     if not path:
         return
     module = model.get_submodule(path)
@@ -100,32 +107,21 @@ def _convert(
     model: nn.Module, leaves: tuple[Leaf, ...], state: ParallelState, block: BlockInput, *, sp: bool
 ) -> list[ColumnParallelLinear]:
     """Make the leaves parallel linears, in place; the column linears among them."""
-    columns = []
+    columns: list[ColumnParallelLinear] = []
     for leaf in leaves:
-        module = model.get_submodule(leaf.path)
-        assert isinstance(module, nn.Linear)
+        module: Any = model.get_submodule(leaf.path)
         if leaf.style == "row":
             RowParallelLinear.convert_(module, state.axis, block, sp=sp)
         else:
             heads = {"column_replicated": leaf.heads, "replicated": 1}.get(leaf.style, 0)
             ColumnParallelLinear.convert_(module, state.axis, block, heads)
             columns.append(module)
-    return columns  # type: ignore[return-value]
+    return columns
 
 
-def _set_local_groups(block: nn.Module, leaves: tuple[Leaf, ...], state: ParallelState) -> None:
-    """Query heads per key/value head, as this rank sees them."""
-    query = next(leaf.heads for leaf in leaves if leaf.style == "row")
-    key_value = min(leaf.heads for leaf in leaves if leaf.style != "row")
-    if hasattr(block, "num_key_value_groups"):
-        groups = (query // state.tp) // max(1, key_value // state.tp)
-        setattr(block, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)
-
-
-def _norm(
+def _install_norm(
     model: nn.Module, path: str, state: ParallelState, partial: Partial
 ) -> tuple[nn.Module, LocalParameters]:
-    """A norm on the hidden stream or on this rank's heads."""
     module, parameters = model.get_submodule(path), LocalParameters(state, partial)
     form = norm_form(module) if state.fused else None
     if form is None:
@@ -140,21 +136,13 @@ def _norm(
 def _install_gated(
     module: nn.Module, path: str, leaves: tuple[Leaf, ...], state: ParallelState
 ) -> None:
-    """A TP block, which may be a gated MLP."""
-    rows = [leaf.path for leaf in leaves if leaf.style == "row"]
+    """Replace the forward of a block that is a gated MLP of a known form."""
+    names = {leaf.path.removeprefix(f"{path}."): leaf.style for leaf in leaves}
+    rows = [name for name, style in names.items() if style == "row"]
     if not state.fused or len(rows) != 1:
         return
-    columns = [leaf.path for leaf in leaves if leaf.style != "row"]
-    (row, *names) = (leaf.removeprefix(path + ".") for leaf in (*rows, *columns))
-    form = gated_form(module, names, row)
+    form = gated_form(module, [name for name in names if name not in rows], rows[0])
     if form is not None:
         recompute = state.recompute == "norm+act"
         forward = SwiGLUForward(module, form, recompute=recompute, triton=state.kernels)
         setattr(module, "forward", forward)  # noqa: B010 (a method to mypy)
-
-
-def _install_loss(model: nn.Module) -> None:
-    # A loss function that the user has set is theirs: it gets logits. HF's is looked up by name.
-    original: Any = getattr(model, "loss_function", None)
-    if getattr(original, "__name__", "") == "ForCausalLMLoss":
-        setattr(model, "loss_function", CausalLMLoss(original))  # noqa: B010 (HF's property)

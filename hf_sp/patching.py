@@ -20,25 +20,15 @@ Patch = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """One name.
+    """One name that a patch stands on."""
 
-    Args:
-        path: ``module:attribute``.
-        signature: parameters as the patch passes them on, None for what is not called.
-        lines: fragments that its source has as long as the patch is needed and right.
-    """
-
-    path: str
-    signature: str | None = None
-    lines: tuple[str, ...] = ()
+    path: str  # module:attribute
+    signature: str | None = None  # as the patch passes parameters on; None for what is not called
+    lines: tuple[str, ...] = ()  # that its source has as long as the patch is needed and right
 
 
 class Patches:
-    """A table of method patches that act on some instances only.
-
-    Args:
-        active: whether the patch acts on this instance; for any other the original runs.
-    """
+    """A table of method patches; for instances that are not ``active`` the original runs."""
 
     def __init__(self, active: Callable[[Any], bool]) -> None:
         self.active = active
@@ -69,8 +59,7 @@ class Patches:
 
         @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            instance = args[0] if args else kwargs.get(first)
-            if not self.active(instance):
+            if not self.active(args[0] if args else kwargs.get(first)):
                 return original(*args, **kwargs)
             if not args:
                 args = (kwargs.pop(first),)

@@ -1,7 +1,7 @@
 """What one parallelized model knows about itself, and the small state of its current forward.
 
-Owns ``ParallelState``. It hangs on the model (``parallel_state(model)``) and on the modules that
-need it, is copied with them, and holds no tensor between two forwards but a few counts.
+It hangs on the model (``parallel_state(model)``) and on the modules that need it, is copied with
+them, and holds no tensor between two forwards but a few counts.
 """
 
 from __future__ import annotations
@@ -21,60 +21,48 @@ from hf_sp.comm.collectives import Axis
 from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import process_group
 
-CHECKS = 8
-"""Forwards of each kind whose inputs are compared over the tp ranks."""
 Recompute = Literal["none", "norm", "norm+act"]
-KINDS = ("training", "evaluation", "decoding")
-
+# Forwards of each kind whose inputs are compared over the ranks.
+CHECKS, KINDS = 8, ("training", "evaluation", "decoding")
 ATTRIBUTE = "_hf_sp_state"
 
 
 @dataclass
 class ParallelState:
-    """The parallel side of one model.
+    """The parallel side of one model."""
 
-    Args:
-        mesh: 1-D mesh whose axis is named ``tp``.
-        axis: the same axis as plain data, for the collectives.
-        whole: mesh of all ranks that hold a part of the model: of tp, and of data parallelism.
-        everyone: these ranks as one axis.
-        sp: whether hidden states between blocks are sequence shards.
-        plan: what was done to the model.
-        keep_logits: whether a training forward with labels also returns logits.
-        loss_chunk: tokens per chunk of the LM head's loss.
-        kernels: run Triton kernels where they can.
-        recompute: what is made again in backward instead of being saved.
-        single_token: this forward decodes one token: plain TP, nothing is scattered.
-        length: whole sequence length of the current forward of the decoder, None outside one.
-        in_model: inside the forward of the whole model, where the LM head may return lazy logits.
-        final_hidden: what the final norm returns in this forward of the whole model: all ranks'
-            hidden states, or, where only the head meets them, this rank's sequence shard.
-        final_length: whole sequence length of the final hidden states, from when the final norm has
-            returned their shard to the end of the forward; None where they are whole.
-        load: tokens of each expert in the latest forward, by the path of the experts; counted on
-            this rank's own tokens where experts are split whole.
-        logits_wanted: whether anyone reads the logits of a forward with labels in eval.
-        checks_left: forwards whose inputs are still compared over the ranks, by kind of forward.
-    """
-
-    mesh: DeviceMesh
-    axis: Axis
-    whole: DeviceMesh
-    everyone: Axis
-    sp: bool
+    mesh: DeviceMesh  # 1-D, its axis is named tp
+    axis: Axis  # the same as plain data, for the collectives
+    whole: DeviceMesh  # all ranks that hold a part of the model: of tp, and of data parallelism
+    everyone: Axis  # these ranks as one axis
+    sp: bool  # hidden states between blocks are sequence shards
     plan: Plan
-    keep_logits: bool = False
-    loss_chunk: int = 4096
-    kernels: bool = True
-    recompute: Recompute = "norm+act"
-    single_token: bool = False
-    in_model: bool = False
-    final_hidden: Literal["gathered", "shard"] = "gathered"
-    final_length: int | None = None
-    length: int | None = None
-    load: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    logits_wanted: bool = True
+    keep_logits: bool  # a training forward with labels also returns logits
+    loss_chunk: int  # tokens per chunk of the LM head's loss
+    kernels: bool  # run Triton kernels where they can
+    recompute: Recompute  # what is made again in backward instead of being saved
+    # Forwards whose inputs are still compared over the ranks, by kind of forward.
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
+
+    # The rest is of the current forward; a copy starts without.
+    # It decodes one token: plain TP, nothing is scattered.
+    single_token: bool = field(default=False, init=False)
+    # Whole sequence length while the decoder runs, else None.
+    length: int | None = field(default=None, init=False)
+    # Inside the forward of the whole model, where the LM head may return lazy logits.
+    in_model: bool = field(default=False, init=False)
+    # What the final norm returns there: all ranks' hidden states, or, where only the head meets
+    # them, this rank's sequence shard.
+    final_hidden: Literal["gathered", "shard"] = field(default="gathered", init=False)
+    # Whole length of that shard, from when it was returned to the end of the forward.
+    final_length: int | None = field(default=None, init=False)
+    # Tokens of each expert in the latest forward, by the path of the experts; of this rank's own
+    # tokens where experts are split whole.
+    load: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    # The layer whose norms' gradients are summed next, and the ports their sums go to.
+    delivered: tuple[Any, Any] = field(default=(None, None), init=False, repr=False)
+    # Whether anyone reads the logits of a forward with labels in eval.
+    logits_wanted: bool = field(default=True, init=False)
 
     @property
     def tp(self) -> int:
@@ -125,9 +113,8 @@ class ParallelState:
         """Tokens that each expert was given in the latest forward, ``[E]`` by the experts' path.
 
         To be called on every rank. Padding up to a multiple of tp is not counted; what the
-        attention mask hides is, as it is routed too.
-
-        With data parallel ranks: those of this rank's batch, or of all batches if ep spans them.
+        attention mask hides is, as it is routed too. With data parallel ranks: of this rank's
+        batch, or of all batches if ep spans them.
 
         Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer.
         """
@@ -147,17 +134,7 @@ class ParallelState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         # The mesh is a handle on process groups, shared like them.
-        copy = dataclasses.replace(
-            self,
-            single_token=False,
-            in_model=False,
-            final_hidden="gathered",
-            final_length=None,
-            length=None,
-            load={},
-            logits_wanted=True,
-            checks_left=dict(self.checks_left),
-        )
+        copy = dataclasses.replace(self, checks_left=dict(self.checks_left))
         memo[id(self)] = copy
         return copy
 
@@ -179,9 +156,6 @@ def parallel_model(model: nn.Module | None) -> nn.Module | None:
         seen.add(id(model))
         if model.__dict__.get(ATTRIBUTE) is not None:
             return model
-        for name in ("module", "_orig_mod", "base_model", "model"):
-            inner = model._modules.get(name)
-            if inner is not None:
-                model = inner
-                break
+        held = (model._modules.get(n) for n in ("module", "_orig_mod", "base_model", "model"))
+        model = next((inner for inner in held if inner is not None), None)
     return None

@@ -33,8 +33,7 @@ collective_ops = torch.ops._c10d_functional
 def allow_graphs(count: int) -> None:
     """Let torch.compile keep that many graphs of one function, instead of 8.
 
-    Decoder layers share the code that is compiled. torch gives hooks other numbers in each layer
-    and guards on these, so that each layer has graphs of its own.
+    Decoder layers share their code, and torch guards on numbers that their hooks do not share.
     """
     # Here: it imports triton, which nobody needs who compiles nothing.
     from torch._dynamo import config
@@ -78,12 +77,9 @@ def unpack(parameters: Iterable[Any]) -> tuple[list[Any], list[DTensorSpec | Non
     values: list[Any] = []
     specs: list[DTensorSpec | None] = []
     for p in parameters:
-        if isinstance(p, DTensor):
-            values.append(p._local_tensor)
-            specs.append(p._spec)
-        else:
-            values.append(None if p is None else p.detach())
-            specs.append(None)
+        known = isinstance(p, DTensor)
+        values.append(p._local_tensor if known else p if p is None else p.detach())
+        specs.append(p._spec if known else None)
     return values, specs
 
 
@@ -98,8 +94,8 @@ def pack(grads: Iterable[Tensor | None], specs: Iterable[DTensorSpec | None]) ->
 def dtensor_of(x: Tensor, spec: DTensorSpec) -> DTensor:
     """The DTensor of that spec whose local tensor is x.
 
-    What ``DTensor.from_local`` builds, without building the spec again: a gradient's is the
-    parameter's. Without ``__init__``, which does nothing but call a decorator of torch.compile's.
+    What ``DTensor.from_local`` builds, without building the spec again, and without ``__init__``,
+    which does nothing but call a decorator of torch.compile's.
     """
     x = x if x.is_contiguous() else x.contiguous()
     return DTensor.__new__(DTensor, x, spec, requires_grad=False)
@@ -134,11 +130,6 @@ def flatten(mesh: DeviceMesh) -> None:
         mesh._flatten()
 
 
-def same_storage(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors share one storage; ``data_ptr`` is not to be had of a fake tensor."""
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
 def version(x: Tensor) -> int | None:
     """How often x has been written to in place; None under inference mode, which does not count."""
     return None if x.is_inference() else x._version
@@ -161,12 +152,5 @@ def has_gradient_hooks(x: Tensor) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether someone has hooks on the forward or backward of every module there is."""
-    return any(
-        len(getattr(_module, name))
-        for name in (
-            "_global_forward_hooks",
-            "_global_forward_pre_hooks",
-            "_global_backward_hooks",
-            "_global_backward_pre_hooks",
-        )
-    )
+    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    return any(getattr(_module, f"_global_{kind}") for kind in kinds)

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,7 +22,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_sp.adapters.lora_vocab import class_for, placements_of
+from hf_sp.adapters.lora_linear import ParallelLora
+from hf_sp.adapters.lora_vocab import CLASSES
 from hf_sp.errors import ConfigError
 from hf_sp.model.shard import agree_on_weights, shard_parameter
 from hf_sp.state import ParallelState, parallel_state
@@ -31,14 +31,13 @@ from hf_sp.state import ParallelState, parallel_state
 logger = logging.getLogger(__name__)
 
 _COPY = "_hf_sp_adopted"
+# A, B and magnitude, in the order of ``ParallelLora.placements``: of a linear, of an embedding.
+_TABLES = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a ``PeftModel``; any other model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-# --- adapters that are there before parallelize -------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -49,7 +48,13 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """
     base = base_model(model)
     parked: list[tuple[nn.Module, str, Any]] = []
-    _park(base, parked)
+    for parent in list(base.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                parked.append((parent, name, child))
+    for parent, name, wrapper in parked:
+        tuner = isinstance(wrapper, BaseTunerLayer)
+        parent._modules[name] = wrapper.get_base_layer() if tuner else wrapper.original_module
     try:
         yield base
     finally:
@@ -57,21 +62,6 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
             parent._modules[name] = wrapper
         if parallel_state(base) is not None:
             adopt(base)
-
-
-def _park(module: Any, parked: list[tuple[nn.Module, str, Any]]) -> None:
-    for name, child in list(module._modules.items()):
-        if isinstance(child, BaseTunerLayer):
-            parked.append((module, name, child))
-            module._modules[name] = child.get_base_layer()
-        elif isinstance(child, AuxiliaryTrainingWrapper):
-            parked.append((module, name, child))
-            module._modules[name] = child.original_module
-        elif child is not None:
-            _park(child, parked)
-
-
-# --- sharding adapters --------------------------------------------------------------------------
 
 
 def adopt(model: nn.Module) -> None:
@@ -82,88 +72,59 @@ def adopt(model: nn.Module) -> None:
     """
     state = parallel_state(model)
     assert state is not None
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-    whole = [(o, n, p) for m in layers for o, n, p in _own(m) if not isinstance(p, DTensor)]
-    copies = [c for w in wrappers for c in w.modules_to_save.values() if _COPY not in c.__dict__]
-    plain = [p for c in copies for p in c.parameters() if not isinstance(p, DTensor)]
-    taken = agree_on_weights(
-        nn.ParameterList([p for _, _, p in whole] + plain), state.axis, state.mesh.device_type
-    )
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    whole = [(m, *own) for m in layers for own in _own(m) if not isinstance(own[2], DTensor)]
+    copies = [
+        (wrapper, name, copied)
+        for wrapper in model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for name, copied in wrapper.modules_to_save.items()
+        if _COPY not in copied.__dict__
+    ]
+    plain = [p for *_, c in copies for p in c.parameters() if not isinstance(p, DTensor)]
+    compared = nn.ParameterList([*(own[3] for own in whole), *plain])
+    taken = agree_on_weights(compared, state.axis, state.mesh.device_type)
     if taken and state.rank == 0:
-        logger.warning(
-            "%d of %d adapter tensors differed between the ranks; all ranks now have those of tp "
-            "rank 0",
-            len(taken),
-            len(whole) + len(plain),
-        )
+        message = "%d of %d adapter tensors differed; all ranks now have those of tp rank 0"
+        logger.warning(message, len(taken), len(compared))
     for layer in layers:
-        kind = class_for(layer)
+        kind = CLASSES.get((type(layer), type(layer.get_base_layer())))
         if kind is not None:
-            kind.take_over(layer)
-        if not hasattr(layer, "placements"):
+            layer.__class__, layer.axis = kind, state.axis
+        if not isinstance(layer, ParallelLora):
             raise ConfigError(
                 "an adapter over this module is not supported for a parallelized model",
                 where=type(layer.get_base_layer()).__name__,
                 rule="LoRA over linears of the layers, the embedding, the head and a classifier",
                 remedy="name the linears in target_modules",
             )
-        _shard_layer(layer, state)
-    for wrapper in wrappers:
-        for name in list(wrapper.modules_to_save):
-            _shard_copy(wrapper, name, state)
+    for layer, owner, key, p, which in whole:
+        device = layer.get_base_layer().weight.device
+        owner[key] = shard_parameter(p, layer.placements[which], state, device)
+    for wrapper, name, copied in copies:
+        wrapper.modules_to_save[name] = _shard_copy(wrapper.original_module, copied, state)
 
 
-def _own(layer: Any) -> Iterator[tuple[Any, str, nn.Parameter]]:
-    """``(owner, name, parameter)`` of a LoRA layer's own parameters, in a fixed order."""
-    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        for module in getattr(layer, kind).values():
+def _own(layer: Any) -> Iterator[tuple[dict[str, Any], str, nn.Parameter, int]]:
+    """A LoRA layer's own parameters: where each is, and whether A, B or magnitude; in order."""
+    for place, table in enumerate(_TABLES):
+        for module in getattr(layer, table).modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    yield module, name, p
-    for kind in ("lora_embedding_A", "lora_embedding_B"):
-        table = getattr(layer, kind)
-        for name in table:
-            yield table, name, table[name]
+                    yield module._parameters, name, p, place % 3
 
 
-def _shard_layer(layer: Any, state: ParallelState) -> None:
-    A, B, magnitude = placements_of(layer)
-    device = local_device(layer)
-    place = {id(m): A for m in layer.lora_A.values()}
-    place |= {id(m): B for m in layer.lora_B.values()}
-    place |= {id(m): magnitude for m in layer.lora_magnitude_vector.values()}
-    place |= {id(layer.lora_embedding_A): A, id(layer.lora_embedding_B): B}
-    for owner, name, p in list(_own(layer)):
-        if isinstance(p, DTensor):
-            continue
-        new = shard_parameter(p, place[id(owner)], state, device)
-        if isinstance(owner, nn.ParameterDict):
-            owner[name] = new
-        else:
-            owner._parameters[name] = new
-
-
-def local_device(layer: Any) -> torch.device:
-    """Where a layer's base weight lives."""
-    return layer.get_base_layer().weight.device
-
-
-def _shard_copy(wrapper: Any, name: str, state: ParallelState) -> None:
+def _shard_copy(original: nn.Module, old: nn.Module, state: ParallelState) -> nn.Module:
     """A trainable copy of a module: made parallel as the original is, with its own values."""
-    old = wrapper.modules_to_save[name]
-    if _COPY in old.__dict__:
-        return
     # PEFT copies the module alone, and the model's state with it; ours shares the state.
-    new = copy.deepcopy(wrapper.original_module, {id(state): state})
+    new = copy.deepcopy(original, {id(state): state})
     values = dict(old.named_parameters())
-    for key, like in list(new._parameters.items()):
-        if like is None:
-            continue
+    like: Any
+    for key, like in new.named_parameters():
         value = values[key]
         if not isinstance(value, DTensor):
             value = shard_parameter(value, like.placements[0], state, like.device)
         new._parameters[key] = nn.Parameter(value.detach().clone(), values[key].requires_grad)
     new.train(old.training)
     new.__dict__[_COPY] = True
-    wrapper.modules_to_save[name] = new
+    return new

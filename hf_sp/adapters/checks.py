@@ -15,14 +15,29 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from hf_sp.adapters.adopt import base_model
 from hf_sp.checks import no_adapters
 from hf_sp.errors import ConfigError
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.state import parallel_state
 
+# Values of init_lora_weights that do not look at the base weights.
 _INITS = (True, False, "gaussian", "orthogonal")
-"""Values of init_lora_weights that do not look at the base weights."""
+_PARTIAL = "a factor whose gradient is partial would silently be trained on a part of it"
+_PACKED = (
+    "PEFT replaces the experts' packed weights for each forward, which the block's entry would "
+    "not see"
+)
+# Fields of a config that have to be left out, and why.
+_UNSUPPORTED = {
+    "lora_bias": "the bias of a row linear's factor would be added once on every rank",
+    "target_parameters": _PACKED,
+    "trainable_token_indices": "it replaces rows of an embedding whose rows live on other ranks",
+    "layer_replication": "a layer that stands in several places cannot be sharded once",
+    "ensure_weight_tying": "copies of tied modules are sharded one by one",
+    "megatron_config": "PEFT would build Megatron's own parallel layers",
+}
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -39,24 +54,22 @@ def check_adapters(model: nn.Module) -> None:
             rule="PeftModel and its subclasses are understood",
             remedy="get_peft_model(model, LoraConfig(...))",
         )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_model(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            _check_layer(path, module)
-            if module is head and getattr(module, "lora_magnitude_vector", None):
-                raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
+            _check_layer(path, module, head)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             if not isinstance(module, ModulesToSaveWrapper):
-                raise _refuse(f"{type(module).__name__}", path, "modules_to_save is understood")
+                raise _refuse(type(module).__name__, path, legal="modules_to_save")
             _check_saved(path, module.original_module)
 
 
-def _check_layer(path: str, layer: Any) -> None:
+def _check_layer(path: str, layer: Any, head: Any) -> None:
     if type(layer) not in (LoraLinear, LoraEmbedding):
-        raise _refuse(type(layer).__name__, path, "LoRA over nn.Linear and nn.Embedding")
+        raise _refuse(type(layer).__name__, path, legal="LoRA over nn.Linear and nn.Embedding")
     if isinstance(layer.base_layer, BaseTunerLayer):
-        raise _refuse("adapters in adapters", path, "one tuner layer over each module")
+        raise _refuse("adapters in adapters", path, legal="one tuner layer over each module")
     if layer.merged:
         raise ConfigError(
             "an adapter is merged",
@@ -65,8 +78,8 @@ def _check_layer(path: str, layer: Any) -> None:
             rule="a merged weight is sharded as it is, and could not be unmerged exactly",
             remedy="unmerge_adapter() first, or merge_and_unload()",
         )
-    if layer.lora_magnitude_vector and type(layer) is not LoraLinear:
-        raise _refuse("DoRA on an embedding", path, "DoRA is understood on linears of the layers")
+    if layer.lora_magnitude_vector and (layer is head or type(layer) is not LoraLinear):
+        raise _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
 
 
 def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usage: bool) -> None:
@@ -81,9 +94,9 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
         raise no_adapters(where, state.data)
     check_config(config, where, after=True)
     if low_cpu_mem_usage:
-        raise ConfigError(
-            "low_cpu_mem_usage=True is not supported for a parallelized model",
-            where=where,
+        raise _refuse(
+            "low_cpu_mem_usage=True",
+            where,
             rule="factors are compared over the ranks and sharded when they are made",
             legal="low_cpu_mem_usage=False",
         )
@@ -94,12 +107,10 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
             continue
         if any(path == key or path.endswith(f".{key}") for key in saved):
             _check_saved(path, module)
-        if config.use_dora and isinstance(module, VocabParallelHead | VocabParallelEmbedding):
-            targeted = config.target_modules != "all-linear" and check_target_module_exists(
-                config, path
-            )
-            if targeted:
-                raise _refuse("DoRA on the embedding or the head", path, "DoRA on other linears")
+        vocabulary = isinstance(module, VocabParallelHead | VocabParallelEmbedding)
+        named = vocabulary and config.target_modules != "all-linear"
+        if config.use_dora and named and check_target_module_exists(config, path):
+            raise _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
 
 
 def _check_experts(model: Any, config: Any, where: str) -> None:
@@ -112,37 +123,36 @@ def _check_experts(model: Any, config: Any, where: str) -> None:
     except ValueError:
         return  # PEFT says it better
     if wanted.target_parameters:
-        raise ConfigError(
-            "LoRA on experts is not supported for a parallelized model",
-            where=where,
+        raise _refuse(
+            "LoRA on experts",
+            where,
             got=f"target_modules={config.target_modules!r}, which PEFT takes for "
             + ", ".join(sorted(wanted.target_parameters)),
-            rule="PEFT replaces the experts' packed weights for each forward, which the block's "
-            "entry would not see",
+            rule=_PACKED,
             legal="linears, by name: q_proj, k_proj, v_proj, o_proj",
         )
 
 
 def _check_saved(path: str, module: nn.Module) -> None:
-    if next(module.children(), None) is not None:
-        raise ConfigError(
-            "modules_to_save holds a module with children",
-            where=path,
-            got=type(module).__name__,
-            rule="a copy of a block or of a layer would run without its collectives",
-            legal="single linears, norms, the embedding, the head, a classifier",
-            remedy="name the modules inside it that should train",
-        )
     matrices = any(p.dim() > 1 for p in module.parameters(recurse=False))
-    if matrices and not isinstance(module, nn.Linear | nn.Embedding):
-        raise ConfigError(
-            "modules_to_save holds a router or experts",
-            where=path,
-            got=type(module).__name__,
-            rule="their weights belong to the block's entry; a copy's would not be used",
-            legal="single linears, norms, the embedding, the head, a classifier",
-            remedy="train them by requires_grad_(True) on the model itself",
-        )
+    if next(module.children(), None) is not None:
+        what = "a module with children"
+        rule = "a copy of a block or of a layer would run without its collectives"
+        remedy = "name the modules inside it that should train"
+    elif matrices and not isinstance(module, nn.Linear | nn.Embedding):
+        what = "a router or experts"
+        rule = "their weights belong to the block's entry; a copy's would not be used"
+        remedy = "train them by requires_grad_(True) on the model itself"
+    else:
+        return
+    raise ConfigError(
+        f"modules_to_save holds {what}",
+        where=path,
+        got=type(module).__name__,
+        rule=rule,
+        legal="single linears, norms, the embedding, the head, a classifier",
+        remedy=remedy,
+    )
 
 
 def check_config(config: Any, where: str, *, after: bool) -> None:
@@ -157,7 +167,8 @@ def check_config(config: Any, where: str, *, after: bool) -> None:
         ConfigError: the first of them that is met.
     """
     if config.peft_type != PeftType.LORA:
-        raise _refuse(f"{getattr(config.peft_type, 'value', config.peft_type)}", where, "LORA")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise _refuse(f"{kind}", where, legal="LORA")
     init = config.init_lora_weights
     if after and init not in _INITS:
         raise ConfigError(
@@ -167,49 +178,30 @@ def check_config(config: Any, where: str, *, after: bool) -> None:
             legal=", ".join(map(repr, _INITS)),
             remedy="get_peft_model first, parallelize second: adapters of any init are sharded",
         )
-    variants = [
+    others = [
         field.name
         for field in dataclasses.fields(config)
         if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+        if field.name != "use_dora"
     ]
-    others = [name for name in variants if name != "use_dora"]
     others += [init] if init == "mica" else []
     if others:
-        raise _refuse(", ".join(others), where, "plain LoRA, rsLoRA, DoRA")
+        raise _refuse(", ".join(others), where, legal="plain LoRA, rsLoRA, DoRA")
     if config.use_dora and config.lora_dropout:
-        raise ConfigError(
-            "DoRA with lora_dropout is not supported for a parallelized model",
-            where=where,
+        raise _refuse(
+            "DoRA with lora_dropout",
+            where,
             got=f"lora_dropout={config.lora_dropout}",
             rule="it runs the base layer a second time, on the dropped input",
             legal="lora_dropout=0",
         )
-    unsupported = {
-        "lora_bias": "the bias of a row linear's factor would be added once on every rank",
-        "target_parameters": "it replaces the experts' packed weights for each forward, which the "
-        "block's entry would not see",
-        "trainable_token_indices": "it replaces rows of an embedding whose rows live on other "
-        "ranks",
-        "layer_replication": "a layer that stands in several places cannot be sharded once",
-        "ensure_weight_tying": "copies of tied modules are sharded one by one",
-        "megatron_config": "PEFT would build Megatron's own parallel layers",
-    }
-    for field, rule in unsupported.items():
+    for field, rule in _UNSUPPORTED.items():
         value = getattr(config, field, None)
         if value:
-            raise ConfigError(
-                f"{field} is not supported for a parallelized model",
-                where=where,
-                got=f"{field}={value!r}",
-                rule=rule,
-                remedy=f"leave {field} out",
-            )
+            got, remedy = f"{field}={value!r}", f"leave {field} out"
+            raise _refuse(field, where, got=got, rule=rule, remedy=remedy)
 
 
-def _refuse(what: str, where: str, legal: str) -> ConfigError:
-    return ConfigError(
-        f"{what} is not supported for a parallelized model",
-        where=where,
-        rule="a factor whose gradient is partial would silently be trained on a part of it",
-        legal=legal,
-    )
+def _refuse(what: str, where: str, *, rule: str = _PARTIAL, **parts: str) -> ConfigError:
+    what = f"{what} is not supported for a parallelized model"
+    return ConfigError(what, where=where, rule=rule, **parts)

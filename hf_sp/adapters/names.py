@@ -10,6 +10,7 @@ from hf_sp.patching import Name
 _LORA = "peft.tuners.lora.layer:"
 _TUNERS = "peft.tuners.tuners_utils:"
 _FILES = "peft.utils.save_and_load:"
+_OTHER = "peft.utils.other:"
 _SFT = "trl.trainer.sft_trainer:"
 _DPO = "trl.trainer.dpo_trainer:"
 _FUSED = (
@@ -82,12 +83,8 @@ NAMES: tuple[Name, ...] = (
     ),
     Name(_LORA + "Linear.forward", None, ("lora_B(lora_A(dropout(x))) * scaling",)),
     Name(_LORA + "Embedding.forward", None, ("(after_A @ embedding_B) * scaling",)),
-    Name(
-        "peft.utils.other:ModulesToSaveWrapper.update",
-        None,
-        ("copy.deepcopy(self.original_module)",),
-    ),
-    Name("peft.utils.other:AuxiliaryTrainingWrapper"),
+    Name(_OTHER + "ModulesToSaveWrapper.update", None, ("copy.deepcopy(self.original_module)",)),
+    Name(_OTHER + "AuxiliaryTrainingWrapper"),
     # trl: replaced
     Name(_SFT + "add_fused_lm_head", *_FUSED),
     Name(_DPO + "add_fused_lm_head", *_FUSED),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -51,11 +50,10 @@ def whole_magnitude(original: Patch, self: Any, *, base_layer: Any, **kwargs: An
 
     One weight is whole at a time.
     """
-    weight = getattr(base_layer, "weight", None)
-    if isinstance(base_layer, ParallelLinear) and isinstance(weight, DTensor):
+    if isinstance(base_layer, ParallelLinear) and isinstance(base_layer.weight, DTensor):
         whole = nn.Linear(1, 1, bias=False, device="meta")
-        full: Any = weight.detach()
-        whole.weight = nn.Parameter(full.full_tensor(), requires_grad=False)
+        full = base_layer.weight.full_tensor().detach()
+        whole.weight = nn.Parameter(full, requires_grad=False)
         base_layer = whole
     original(self, base_layer=base_layer, **kwargs)
 
@@ -66,18 +64,12 @@ def shard_new_adapters(
 ) -> None:
     """Refuse what would be wrong before the model is touched; shard what PEFT has made."""
     low = kwargs.get("low_cpu_mem_usage", args[1] if len(args) > 1 else False)
-    low = bool(low) or _makes_empty_weights()
+    # ``get_peft_model(low_cpu_mem_usage=True)`` says so by a context of accelerate's alone.
+    low = bool(low) or nn.LayerNorm(1, device="cpu").weight.is_meta
     check_new_adapter(model, self.peft_config[adapter_name], adapter_name, low)
     original(self, model, adapter_name, *args, **kwargs)
     adopt(model)
     install_load_hook(model)
-
-
-def _makes_empty_weights() -> bool:
-    # ``get_peft_model(low_cpu_mem_usage=True)`` says so by a context of accelerate's alone.
-    probe = nn.Module()
-    probe.register_parameter("p", nn.Parameter(torch.empty(0, device="cpu")))
-    return bool(probe.p.is_meta)
 
 
 @PATCHES.on(PeftModel, "add_adapter")
@@ -132,8 +124,8 @@ def save_adapters_alone(
     state = parallel_state(self)
     assert state is not None
     meet(state.group, "PeftModel.save_pretrained")
-    names = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
-    kwargs |= dict(zip(names, args, strict=False))
+    given = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
+    kwargs |= dict(zip(given, args, strict=False))
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
             "path_initial_model_for_weight_conversion is not for a parallelized model",
@@ -142,32 +134,23 @@ def save_adapters_alone(
             remedy="save without it, and convert in one process",
         )
     writes = bool(kwargs.get("is_main_process", True)) and state.rank == 0
-    given = kwargs.pop("state_dict", None)
-    everything = self.state_dict() if given is None else given
-    chosen = kwargs.get("selected_adapters") or list(self.peft_config)
-    embeddings = kwargs.get("save_embedding_layers", "auto")
-    wanted = _saved_names(self, everything, chosen, embeddings)
-    whole = gather_state_dict(self, {k: everything[k] for k in wanted}, keep=writes)
-    with Together(ranks_of(self), "the adapters could not be saved", save_directory):
-        if writes:
-            original(self, save_directory, state_dict=whole, **kwargs)
-
-
-def _saved_names(
-    model: Any, state_dict: dict[str, Any], adapters: list[str], how: Any
-) -> list[str]:
-    """Names in ``state_dict`` of what PEFT writes for these adapters, in order."""
-    found: set[str] = set()
+    everything = kwargs.pop("state_dict", None)
+    everything = self.state_dict() if everything is None else everything
+    wanted: set[str] = set()
     with warnings.catch_warnings():
         # PEFT says the same when it writes.
         warnings.simplefilter("ignore")
-        for adapter in adapters:
-            # Each tensor's name stands in for it.
+        for adapter in kwargs.get("selected_adapters") or self.peft_config:
             picked = save_and_load.get_peft_model_state_dict(
-                model,
-                state_dict={name: name for name in state_dict},
-                adapter_name=adapter,
-                save_embedding_layers=how,
+                self,
+                # Each tensor's name stands in for it.
+                {name: name for name in everything},
+                adapter,
+                save_embedding_layers=kwargs.get("save_embedding_layers", "auto"),
             )
-            found |= set(picked.values())
-    return [name for name in state_dict if name in found]
+            wanted |= set(picked.values())
+    chosen = {name: value for name, value in everything.items() if name in wanted}
+    whole = gather_state_dict(self, chosen, keep=writes)
+    with Together(ranks_of(self), "the adapters could not be saved", save_directory):
+        if writes:
+            original(self, save_directory, state_dict=whole, **kwargs)

@@ -1,9 +1,8 @@
 """What all autograd Functions of hf_sp share: a direct call, and no second derivative.
 
 torch's own ``once_differentiable`` notices a second derivative only where the incoming gradient
-depends on something. A weight's gradient depends on the saved input as well: a penalty on the norm
-of the last weights' gradients would silently be a constant. Here every gradient that is made while
-autograd records (``create_graph=True``) refuses to be differentiated.
+depends on something. A weight's gradient depends on the saved input as well. Here every gradient
+that is made while autograd records (``create_graph=True``) refuses to be differentiated.
 
 Must not know what the passes compute.
 """
@@ -23,8 +22,7 @@ from hf_sp.errors import ConfigError
 class Node(torch.autograd.Function):
     """Base of hf_sp's autograd Functions: ``apply`` without torch's Python in front of it.
 
-    That Python serves functorch transforms and ``setup_context``, which none of ours uses, at about
-    a Python call for each argument.
+    That serves functorch transforms and ``setup_context``, at about a Python call an argument.
     """
 
     @classmethod

@@ -10,6 +10,7 @@ Must not know modules, plans or models. Takes an ``Axis`` (a group by name), nev
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,27 +74,18 @@ def launch_all_reduce_(x: Tensor, axis: Axis) -> Tensor:
 
 
 def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis) -> Tensor:
-    """Start an exchange of rows: ``send[r]`` of ``[n, ...]`` go to rank r, in rank order.
+    """Start an exchange of rows of ``[n, ...]``, which are sorted by their destination.
 
-    Args:
-        x: rows sorted by their destination.
-        receive: number of rows that come from each rank.
-        send: number of rows that go to each rank.
-        axis: the ranks.
+    ``send[r]`` of them go to rank r, and ``receive[r]`` come from it, in rank order.
     """
     op = collective_ops.all_to_all_single.default
     return _launch(op, x.contiguous(), receive, send, axis.group)
 
 
 def _launch(op: Any, x: Tensor, *args: Any) -> Tensor:
-    # Two collectives in flight at once corrupt gloo's heap now and then (torch 2.13, seen without
-    # hf_sp: docs/numerics.md). On CPU each is waited for at its launch; nothing could run beside
-    # it anyway.
-    if torch.compiler.is_compiling():
-        result = op(x, *args)
-        return collective_ops.wait_tensor.default(result) if x.is_cpu else result
-    # All callers are inside of autograd Functions: nothing here is to be recorded.
-    with below_autograd():
+    # Two collectives in flight at once corrupt gloo's heap now and then (docs/numerics.md): on CPU
+    # each is waited for at its launch. Callers are autograd Functions: nothing is to be recorded.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else below_autograd():
         result = op(x, *args)
         return collective_ops.wait_tensor.default(result) if x.is_cpu else result
 

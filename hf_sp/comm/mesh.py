@@ -8,6 +8,7 @@ global.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Degrees:
         return self.dp_shard * self.dp_replicate
 
     def __str__(self) -> str:
-        sizes = (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard), ("tp", self.tp))
-        return ", ".join(f"{name}={size}" for name, size in sizes if size > 1 or name == "tp")
+        sizes = {name: getattr(self, name) for name in AXES}
+        return ", ".join(f"{n}={size}" for n, size in sizes.items() if size > 1 or n == "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,7 @@ def resolve_degrees(
 ) -> Degrees:
     """The degrees: arguments, mesh, accelerate's environment; tp takes the ranks that are left.
 
-    Args:
-        tp: the user's argument.
-        dp_shard: the user's argument.
-        dp_replicate: the user's argument; 1 says nothing where a mesh is given.
-        mesh: the user's mesh.
+    ``dp_replicate=1`` says nothing where a mesh is given.
 
     Raises:
         ConfigError: they do not make up the world, or contradict the mesh or accelerate.
@@ -99,8 +96,7 @@ def resolve_degrees(
     data = (dp_shard or 1) * dp_replicate
     if world % data or (tp is not None and tp * data != world):
         given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
-        asked = [f"{n}={size}" for n, size in given.items() if size is not None and size > 1]
-        asked = asked or [f"tp={tp}"]
+        asked = [f"{n}={size}" for n, size in given.items() if size and size > 1] or [f"tp={tp}"]
         ranks = (tp or 1) * data
         raise ConfigError(
             f"{', '.join(asked)} {'do' if len(asked) > 1 else 'does'} not make up the world",
@@ -125,61 +121,55 @@ def _fitting(world: int, tp: int | None, data: int, dp_replicate: int) -> str:
     return ", or ".join(ways)
 
 
+def _sizes(mesh: DeviceMesh) -> dict[str, int]:
+    return {name: mesh.size(i) for i, name in enumerate(mesh.mesh_dim_names or ())}
+
+
 def _degrees_of(mesh: DeviceMesh, given: dict[str, int | None], dp_replicate: int) -> Degrees:
     _check_axes(mesh)
-    names = mesh.mesh_dim_names or ()
-    sizes = {name: mesh.size(i) for i, name in enumerate(names) if name in AXES}
+    sizes = {name: size for name, size in _sizes(mesh).items() if name in AXES}
     given = {**given, "dp_replicate": dp_replicate if dp_replicate > 1 else None}
-    wrong = [n for n, size in given.items() if size is not None and size != sizes.get(n, 1)]
-    if wrong:
-        raise ConfigError(
-            f"{wrong[0]} contradicts the mesh",
-            got=f"{wrong[0]}={given[wrong[0]]}, mesh axis {wrong[0]!r} of size "
-            f"{sizes.get(wrong[0], 1)}",
-            rule="they must be equal; degrees may be left out where a mesh is given",
-        )
+    for name, size in given.items():
+        found = sizes.get(name, 1)
+        if size not in (None, found):
+            raise ConfigError(
+                f"{name} contradicts the mesh",
+                got=f"{name}={size}, mesh axis {name!r} of size {found}",
+                rule="they must be equal; degrees may be left out where a mesh is given",
+            )
     return Degrees(**sizes)
 
 
 def _check_axes(mesh: DeviceMesh) -> None:
-    names = mesh.mesh_dim_names or ()
-    if "tp" not in names:
-        raise ConfigError(
+    sizes = _sizes(mesh)
+    got = ", ".join(f"{n}={size}" for n, size in sizes.items())
+    refuse = functools.partial(ConfigError, where="parallelize(mesh=...)", got=got)
+    if "tp" not in sizes:
+        raise refuse(
             "the mesh has no axis named 'tp'",
-            where="parallelize(mesh=...)",
-            got=f"axes {names}",
             rule="the tensor parallel axis is named 'tp'",
             remedy="init_device_mesh(device, (tp,), mesh_dim_names=('tp',))",
         )
-    used = [name for i, name in enumerate(names) if mesh.size(i) > 1]
-    known = [name for name in names if name in AXES]
+    used = [name for name, size in sizes.items() if size > 1]
+    known = [name for name in sizes if name in AXES]
     spread = used not in ([], ["tp"])
-    if any(n not in AXES for n in used) or (spread and known != sorted(known, key=AXES.index)):
-        raise ConfigError(
+    if set(used) - set(AXES) or (spread and known != sorted(known, key=AXES.index)):
+        raise refuse(
             "the mesh has other axes beside tp, or in another order",
-            where="parallelize(mesh=...)",
-            got=", ".join(f"{n}={mesh.size(i)}" for i, n in enumerate(names)),
             rule="hf_sp knows dp_replicate, dp_shard and tp, in this order",
             legal=", ".join(AXES),
             remedy="pass the 1-D submesh mesh['tp'] and reduce gradients over the rest yourself",
         )
-    if not spread:
-        return
-    if "dp_shard" not in names:
-        raise ConfigError(
+    if spread and "dp_shard" not in sizes:
+        raise refuse(
             "the mesh has dp_replicate without dp_shard",
-            where="parallelize(mesh=...)",
-            got=f"axes {names}",
             rule="FSDP, which keeps replicas equal, asks for an axis to shard over too",
-            remedy="give it one of size 1: "
-            "init_device_mesh(device, (dp_replicate, 1, tp), "
+            remedy="give it one of size 1: init_device_mesh(device, (dp_replicate, 1, tp), "
             "mesh_dim_names=('dp_replicate', 'dp_shard', 'tp'))",
         )
-    ranks = mesh.mesh.flatten().tolist()
-    if ranks != list(range(launched_world())):
-        raise ConfigError(
+    if spread and (ranks := mesh.mesh.flatten().tolist()) != list(range(launched_world())):
+        raise refuse(
             "the mesh does not have all ranks in their order",
-            where="parallelize(mesh=...)",
             got=f"ranks {ranks} of {launched_world()}",
             rule="with data parallel axes a mesh has ranks 0, 1, ... as init_device_mesh has them",
             remedy="init_device_mesh(device, (dp_shard, tp), mesh_dim_names=('dp_shard', 'tp'))",
@@ -188,8 +178,7 @@ def _check_axes(mesh: DeviceMesh) -> None:
 
 def spans_world(mesh: DeviceMesh) -> bool:
     """Whether a mesh of the user's has data parallel axes and all ranks."""
-    names = mesh.mesh_dim_names or ()
-    data = [i for i, name in enumerate(names) if name in AXES[:2] and mesh.size(i) > 1]
+    data = [name for name, size in _sizes(mesh).items() if name in AXES[:2] and size > 1]
     return bool(data) and mesh.size() == launched_world()
 
 
@@ -197,16 +186,15 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     """The ranks as a mesh; starts torch.distributed from the launcher's environment."""
     if mesh is None:
         start_distributed()
-        sizes = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
-        names = [n for n, size in sizes.items() if size > 1]
         # FSDP's replicated form shards too, be it over one rank.
-        names = ["dp_replicate", "dp_shard"] if "dp_replicate" in names else names
-        shape = (*(sizes[n] for n in names), degrees.tp)
+        first = 0 if degrees.dp_replicate > 1 else 1 if degrees.dp_shard > 1 else 2
+        shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)[first:]
+        device = "cuda" if "nccl" in dist.get_backend_config() and _use_cuda() else "cpu"
         # Estimates build the model, and so the mesh, under FakeTensorMode.
         with real_tensors():
-            mesh = init_device_mesh(_device_type(), shape, mesh_dim_names=(*names, "tp"))
+            mesh = init_device_mesh(device, shape, mesh_dim_names=AXES[first:])
             flatten(mesh)
-    names = [n for n in mesh.mesh_dim_names or () if n in AXES[:2]]
+    names = [n for n in _sizes(mesh) if n in AXES[:2]]
     tp = mesh["tp"] if mesh.ndim > 1 else mesh
     if degrees.data == 1:
         return Mesh(tp, None, tp, Axis.of(tp))
@@ -228,27 +216,18 @@ def start_distributed() -> None:
     """Start torch.distributed from the launcher's environment, or as a world of one."""
     if dist.is_initialized():
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "nccl" if _use_cuda() else "gloo"
     if _use_cuda():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
     else:
         # A world of one, started without a launcher.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    # Whoever starts it stops it: gloo's threads, still running at interpreter exit, abort the
-    # process after all work is done.
+    # Gloo's threads, still running at interpreter exit, abort the process.
     atexit.register(_stop)
 
 
 def _stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _device_type() -> str:
-    backend = dist.get_backend()
-    if backend == "fake":
-        return "cpu"
-    return "cuda" if "nccl" in dist.get_backend_config() and _use_cuda() else "cpu"

@@ -1,5 +1,7 @@
 """Autograd pairs of collectives, each named ``<forward>_<backward>``: the name is the contract.
 
+None saves a tensor. The classes say what each does; the functions are at the end.
+
 Shape letters: B batch, S full sequence, s = ceil(S / tp), H features. Lower case = local.
 """
 
@@ -16,6 +18,13 @@ from hf_sp.comm.collectives import Axis
 
 
 class _ScatterAllGather(Node):
+    """Take this rank's sequence shard of a replicated tensor; the backward all-gathers.
+
+    Shapes:   x [B, S, H] any float dtype, any strides -> [B, s, H], sequence-major inside
+    Forward:  no collective; rows are padded with zeros where tp does not divide S
+    Backward: 1 all-gather of the gradient shard; padding rows are dropped
+    """
+
     @staticmethod
     def forward(ctx: Any, x_BSH: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.length = axis, x_BSH.shape[1]
@@ -28,6 +37,16 @@ class _ScatterAllGather(Node):
 
 
 class _AllGatherScatter(Node):
+    """All-gather a sequence shard for code that is replicated; the backward takes the shard.
+
+    Right only where every rank computes the same thing with the result, so that each holds the
+    whole gradient. After tensor-parallel code it is partial: allgather_reducescatter.
+
+    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
+    Forward:  1 all-gather
+    Backward: no collective
+    """
+
     @staticmethod
     def forward(ctx: Any, x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -39,11 +58,14 @@ class _AllGatherScatter(Node):
         return comm.own_shard(grads[0], ctx.axis), None, None
 
 
-class _AllGatherReduceScatter(Node):
-    @staticmethod
-    def forward(ctx: Any, x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return comm.gather_sequence(x_BsH, length, axis)
+class _AllGatherReduceScatter(_AllGatherScatter):
+    """All-gather a sequence shard for tensor-parallel code; the backward reduce-scatters to it.
+
+    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
+    Forward:  1 all-gather
+    Backward: 1 reduce-scatter; the gradient must be partial
+    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g
+    """
 
     @staticmethod
     @once_differentiable
@@ -51,19 +73,29 @@ class _AllGatherReduceScatter(Node):
         return comm.reduce_scatter_sequence(grads[0], ctx.axis), None, None
 
 
-class _ReduceScatterAllGather(Node):
+class _ReduceScatterAllGather(_ScatterAllGather):
+    """Reduce-scatter partial sums to sequence shards; the backward all-gathers.
+
+    Shapes:   x [B, S, H] partial -> [B, s, H]
+    Forward:  1 reduce-scatter
+    Backward: 1 all-gather
+    Source:   Korthikanti et al. 2022, arXiv:2205.05198, the conjugate of g
+    """
+
     @staticmethod
     def forward(ctx: Any, x_BSH: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.length = axis, x_BSH.shape[1]
         return comm.reduce_scatter_sequence(x_BSH, axis)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return comm.gather_sequence(grads[0], ctx.length, ctx.axis), None
-
 
 class _PaddedReduceScatterAllGather(Node):
+    """As ``reducescatter_allgather``, for what is laid out for the collective already.
+
+    Shapes:   x [tp * s, B, H] partial, sequence-major, with padding rows -> [B, s, H]
+    Forward:  1 reduce-scatter
+    Backward: 1 all-gather; [tp * s, B, H]
+    """
+
     @staticmethod
     def forward(ctx: Any, x_SBH: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -76,6 +108,13 @@ class _PaddedReduceScatterAllGather(Node):
 
 
 class _IdentityAllReduce(Node):
+    """Hand a replicated tensor to code whose gradient is partial; the backward sums it.
+
+    Shapes:   any -> the same (a view)
+    Forward:  no collective
+    Backward: 1 all-reduce (sum)
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -87,11 +126,16 @@ class _IdentityAllReduce(Node):
         return comm.all_reduce(grads[0], ctx.axis), None
 
 
-class _IdentityOneRank(Node):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
+class _IdentityOneRank(_IdentityAllReduce):
+    """Hand out what all ranks have computed alike; the backward counts one rank's gradient.
+
+    For what leaves a block whose gradients are partial, and so summed over the ranks, to code that
+    is replicated: there each rank holds the whole gradient.
+
+    Shapes:   any -> the same (a view)
+    Forward:  no collective
+    Backward: no collective; the first rank passes the gradient on, the others zeros
+    """
 
     @staticmethod
     @once_differentiable
@@ -101,6 +145,13 @@ class _IdentityOneRank(Node):
 
 
 class _AllReduceIdentity(Node):
+    """Sum partial tensors; the backward passes the replicated gradient on.
+
+    Shapes:   any, partial -> the same, replicated
+    Forward:  1 all-reduce (sum)
+    Backward: no collective
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return comm.all_reduce(x, axis)
@@ -112,6 +163,16 @@ class _AllReduceIdentity(Node):
 
 
 class _ConcatSlice(Node):
+    """Concatenate the ranks' pieces along ``dim``; the backward takes this rank's slice.
+
+    Used for what leaves the parallel region along a feature dim: logits (vocabulary), attention
+    weights (heads). Right only where the result is used alike on all ranks.
+
+    Shapes:   x [.., sizes[rank], ..] -> [.., sum(sizes), ..]
+    Forward:  1 all-gather (of the widest piece times tp)
+    Backward: no collective
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
         ctx.dim, ctx.start, ctx.width = dim, sum(sizes[: axis.rank]), x.shape[dim]
@@ -132,111 +193,12 @@ class _ConcatSlice(Node):
         return grads[0].narrow(ctx.dim, ctx.start, ctx.width), None, None, None
 
 
-def scatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:
-    """Take this rank's sequence shard of a replicated tensor; the backward all-gathers.
-
-    Shapes:   x [B, S, H] any float dtype, any strides -> [B, s, H], sequence-major inside
-    Forward:  no collective; rows are padded with zeros where tp does not divide S
-    Backward: 1 all-gather of the gradient shard; padding rows are dropped
-    Saves:    nothing
-    """
-    return _ScatterAllGather.apply(x_BSH, axis)
-
-
-def allgather_scatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
-    """All-gather a sequence shard for code that is replicated; the backward takes the shard.
-
-    Right only where every rank computes the same thing with the result, so that each holds the
-    whole gradient. After tensor-parallel code it is partial: allgather_reducescatter.
-
-    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
-    Forward:  1 all-gather
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _AllGatherScatter.apply(x_BsH, length, axis)
-
-
-def allgather_reducescatter(x_BsH: Tensor, length: int, axis: Axis) -> Tensor:
-    """All-gather a sequence shard for tensor-parallel code; the backward reduce-scatters to it.
-
-    Shapes:   x [B, s, H] -> [B, S, H], S = ``length``
-    Forward:  1 all-gather
-    Backward: 1 reduce-scatter; the gradient must be partial
-    Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, operator g
-    """
-    return _AllGatherReduceScatter.apply(x_BsH, length, axis)
-
-
-def reducescatter_allgather(x_BSH: Tensor, axis: Axis) -> Tensor:
-    """Reduce-scatter partial sums to sequence shards; the backward all-gathers.
-
-    Shapes:   x [B, S, H] partial -> [B, s, H]
-    Forward:  1 reduce-scatter
-    Backward: 1 all-gather
-    Saves:    nothing
-    Source:   Korthikanti et al. 2022, arXiv:2205.05198, the conjugate of g
-    """
-    return _ReduceScatterAllGather.apply(x_BSH, axis)
-
-
-def padded_reducescatter_allgather(x_SBH: Tensor, axis: Axis) -> Tensor:
-    """As ``reducescatter_allgather``, for what is laid out for the collective already.
-
-    Shapes:   x [tp * s, B, H] partial, sequence-major, with padding rows -> [B, s, H]
-    Forward:  1 reduce-scatter
-    Backward: 1 all-gather; [tp * s, B, H]
-    Saves:    nothing
-    """
-    return _PaddedReduceScatterAllGather.apply(x_SBH, axis)
-
-
-def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
-    """Hand a replicated tensor to code whose gradient is partial; the backward sums it.
-
-    Shapes:   any -> the same (a view)
-    Forward:  no collective
-    Backward: 1 all-reduce (sum)
-    Saves:    nothing
-    """
-    return _IdentityAllReduce.apply(x, axis)
-
-
-def identity_onerank(x: Tensor, axis: Axis) -> Tensor:
-    """Hand out what all ranks have computed alike; the backward counts one rank's gradient.
-
-    For what leaves a block whose gradients are partial, and so summed over the ranks, to code that
-    is replicated: there each rank holds the whole gradient.
-
-    Shapes:   any -> the same (a view)
-    Forward:  no collective
-    Backward: no collective; the first rank passes the gradient on, the others zeros
-    Saves:    nothing
-    """
-    return _IdentityOneRank.apply(x, axis)
-
-
-def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:
-    """Sum partial tensors; the backward passes the replicated gradient on.
-
-    Shapes:   any, partial -> the same, replicated
-    Forward:  1 all-reduce (sum)
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _AllReduceIdentity.apply(x, axis)
-
-
-def concat_slice(x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-    """Concatenate the ranks' pieces along ``dim``; the backward takes this rank's slice.
-
-    Used for what leaves the parallel region along a feature dim: logits (vocabulary), attention
-    weights (heads). Right only where the result is used alike on all ranks.
-
-    Shapes:   x [.., sizes[rank], ..] -> [.., sum(sizes), ..]
-    Forward:  1 all-gather (of the widest piece times tp)
-    Backward: no collective
-    Saves:    nothing
-    """
-    return _ConcatSlice.apply(x, dim, sizes, axis)
+scatter_allgather = _ScatterAllGather.apply
+allgather_scatter = _AllGatherScatter.apply
+allgather_reducescatter = _AllGatherReduceScatter.apply
+reducescatter_allgather = _ReduceScatterAllGather.apply
+padded_reducescatter_allgather = _PaddedReduceScatterAllGather.apply
+identity_allreduce = _IdentityAllReduce.apply
+identity_onerank = _IdentityOneRank.apply
+allreduce_identity = _AllReduceIdentity.apply
+concat_slice = _ConcatSlice.apply

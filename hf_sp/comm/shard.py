@@ -69,20 +69,16 @@ def take_shard(
 
 
 def shard_like(full: Tensor, like: DTensor) -> DTensor:
-    """This rank's part of a whole tensor, laid out as ``like``.
+    """This rank's part of a whole tensor, equal on all ranks, laid out as ``like``.
 
-    Args:
-        full: the whole tensor, the same on every rank.
-        like: the DTensor whose mesh, placements and device count; its dtype does not.
+    Its mesh, placements and device count; its dtype does not.
     """
     if isinstance(full, DTensor):
         return full
     mesh, placement = like.device_mesh, like.placements[0]
     if mesh.ndim == 1 and type(placement) in (Shard, Replicate):
-        device = like.to_local().device
-        return with_local(
-            take_shard(full, placement, mesh.size(), mesh.get_local_rank(), device), like
-        )
+        device, rank = like.to_local().device, mesh.get_local_rank()
+        return with_local(take_shard(full, placement, mesh.size(), rank, device), like)
     return distribute_tensor(full, mesh, like.placements, src_data_rank=None)
 
 

@@ -1,8 +1,7 @@
 """The cost of a training step, counted and not timed.
 
-`count_step` runs one forward and backward and says what they cost on this rank: bytes alive after
-the forward, peak live bytes, collectives and their bytes. With `fake_world` and `fake_tensors` the
-same code says it for one rank of any world, in seconds and without memory::
+`count_step` runs one forward and backward; with `fake_world` and `fake_tensors` it does so for one
+rank of any world, in seconds and without memory::
 
     with fake_world(8) as mesh, fake_tensors(torch.bfloat16):
         model = parallelize(LlamaForCausalLM(config), mesh=mesh)

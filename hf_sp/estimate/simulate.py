@@ -1,8 +1,7 @@
 """One rank of a world that is not there: a fake process group and tensors without memory.
 
-Owns: the only imports of torch's testing internals that the estimate needs. Must not know: what is
-run inside. The collectives of a fake world return at once with arbitrary values, so a simulation
-counts and never computes.
+Must not know what is run inside. The collectives of a fake world return at once with arbitrary
+values: a simulation counts and never computes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,6 @@ def fake_world(size: int, rank: int = 0) -> Iterator[DeviceMesh]:
     its ranks back from a tensor, which a fake tensor cannot give: make any other mesh before
     entering `fake_tensors` too.
 
-    Args:
-        size: world size to pretend.
-        rank: rank to be.
-
     Raises:
         ConfigError: if `rank` is not a rank of that world, or torch.distributed is already running.
     """
@@ -47,8 +42,8 @@ def fake_world(size: int, rank: int = 0) -> Iterator[DeviceMesh]:
             rule="a simulation needs a process without a process group",
             remedy="run it outside the launcher, or after dist.destroy_process_group()",
         )
-    # Private, and the only way in: importing it registers the "fake" backend, and no public module
-    # does. Present and alike in torch 2.11 to 2.14; torch's own memory tools use it so.
+    # Private, alike in torch 2.11 to 2.14: importing it registers the "fake" backend, and no public
+    # module does.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -67,9 +62,6 @@ def fake_tensors(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     transformers cannot look into fake position ids, takes every batch for a packed one, and builds
     the [S, S] causal mask that a real run skips. Select an attention it makes no mask for, as
     scripts/bench/step_cost.py does, to count what a real run keeps.
-
-    Args:
-        dtype: default dtype of what is made inside.
     """
     # Private; FakeTensorMode has no public path in torch 2.11 to 2.14.
     from torch._subclasses.fake_tensor import FakeTensorMode

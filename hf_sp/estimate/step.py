@@ -1,8 +1,4 @@
-"""One training step's cost: what is alive after the forward, the peak, the collectives.
-
-Owns: `count_step`, which drives a forward and a backward under the accounting, and the arithmetic
-on its results. Must not know: how storages are tracked (accounting.py) or what the step computes.
-"""
+"""One training step's cost, and the arithmetic on costs. Must not know what the step computes."""
 
 from __future__ import annotations
 
@@ -22,12 +18,10 @@ class StepCount:
     """What one forward and backward cost on this rank.
 
     Attributes:
-        alive_bytes: bytes of the storages made during the forward that are alive when it has
-            returned: what the autograd graph saved, the loss itself, and whatever else still holds
-            on to a tensor (a cache, an output the caller keeps). Parameters, buffers and inputs
-            were there before and are not in it.
-        peak_bytes: most bytes alive at once over forward and backward, gradients included;
-            parameters, buffers, inputs and earlier `.grad` tensors are not.
+        alive_bytes: bytes of the storages that the forward made and that are alive when it has
+            returned: what autograd saved, the loss, a cache, an output that the caller keeps.
+        peak_bytes: most bytes alive at once over forward and backward, gradients included.
+            Parameters, buffers, inputs and earlier `.grad` tensors are in neither.
         forward: collectives of the forward by kind.
         backward: collectives of the backward by kind, recomputed forwards included.
     """
@@ -52,10 +46,8 @@ class StepCount:
     @property
     def wire_bytes(self) -> int:
         """Payload of all collectives in all-gather units: an all-reduce counts twice."""
-        return sum(
-            count.bytes * (2 if kind == "all_reduce" else 1)
-            for kind, count in self.collectives.items()
-        )
+        twice = self.collectives.get("all_reduce", CollectiveCount())
+        return self.payload_bytes + twice.bytes
 
 
 def count_step(forward: Callable[[], Tensor]) -> StepCount:
@@ -81,21 +73,14 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
     try:
         with accounting:
             loss = forward()
-            if not isinstance(loss, Tensor):
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                needs = getattr(loss, "requires_grad", False)
                 raise ConfigError(
-                    "a step without a loss cannot be counted",
+                    "a step without a loss and its backward cannot be counted",
                     where="count_step(forward)",
-                    got=f"forward() returned {type(loss).__name__}",
-                    rule="forward() returns the loss, as a tensor",
-                    remedy="return model(**batch).loss",
-                )
-            if not loss.requires_grad:
-                raise ConfigError(
-                    "a step without a backward cannot be counted",
-                    where="count_step(forward)",
-                    got="a loss with requires_grad=False",
-                    rule="the loss depends on a parameter that is trained",
-                    remedy="call it outside torch.no_grad(), on a model with trainable parameters",
+                    got=f"forward() returned {type(loss).__name__}, requires_grad={needs}",
+                    rule="forward() returns a tensor that depends on a trained parameter",
+                    remedy="return model(**batch).loss, outside torch.no_grad()",
                 )
             gc.collect()
             alive_bytes = accounting.live_bytes
@@ -115,52 +100,37 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
 def per_layer(small: StepCount, large: StepCount, layers: int = 1) -> StepCount:
     """Return the cost of one layer, from two models that differ only in their number of layers.
 
-    Embedding, rotary tables, head and loss are in both and drop out.
-
-    Args:
-        small: the count of the shallower model.
-        large: the count of the deeper model.
-        layers: how many layers more the deeper one has.
+    Embedding, rotary tables, head and loss are in both and drop out. The larger model has `layers`
+    layers more.
 
     Raises:
         ConfigError: if `layers` is less than one, or a difference is not the same for each layer.
     """
-    if layers < 1:
-        raise ConfigError(
-            "a difference over no layers has no share per layer",
-            where="per_layer(small, large, layers)",
-            got=f"layers={layers}",
-            rule="layers >= 1",
-        )
 
     def share(what: str, difference: int) -> int:
-        if difference % layers:
+        if layers < 1 or difference % layers:
             raise ConfigError(
-                "the layers do not cost the same",
+                "the layers do not cost the same, or there are none",
                 where="per_layer(small, large, layers)",
                 got=f"{what} differ by {difference} over layers={layers}",
-                rule="every layer costs the same",
+                rule="layers >= 1, and each costs the same",
                 remedy="compare models that differ by one layer",
             )
         return difference // layers
 
-    def shares(
-        phase: str, a: Mapping[str, CollectiveCount], b: Mapping[str, CollectiveCount]
-    ) -> dict[str, CollectiveCount]:
-        none = CollectiveCount()
-        result = {}
-        for kind in dict.fromkeys((*a, *b)):
-            difference = b.get(kind, none) - a.get(kind, none)
-            if difference != none:
-                result[kind] = CollectiveCount(
-                    share(f"{phase} {kind} calls", difference.calls),
-                    share(f"{phase} {kind} bytes", difference.bytes),
-                )
+    def shares(phase: str) -> dict[str, CollectiveCount]:
+        before, after = getattr(small, phase), getattr(large, phase)
+        none, result = CollectiveCount(), {}
+        for kind in dict.fromkeys((*before, *after)):
+            more = after.get(kind, none) - before.get(kind, none)
+            if more != none:
+                calls = share(f"{phase} {kind} calls", more.calls)
+                result[kind] = CollectiveCount(calls, share(f"{phase} {kind} bytes", more.bytes))
         return result
 
     return StepCount(
         alive_bytes=share("alive_bytes", large.alive_bytes - small.alive_bytes),
         peak_bytes=share("peak_bytes", large.peak_bytes - small.peak_bytes),
-        forward=shares("forward", small.forward, large.forward),
-        backward=shares("backward", small.backward, large.backward),
+        forward=shares("forward"),
+        backward=shares("backward"),
     )

@@ -1,14 +1,14 @@
 """What makes stock transformers and accelerate work with a parallelized model.
 
 The only importers of those packages' training code. ``install`` is called at the end of
-``parallelize``; every patch acts on parallelized models alone. ``names`` lists what is private.
+``parallelize``; every patch acts on parallelized models alone. ``private_names`` lists what is
+private.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
@@ -23,41 +23,38 @@ def install(model: nn.Module) -> None:
         model: a parallelized model.
     """
     # Imported here: Trainer takes two seconds, which `import hf_sp` alone should not.
-    from hf_sp.integrations import (
-        accelerate_mesh,
-        accelerate_patches,
-        mark,
-        saving,
-        trainer,
-        trainer_files,
-    )
+    from transformers import PreTrainedModel
+    from transformers.distributed.configuration_utils import DistributedConfig
 
-    saving.PATCHES.apply()
-    saving.FILE_PATCHES.apply()
-    accelerate_patches.PATCHES.apply()
-    accelerate_patches.STATE_PATCHES.apply()
-    for patches in (trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES):
-        patches.apply()
-    state = parallel_state(model)
-    assert state is not None
-    mark.mark_tensor_parallel(model, state.tp)
-    accelerate_mesh.register_parallel_model(model)
-    install_load_hook(model)
-    if has_peft():
+    from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
+
+    tables = [
+        saving.PATCHES,
+        saving.FILE_PATCHES,
+        accelerate_patches.PATCHES,
+        accelerate_patches.STATE_PATCHES,
+    ]
+    tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES]
+    if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches
 
-        peft_patches.LAYER_PATCHES.apply()
-        peft_patches.PATCHES.apply()
-
-
-def has_peft() -> bool:
-    """Whether PEFT is installed."""
-    return importlib.util.find_spec("peft") is not None
+        tables += [peft_patches.LAYER_PATCHES, peft_patches.PATCHES]
+    for patches in tables:
+        patches.apply()
+    if isinstance(model, PreTrainedModel):
+        # The light mark, no more. With ``_device_mesh`` PEFT would shard adapters again. With
+        # ``_is_distributed_loading_by_transformers`` Trainer would broadcast and average what is
+        # not a DTensor, and refuse to save what can be resumed. Not written to config.json.
+        state = parallel_state(model)
+        assert state is not None
+        model._tp_size = state.tp  # type: ignore[assignment]
+        model.config.distributed_config = DistributedConfig(tp_size=state.tp)
+    install_load_hook(model)
 
 
 def check_adapters(model: nn.Module) -> None:
     """Refuse adapters that cannot be sharded."""
-    if hasattr(model, "peft_config") and has_peft():
+    if hasattr(model, "peft_config"):
         from hf_sp.adapters import checks as peft_checks
 
         peft_checks.check_adapters(model)
@@ -65,13 +62,8 @@ def check_adapters(model: nn.Module) -> None:
 
 def without_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """The model without its adapters, for as long as it is sharded."""
-    if hasattr(model, "peft_config") and has_peft():
+    if hasattr(model, "peft_config"):
         from hf_sp.adapters import adopt
 
         return adopt.without_adapters(model)
-    return _itself(model)
-
-
-@contextmanager
-def _itself(model: nn.Module) -> Iterator[nn.Module]:
-    yield model
+    return nullcontext(model)

@@ -6,7 +6,6 @@ our mark. The patches in ``accelerate_patches`` act where that mark is.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 
 import torch
@@ -20,31 +19,22 @@ from hf_sp.errors import ConfigError
 from hf_sp.state import ParallelState
 
 _MARK = "_hf_sp"
-_OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-
-models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The parallelized models of this process that are alive."""
+OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""What accelerate would put around a model, by its own names."""
 
 
-def register_parallel_model(model: nn.Module) -> None:
-    """Note that a parallelized model is alive in this process."""
-    models.add(model)
-
-
-def is_ours(config: ParallelismConfig | None) -> bool:
-    """Whether this configuration was made for a parallelized model."""
+def _is_ours(config: ParallelismConfig | None) -> bool:
     return bool(getattr(config, _MARK, False))
 
 
 def current_is_ours() -> bool:
     """Whether accelerate's state, which all accelerators share, carries our mark."""
-    shared = AcceleratorState._shared_state
-    return is_ours(shared.get("parallelism_config"))
+    return _is_ours(AcceleratorState._shared_state.get("parallelism_config"))
 
 
 def check_world(state: ParallelState, where: str) -> None:
     """Refuse ranks beyond the tp group: Trainer and accelerate would give them the same batch."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = dist.get_world_size()
     if world != state.tp:
         raise ConfigError(
             f"tp={state.tp} does not make up the {world} processes: data parallel is not supported",
@@ -56,35 +46,30 @@ def check_world(state: ParallelState, where: str) -> None:
         )
 
 
-def check_config(config: ParallelismConfig, state: ParallelState, where: str) -> None:
-    """Refuse a user's ParallelismConfig that says other than the model."""
-    sizes = {
-        name: getattr(config, f"{name}_size")
-        for name in ("tp", "dp_replicate", "dp_shard", "cp", "sp")
-    }
-    wanted = {**dict.fromkeys(sizes, 1), "tp": state.tp}
-    if sizes != wanted:
-        differing = [n for n in sizes if sizes[n] != wanted[n]]
+def config_for(
+    state: ParallelState, given: ParallelismConfig | None, where: str
+) -> ParallelismConfig | None:
+    """The ParallelismConfig of a parallelized model, with its mesh and our mark; at tp=1 none.
+
+    Raises:
+        ConfigError: the user's own says other than the model.
+    """
+    # All of them: absent sizes are read from the environment.
+    sizes = {"tp_size": state.tp}
+    sizes |= dict.fromkeys(("dp_replicate_size", "dp_shard_size", "cp_size", "sp_size"), 1)
+    config = given or ParallelismConfig(**sizes)
+    differing = [name for name, size in sizes.items() if getattr(config, name) != size]
+    if differing:
         raise ConfigError(
             "the ParallelismConfig does not agree with the parallelized model",
             where=where,
-            got=", ".join(f"{n}_size={sizes[n]}" for n in differing),
+            got=", ".join(f"{name}={getattr(config, name)}" for name in differing),
             rule="the model's degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
-            legal=", ".join(f"{n}_size={wanted[n]}" for n in differing),
+            legal=", ".join(f"{name}={sizes[name]}" for name in differing),
             remedy="leave the ParallelismConfig out: it is made from the model",
         )
-
-
-def config_for(
-    state: ParallelState, given: ParallelismConfig | None, where: str
-) -> ParallelismConfig:
-    """The ParallelismConfig of a parallelized model, carrying its mesh and our mark."""
-    if given is not None:
-        check_config(given, state, where)
-    # Explicit ones: absent sizes are read from the environment.
-    config = given or ParallelismConfig(
-        tp_size=state.tp, dp_replicate_size=1, dp_shard_size=1, cp_size=1, sp_size=1
-    )
+    if state.tp == 1:
+        return given
     config.device_mesh = state.mesh
     setattr(config, _MARK, True)
     return config
@@ -99,10 +84,10 @@ def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
     """
     check_world(state, where)
     engine = accelerator.distributed_type.value
-    if engine in _OTHER_ENGINES:
+    if engine in OTHER_ENGINES:
         raise refuse_engine(engine, where)
     current = accelerator.state.parallelism_config
-    if state.tp == 1 or is_ours(current):
+    if state.tp == 1 or _is_ours(current):
         return
     if accelerator._dataloaders and accelerator.num_processes > 1:
         raise ConfigError(
@@ -119,9 +104,7 @@ def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
 def release() -> None:
     """Forget the mesh of an earlier model: accelerate's state outlives the accelerator."""
     if current_is_ours():
-        shared = AcceleratorState._shared_state
-        shared["parallelism_config"] = None
-        shared["device_mesh"] = None
+        AcceleratorState._shared_state.update(parallelism_config=None, device_mesh=None)
 
 
 def refuse_engine(engine: str, where: str) -> ConfigError:
@@ -141,14 +124,13 @@ def check_optimizer(
 ) -> None:
     """Refuse an optimizer over parameters that ``parallelize`` has replaced: it trains nothing."""
     known = {id(p) for m in models for p in m.parameters()}
-    for optimizer in optimizers:
-        held = [p for g in optimizer.param_groups for p in g["params"]]
-        foreign = sum(id(p) not in known for p in held)
-        if foreign:
-            raise ConfigError(
-                "the optimizer was not made from the parallelized model's parameters",
-                where=where,
-                got=f"{foreign} of its {len(held)} parameters are not the model's",
-                rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
-                remedy="make the optimizer after parallelize(model)",
-            )
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    foreign = sum(id(p) not in known for p in held)
+    if foreign:
+        raise ConfigError(
+            "the optimizer was not made from the parallelized model's parameters",
+            where=where,
+            got=f"{foreign} of its {len(held)} parameters are not the model's",
+            rule="parallelize replaces the parameters; an older optimizer steps on dead ones",
+            remedy="make the optimizer after parallelize(model)",
+        )

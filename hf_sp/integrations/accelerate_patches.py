@@ -6,6 +6,7 @@ that are parallelized models. Versions named here: accelerate 1.12 to 1.15.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,13 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.accelerate_mesh import (
-    adopt,
-    check_optimizer,
-    current_is_ours,
-    is_ours,
-    models,
-)
+from hf_sp.integrations.accelerate_mesh import adopt, check_optimizer, current_is_ours
 from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
@@ -47,22 +42,17 @@ STATE_PATCHES = Patches(lambda _: current_is_ours())
 
 @PATCHES.on(ParallelismConfig, "_validate_accelerator")
 def allow_cpu_processes(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
-    """Accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes."""
+    """Accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes.
+
+    One that makes all of them tensor parallel is let through: ours, or one that may become ours.
+    """
     cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
-    if not (cpu and (is_ours(self) or len(models) > 0)):
+    if not (cpu and self.tp_size == self.total_size == accelerator.num_processes):
         original(self, accelerator)
-    elif self.total_size != accelerator.num_processes:
-        raise ConfigError(
-            "the ParallelismConfig does not match the number of processes",
-            where="Accelerator",
-            got=f"total size {self.total_size}, {accelerator.num_processes} processes",
-            rule="the product of the sizes is the number of processes",
-        )
 
 
-def _parallel(objects: Iterable[Any]) -> list[tuple[nn.Module, ParallelState]]:
-    found = [(o, parallel_state(o)) for o in objects if isinstance(o, nn.Module)]
-    return [(m, s) for m, s in found if s is not None]
+def _states(objects: Iterable[Any]) -> list[ParallelState]:
+    return [state for thing in objects if (state := parallel_state(thing)) is not None]
 
 
 @PATCHES.on(Accelerator, "prepare")
@@ -73,10 +63,10 @@ def attach_mesh_before_prepare(
 
     On several GPUs it would then raise (DTensor under DDP), on CPU wrap and train wrongly.
     """
-    ours = _parallel(args)
-    for _, state in ours:
+    states = _states(args)
+    for state in states:
         adopt(self, state, "Accelerator.prepare")
-    if ours:
+    if states:
         prepared = [m for m in (*args, *self._models) if isinstance(m, nn.Module)]
         optimizers = [o for o in args if isinstance(o, torch.optim.Optimizer)]
         check_optimizer(optimizers, prepared, "Accelerator.prepare")
@@ -91,11 +81,10 @@ def attach_mesh_before_prepare_model(
 
     accelerate compiles the model as a whole, whose hooks and loss talk to the host.
     """
-    ours = _parallel([model])
-    for _, state in ours:
+    state, plugin = parallel_state(model), self.state.dynamo_plugin
+    if state is not None:
         adopt(self, state, "Accelerator.prepare_model")
-    plugin = self.state.dynamo_plugin
-    if not ours or plugin.backend == DynamoBackend.NO:
+    if state is None or plugin.backend == DynamoBackend.NO:
         return original(self, model, *args, **kwargs)
     backend, plugin.backend = plugin.backend, DynamoBackend.NO
     try:
@@ -113,14 +102,12 @@ def skip_param_remap(original: Patch, self: Accelerator, *args: Any) -> Any:
     accelerate 1.12 to 1.15 finds each by its local data pointer, which is 0 for all empty shards (a
     vocabulary smaller than tp): the optimizer would be given one parameter several times.
     """
-    return list(args) if _parallel(args) else original(self, *args)
-
-
-def _is_half(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return list(args) if _states(args) else original(self, *args)
 
 
 def _as_float(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return x
     if not isinstance(x, LazyLogits):
         return x.float()
     like = torch.empty(0, dtype=torch.float32, device=x.device)
@@ -133,8 +120,7 @@ def keep_logits_lazy(original: Patch, self: ConvertOutputsToFp32, *args: Any, **
 
     The cast would make the logits of the whole vocabulary in every training step.
     """
-    outputs = self.model_forward(*args, **kwargs)
-    return recursively_apply(_as_float, outputs, test_type=_is_half)
+    return recursively_apply(_as_float, self.model_forward(*args, **kwargs))
 
 
 @STATE_PATCHES.on(Accelerator, "prepare_data_loader")
@@ -187,15 +173,13 @@ def skip_gather_for_metrics(
     if isinstance(state.active_dataloader, DataLoaderDispatcher):
         # It counts the rows it sends to all ranks together.
         remainder //= self.num_processes
-    if use_gather_object:
-        return input_data[:remainder]
-    try:
+    if not use_gather_object:
         # A number (TRL's counts of tokens) has no rows.
-        return recursively_apply(
-            lambda t: t[:remainder] if t.dim() else t, input_data, error_on_other_type=True
-        )
-    except TypeError:
-        return input_data[:remainder]
+        with contextlib.suppress(TypeError):
+            return recursively_apply(
+                lambda t: t[:remainder] if t.dim() else t, input_data, error_on_other_type=True
+            )
+    return input_data[:remainder]
 
 
 @STATE_PATCHES.on(Accelerator, "get_state_dict")
@@ -203,34 +187,22 @@ def gather_whole_state_dict(
     original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
 ) -> dict[str, Any]:
     """Accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
-    ours = _parallel([model])
-    if not ours:
+    if parallel_state(model) is None:
         return original(self, model, unwrap=unwrap)
     return gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
 
 
-def _refuse_state(what: str) -> ConfigError:
-    return ConfigError(
-        f"Accelerator.{what} is not supported for a parallelized model",
+@STATE_PATCHES.on(Accelerator, "save_state")
+@STATE_PATCHES.on(Accelerator, "load_state")
+def refuse_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    """Every rank would resume with rank 0's optimizer shard, with no error."""
+    if not _states(self._models):
+        return original(self, *args, **kwargs)
+    raise ConfigError(
+        f"Accelerator.{original.__name__} is not supported for a parallelized model",
         rule="it keeps the first rank's optimizer shard only and gives it to every rank",
         remedy="model.save_pretrained and hf_sp.optimizer_state.save_optimizer / load_optimizer",
     )
-
-
-@STATE_PATCHES.on(Accelerator, "save_state")
-def refuse_save_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-    """Every rank would resume with rank 0's optimizer shard, with no error."""
-    if _parallel(self._models):
-        raise _refuse_state("save_state")
-    return original(self, *args, **kwargs)
-
-
-@STATE_PATCHES.on(Accelerator, "load_state")
-def refuse_load_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-    """See ``refuse_save_state``."""
-    if _parallel(self._models):
-        raise _refuse_state("load_state")
-    return original(self, *args, **kwargs)
 
 
 @STATE_PATCHES.on(AcceleratedScheduler, "step")

@@ -1,8 +1,8 @@
 """Every name of transformers and accelerate that the integrations replace or rely on.
 
-Data only. tests/integrations/test_names.py looks each up in the installed versions and compares
-signatures and the lines of source that the patches were written against: a release that changes
-one fails there, by name, and not in somebody's training run.
+Data only; what is merely imported needs no entry. tests/integrations/test_names.py looks each up in
+the installed versions and compares signatures and the lines of source that the patches were written
+against: a release that changes one fails there, by name, and not in somebody's training run.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ from hf_sp.patching import Name
 
 _TRAINER = "transformers.trainer:Trainer."
 _ACCELERATOR = "accelerate.accelerator:Accelerator."
+_CONFIG = "accelerate.parallelism_config:ParallelismConfig."
+_DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
 
 NAMES: tuple[Name, ...] = (
     # transformers: replaced methods
     Name(_TRAINER + "create_accelerator_and_postprocess", "(self)", ("self.accelerator = Acc",)),
-    Name(_TRAINER + "_build_accelerator_args", "(self, **kwargs)", ('args["parallelism_config"]',)),
     Name(_TRAINER + "_validate_args", "(self)"),
     Name(_TRAINER + "call_model_init", "(self, trial=None)"),
-    Name(
-        _TRAINER + "_get_train_sampler",
-        "(self, train_dataset=None)",
-        ("dp_size=world_size",),
-    ),
+    Name(_TRAINER + "_get_train_sampler", "(self, train_dataset=None)", ("dp_size=world_size",)),
     Name(
         _TRAINER + "_get_dataloader",
         "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, "
@@ -132,26 +129,17 @@ NAMES: tuple[Name, ...] = (
         "(self, resume_from_checkpoint, model=None)",
         ("model.load_state_dict(state_dict, False)", "self._issue_warnings_after_load"),
     ),
+    Name(_TRAINER + "_build_accelerator_args", None, ('"] = self.args.parallelism_config',)),
     Name(_TRAINER + "_load_best_model", "(self)", ("model.load_state_dict(state_dict, False)",)),
     Name(_TRAINER + "get_tp_size", None, ('getattr(self.model, "_tp_size", None)',)),
     Name("transformers.modeling_utils:PreTrainedModel.tp_size", None, ("self._tp_size",)),
-    Name("transformers.trainer:OPTIMIZER_NAME"),
-    Name("transformers.trainer:SCHEDULER_NAME"),
-    Name("transformers.trainer:TRAINER_STATE_NAME"),
-    Name("transformers.trainer_pt_utils:BatchRebalanceSampler"),
-    Name("transformers.trainer_pt_utils:safe_globals"),
     Name(
         "transformers.trainer_utils:seed_worker",
         "(worker_id, num_workers, rank)",
         ("num_workers * rank",),
     ),
-    Name("transformers.distributed.configuration_utils:DistributedConfig"),
     # accelerate: replaced methods
-    Name(
-        "accelerate.parallelism_config:ParallelismConfig._validate_accelerator",
-        "(self, accelerator)",
-        ("accelerator.multi_device",),
-    ),
+    Name(_CONFIG + "_validate_accelerator", "(self, accelerator)", ("accelerator.multi_device",)),
     Name(_ACCELERATOR + "prepare", "(self, *args, device_placement=None)"),
     Name(
         _ACCELERATOR + "prepare_model",
@@ -171,11 +159,7 @@ NAMES: tuple[Name, ...] = (
     Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
     Name(_ACCELERATOR + "save_state"),
     Name(_ACCELERATOR + "load_state"),
-    Name(
-        "accelerate.data_loader:DataLoaderDispatcher.__len__",
-        "(self)",
-        ("whole_length / self.state.num_processes",),
-    ),
+    Name(_DISPATCHER + "__len__", "(self)", ("whole_length / self.state.num_processes",)),
     Name(
         "accelerate.scheduler:AcceleratedScheduler.step",
         "(self, *args, **kwargs)",
@@ -188,20 +172,14 @@ NAMES: tuple[Name, ...] = (
     ),
     # accelerate: used
     Name("accelerate.state:AcceleratorState._shared_state"),
-    Name(
-        "accelerate.parallelism_config:ParallelismConfig.get_device_mesh",
-        None,
-        ("if self.device_mesh is None:",),
-    ),
+    Name(_CONFIG + "get_device_mesh", None, ("if self.device_mesh is None:",)),
     Name(
         "accelerate.data_loader:prepare_data_loader",
         None,
         ("num_processes = submesh_fsdp_size * submesh_dp_size",),
     ),
     Name("accelerate.data_loader:DataLoaderShard", None, ("self.rng_types = rng_types",)),
-    Name("accelerate.data_loader:DataLoaderDispatcher._fetch_batches", None, ("self.submesh_tp",)),
-    Name("accelerate.utils:synchronize_rng_states"),
-    Name("accelerate.utils:recursively_apply"),
+    Name(_DISPATCHER + "_fetch_batches", None, ("self.submesh_tp",)),
     # torch
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

@@ -1,17 +1,13 @@
 """The stock ``Trainer`` and a parallelized model.
 
 A Trainer is ours when ``parallel_state(trainer.model)`` is not None. What it does wrong with such a
-model, in transformers 5.17 to 5.24, is corrected here one method at a time. The model carries the
-light mark only (``_tp_size`` and ``config.distributed_config``): with transformers' own mark,
-``_is_distributed_loading_by_transformers``, Trainer broadcasts and averages what is not a DTensor
-and refuses to write anything that can be resumed.
+model, in transformers 5.17 to 5.24, is corrected here one method at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import os
 from typing import Any
@@ -28,14 +24,6 @@ from hf_sp.errors import ConfigError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
-logger = logging.getLogger(__name__)
-
-_ENGINE_FLAGS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
-    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
-}
-
 PATCHES = Patches(lambda trainer: parallel_state(trainer.model) is not None)
 """Patches of Trainers that train a parallelized model."""
 
@@ -47,15 +35,8 @@ def state_of(trainer: Any) -> ParallelState:
     return state
 
 
-# --- construction: what cannot work is refused --------------------------------------------------
-
-
 def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
-    """Refuse arguments under which a parallelized model would train wrongly.
-
-    Raises:
-        ConfigError: the first of them that is met.
-    """
+    """Refuse (ConfigError) arguments under which a parallelized model would train wrongly."""
     where = "TrainingArguments"
     accelerate_mesh.check_world(state, "Trainer")
     if args.world_size != state.tp:
@@ -74,13 +55,10 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
             rule="one process per GPU",
             remedy="start the script with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
         )
-    for flag, engine in _ENGINE_FLAGS.items():
-        if os.environ.get(flag, "false").lower() == "true":
-            raise accelerate_mesh.refuse_engine(engine, f"environment {flag}")
-    if args.fsdp:
-        raise accelerate_mesh.refuse_engine("FSDP", f"{where}(fsdp=...)")
-    if args.deepspeed:
-        raise accelerate_mesh.refuse_engine("DEEPSPEED", f"{where}(deepspeed=...)")
+    for engine in accelerate_mesh.OTHER_ENGINES:
+        option, flag = engine.lower(), f"ACCELERATE_USE_{engine}"
+        if getattr(args, option, None) or os.environ.get(flag, "false").lower() == "true":
+            raise accelerate_mesh.refuse_engine(engine, f"{where}({option}=...) or {flag}")
     if args.use_liger_kernel:
         raise ConfigError(
             "use_liger_kernel=True cannot be applied to a parallelized model",
@@ -104,8 +82,8 @@ ALL_PATCHES = Patches(lambda _: True)
 
 
 @ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
-def attach_mesh_at_construction(original: Patch, self: Any) -> None:
-    """The first thing a Trainer does with the model.
+def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
+    """Trainer overwrites a given ParallelismConfig's sizes silently, and makes a mesh of its own.
 
     accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
     model or over a plain one, would be given the mesh of the one before.
@@ -113,11 +91,16 @@ def attach_mesh_at_construction(original: Patch, self: Any) -> None:
     state = parallel_state(self.model)
     if state is None:
         accelerate_mesh.release()
-        original(self)
-        return
+        return original(self)
     check_arguments(self.args, state)
     trl_patches.install(self)
-    original(self)
+    given = self.args.parallelism_config
+    where = "TrainingArguments(parallelism_config=...)"
+    self.args.parallelism_config = accelerate_mesh.config_for(state, given, where)
+    try:
+        original(self)
+    finally:
+        self.args.parallelism_config = given
     accelerate_mesh.adopt(self.accelerator, state, "Trainer")
 
 
@@ -132,20 +115,6 @@ def attach_mesh_after_model_init(original: Patch, self: Any, *args: Any, **kwarg
     return model
 
 
-@PATCHES.on(Trainer, "_build_accelerator_args")
-def build_config_from_mesh(original: Patch, self: Any, **kwargs: Any) -> dict[str, Any]:
-    """Trainer overwrites a given ParallelismConfig's tp size silently, and makes a new mesh."""
-    state, given = state_of(self), self.args.parallelism_config
-    if given is not None:
-        accelerate_mesh.check_config(given, state, "TrainingArguments(parallelism_config=...)")
-    arguments = original(self, **kwargs)
-    if state.tp > 1:
-        arguments["parallelism_config"] = accelerate_mesh.config_for(
-            state, given, "TrainingArguments(parallelism_config=...)"
-        )
-    return arguments
-
-
 @PATCHES.on(Trainer, "_validate_args")
 def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
     """``Trainer(optimizers=...)`` made before ``parallelize`` trains parameters nobody uses."""
@@ -154,23 +123,17 @@ def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
         accelerate_mesh.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
 
 
-# --- data ---------------------------------------------------------------------------------------
-
-
 @PATCHES.on(Trainer, "_get_train_sampler")
 def rebalance_without_tp_ranks(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
     sampler = original(self, *args, **kwargs)
-    if not isinstance(sampler, BatchRebalanceSampler) or sampler.dp_size == 1:
+    if not isinstance(sampler, BatchRebalanceSampler):
         return sampler
     return BatchRebalanceSampler(
-        lengths=sampler.lengths,
-        effective_batch_size=sampler.effective_batch_size // sampler.dp_size,
+        sampler.lengths,
+        sampler.effective_batch_size // sampler.dp_size,
         dp_size=1,
         grad_accum=sampler.grad_accum,
-        shuffle=sampler.shuffle,
-        seed=sampler.seed,
-        rank=0,
         drop_last=sampler.drop_last,
     )
 
@@ -182,11 +145,8 @@ def seed_workers_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) ->
     inner: Any = getattr(loader, "base_dataloader", loader)
     seed = inner.worker_init_fn
     if isinstance(seed, functools.partial) and seed.func is seed_worker:
-        inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": 0})
+        inner.worker_init_fn = functools.partial(seed, rank=0)
     return loader
-
-
-# --- counters and loss --------------------------------------------------------------------------
 
 
 @PATCHES.on(Trainer, "_get_num_items_in_batch")
@@ -196,14 +156,13 @@ def count_labels_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``average_tokens_across_devices=False`` skips the gather but not the division (5.17: a floor
     division at that).
     """
-    if self.args.average_tokens_across_devices:
-        return original(self, *args, **kwargs)
+    asked = self.args.average_tokens_across_devices
     # The gather over equal batches and the division by tp give the local count.
     self.args.average_tokens_across_devices = True
     try:
         return original(self, *args, **kwargs)
     finally:
-        self.args.average_tokens_across_devices = False
+        self.args.average_tokens_across_devices = asked
 
 
 @PATCHES.on(Trainer, "_track_num_input_tokens")
@@ -220,9 +179,6 @@ def count_flos_once(original: Patch, self: Any) -> None:
     """Trainer sums over all ranks the operations of the whole model (DTensors count whole)."""
     self.current_flos /= state_of(self).tp
     original(self)
-
-
-# --- evaluation ---------------------------------------------------------------------------------
 
 
 @PATCHES.on(Trainer, "prediction_step")
@@ -254,17 +210,10 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``compute_metrics`` is the user's and may be random.
     """
     output = original(self, *args, **kwargs)
-    state = state_of(self)
     setattr(self, _SAMPLES, output.num_samples)
-    if state.tp > 1:
-        told = [output.metrics]
-        dist.broadcast_object_list(
-            told, src=dist.get_global_rank(state.group, 0), group=state.group
-        )
-        if state.rank > 0:
-            output.metrics.clear()
-            output.metrics.update(told[0])
-    return output
+    told = [output.metrics]
+    dist.broadcast_object_list(told, group=state_of(self).group, group_src=0)
+    return output._replace(metrics=told[0])
 
 
 def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
@@ -273,8 +222,7 @@ def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
     for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
         runtime = metrics.get(key.removesuffix(suffix) + "_runtime", 0)
         if runtime:
-            steps = math.ceil(samples / trainer.args.eval_batch_size)
-            metrics[key] = round(steps / runtime, 3)
+            metrics[key] = round(math.ceil(samples / trainer.args.eval_batch_size) / runtime, 3)
 
 
 @PATCHES.on(Trainer, "log")

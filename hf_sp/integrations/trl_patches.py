@@ -2,8 +2,6 @@
 
 TRL 1.16 scores tokens with a fused head of its own that reads ``lm_head.weight``: with DTensors it
 would gather the whole head in every step. Here the same outputs come from the vocab-parallel head.
-
-Versions named here: trl 1.16.
 """
 
 from __future__ import annotations
@@ -27,19 +25,24 @@ from hf_sp.state import parallel_state
 SUPPORTED = ("SFTTrainer", "DPOTrainer")
 """Trainers of TRL that are tested with parallelized models."""
 
+_REFUSED = {
+    "precompute_ref_log_probs": "TRL names its cache by a hash over each rank's whole weights",
+    "activation_offloading": "it has not been tested with sequence shards; "
+    "gradient_checkpointing=True has",
+}
 _IGNORE = -100
 
 
 def install(trainer: Any) -> None:
     """Make TRL's trainers right for parallelized models, if ``trainer`` is one of them.
 
-    Called while a Trainer is made: TRL is not imported for those who do not use it.
+    Called while a Trainer of ours is made: TRL is not imported for those who do not use it.
 
     Raises:
         ConfigError: another trainer of TRL, or arguments that need whole logits twice.
     """
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
-    if not names or parallel_state(trainer.model) is None:
+    if not names:
         return
     # The nearest one: TRL derives others from these two, a user's own class may too.
     if names[0] not in SUPPORTED:
@@ -49,30 +52,15 @@ def install(trainer: Any) -> None:
             rule="each trainer of TRL scores tokens in its own way; these are tested",
             legal=", ".join(SUPPORTED),
         )
-    _check_arguments(trainer.args)
+    for argument, rule in _REFUSED.items():
+        if getattr(trainer.args, argument, False):
+            raise ConfigError(
+                f"{argument}=True is not supported for a parallelized model",
+                where=type(trainer.args).__name__,
+                rule=rule,
+                legal=f"{argument}=False",
+            )
     patches().apply()
-
-
-def _check_arguments(args: Any) -> None:
-    if getattr(args, "precompute_ref_log_probs", False):
-        raise ConfigError(
-            "precompute_ref_log_probs=True is not supported for a parallelized model",
-            where=type(args).__name__,
-            rule="TRL names its cache by a hash over the whole weights of each rank",
-            legal="precompute_ref_log_probs=False",
-        )
-    if getattr(args, "activation_offloading", False):
-        raise ConfigError(
-            "activation_offloading=True is not supported for a parallelized model",
-            where=type(args).__name__,
-            rule="it has not been tested with sequence shards",
-            legal="activation_offloading=False, with gradient_checkpointing=True",
-        )
-
-
-def _is_ours(thing: Any) -> bool:
-    model = thing if isinstance(thing, nn.Module) else thing.model
-    return parallel_state(model) is not None
 
 
 @functools.cache
@@ -80,11 +68,12 @@ def patches() -> Patches:
     """The patches, made once TRL is there."""
     from trl.trainer import dpo_trainer, sft_trainer
 
-    table = Patches(_is_ours)
-    for module in (sft_trainer, dpo_trainer):
+    table = Patches(
+        lambda x: parallel_state(x if isinstance(x, nn.Module) else x.model) is not None
+    )
+    for module, trainer in zip((sft_trainer, dpo_trainer), SUPPORTED, strict=True):
         table.on(module, "add_fused_lm_head")(add_parallel_head)
-    for trainer in (sft_trainer.SFTTrainer, dpo_trainer.DPOTrainer):
-        table.on(trainer, "compute_loss")(count_tokens_once)
+        table.on(getattr(module, trainer), "compute_loss")(count_tokens_once)
     return table
 
 
@@ -165,11 +154,8 @@ def _output(found: TokenStatistics, targets: Tensor, items: Any, drop_last: bool
         mask = mask[:, :-1]
         found = TokenStatistics(*(None if x is None else x[:, :-1] for x in found))  # type: ignore[arg-type]
     count = mask.sum().clamp(min=1) if items is None else items
-    return FusedCausalLMOutput(
-        loss=-found.log_probs.sum() / count,
-        label_mask=mask,
-        **found._asdict(),
-    )
+    loss = -found.log_probs.sum() / count
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, **found._asdict())
 
 
 def count_tokens_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Cross entropy over logits whose vocabulary is split over the ranks of a group.
 
-Owns: the public function, its arguments and its autograd. Must not know: how the numbers are
-computed (``cross_entropy_steps``), modules, sequence shards.
+Owns the public function, its arguments and its autograd; ``cross_entropy_steps`` computes. Must not
+know modules, sequence shards.
 
 Shape letters: T tokens, V vocabulary, v local vocabulary columns.
 """
@@ -83,18 +83,11 @@ def vocab_parallel_cross_entropy(
             the vocabulary.
         ConfigError: an argument out of its range.
     """
-    axis = axis_of(group)
+    axis = _axis_of(group)
     _check(logits, labels, reduction)
-    vocab, start = place(logits.shape[-1], logits.device, axis, vocab_size, vocab_start)
+    vocab, start = _place(logits, axis, vocab_size, vocab_start)
     check_ids(labels, vocab, "labels", ignore_index)
-    terms = LossTerms(
-        vocab=vocab,
-        start=start,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        scale=scale,
-        triton=triton,
-    )
+    terms = LossTerms(vocab, start, ignore_index, softcap, scale, triton)
     loss = _CrossEntropy.apply(logits, labels.to(logits.device), axis, terms)
     if reduction == "none":
         return loss
@@ -126,11 +119,7 @@ class _CrossEntropy(Node):
         return out_Tv.view(logits.shape), None, None, None
 
 
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def axis_of(group: Group) -> Axis | None:
-    """A group in any of its forms as an ``Axis``."""
+def _axis_of(group: Group) -> Axis | None:
     if group is None or isinstance(group, Axis):
         return group
     if isinstance(group, DeviceMesh):
@@ -162,24 +151,13 @@ def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
         )
 
 
-def place(
-    columns: int,
-    device: torch.device,
-    axis: Axis | None,
-    vocab_size: int | None,
-    vocab_start: int | None,
+def _place(
+    logits: Tensor, axis: Axis | None, vocab_size: int | None, vocab_start: int | None
 ) -> tuple[int, int]:
-    """Size of the whole vocabulary and first column of a rank that has ``columns`` of it.
-
-    Collectives: 1 all-gather of a number and a synchronisation, if vocab_size is not given.
-
-    Raises:
-        ShapeError: the columns are not this rank's part.
-    """
-    start = vocab_start
+    """Size of the whole vocabulary, and this rank's first column."""
+    columns, start = logits.shape[-1], vocab_start
     if vocab_size is None and axis is not None:
-        mine = torch.tensor([columns], device=device)
-        sizes = comm.all_gather(mine, axis).tolist()
+        sizes = comm.all_gather(torch.tensor([columns], device=logits.device), axis).tolist()
         vocab_size = sum(sizes)
         start = sum(sizes[: axis.rank]) if start is None else start
     elif vocab_size is None:

@@ -1,18 +1,16 @@
 """The three steps of the vocab-parallel cross entropy, for logits of one's own to overwrite.
 
-Owns: statistics of the local columns, their combination over the ranks, the gradient; each as a
-Triton kernel where it can run, in torch elsewhere. Must not know: autograd, modules, sequence
-shards, how the logits came to be.
+Statistics of the local columns, their combination over the ranks, the gradient. Must not know
+autograd, modules, sequence shards, how the logits came to be.
 
 Shape letters: T tokens, V vocabulary, v local vocabulary columns.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +32,8 @@ class LossTerms:
     ``z = softcap * tanh(scale * x / softcap)`` (``scale * x`` without a cap), then
     ``logsumexp(z) - z[label]``.
 
-    Args:
-        vocab: columns of all ranks.
-        start: first column of this rank.
-        ignore_index: label of tokens that do not count.
-        softcap: bound of the logits, None for none.
-        scale: factor of the logits, applied before the cap.
-        triton: run the Triton kernels where they can.
+    ``vocab`` counts the columns of all ranks, ``start`` is this rank's first; the others are those
+    of ``vocab_parallel_cross_entropy``.
     """
 
     vocab: int
@@ -73,16 +66,11 @@ def token_statistics(
     """What this rank knows of each row: peak, ``sum(exp(z - peak))``, target.
 
     The target's logit counts on the rank that has its column and is 0 elsewhere. Rows to ignore may
-    hold anything.
+    hold anything. ``config`` is for a sweep of the Triton kernel's settings.
 
-    Shapes:   logits [T, v], labels [T] -> [3, T] in float32 (float64 for float64)
+    Shapes:   logits [T, v], this rank's columns; labels [T], global ids in int64 -> [3, T] in
+              float32 (float64 for float64)
     Bytes:    each logit is read once
-
-    Args:
-        logits_Tv: this rank's columns.
-        labels_T: global ids, int64.
-        terms: the loss.
-        config: warps and block of the Triton kernel, for a sweep.
     """
     T, v = logits_Tv.shape
     wide = torch.promote_types(logits_Tv.dtype, torch.float32)
@@ -91,17 +79,9 @@ def token_statistics(
         stats = logits_Tv.new_zeros((3, T), dtype=wide)
         stats[0].fill_(-torch.inf)
         return stats
-    kernels = _kernels(logits_Tv, terms)
+    kernels = dispatch.cross_entropy_kernels(logits_Tv) if terms.triton else None
     if kernels is not None:
-        return kernels.launch_statistics(
-            _rows(logits_Tv),
-            labels_T,
-            start=terms.start,
-            ignore_index=terms.ignore_index,
-            scale=terms.scale,
-            softcap=terms.softcap or 0.0,
-            config=config,
-        )
+        return kernels.launch_statistics(_rows(logits_Tv), labels_T, terms, config)
     slabs = (_slab_statistics(logits_Tv[rows], labels_T[rows], terms) for rows in _slabs(T, v))
     return torch.cat(list(slabs), 1)
 
@@ -140,49 +120,24 @@ def write_gradient(
 ) -> Tensor:
     """Gradient of the logits, ``[T, v]`` in their dtype, rounded once; exact zeros if ignored.
 
-    Bytes: each logit is read once and written once.
-
-    Args:
-        logits_Tv: this rank's columns.
-        labels_T: global ids.
-        whole: of ``combine``.
-        terms: the loss.
-        dloss: gradient of the tokens' losses, one number or ``[T]``; None is 1.
-        out: where to; by default the logits themselves.
-        config: warps and block of the Triton kernel, for a sweep.
+    Each logit is read once and written once: to ``out``, or in the logits' place. ``whole`` is what
+    ``combine`` returned, ``dloss`` the gradient of the losses, one number or ``[T]`` (None is 1).
     """
     T, v = logits_Tv.shape
     out = logits_Tv if out is None else out
     if T == 0 or v == 0:
         return out
-    kernels = _kernels(logits_Tv, terms)
+    kernels = dispatch.cross_entropy_kernels(logits_Tv) if terms.triton else None
     if kernels is None:
         for rows in _slabs(T, v):
-            grad = _slab_gradient(
-                logits_Tv[rows],
-                labels_T[rows],
-                whole.peak[rows],
-                whole.sum[rows],
-                dloss if dloss is None or dloss.dim() == 0 else dloss[rows],
-                terms,
-            )
-            out[rows] = grad
+            up = dloss if dloss is None or dloss.dim() == 0 else dloss[rows]
+            peak, total = whole.peak[rows], whole.sum[rows]
+            out[rows] = _slab_gradient(logits_Tv[rows], labels_T[rows], peak, total, up, terms)
         return out
-    straight = out.stride(-1) == 1
+    straight = out.stride(1) == 1
     target = out if straight else torch.empty_like(out, memory_format=torch.contiguous_format)
-    kernels.launch_gradient(
-        _rows(logits_Tv),
-        target,
-        labels_T,
-        whole.peak,
-        whole.sum,
-        None if dloss is None else dloss.float(),
-        start=terms.start,
-        ignore_index=terms.ignore_index,
-        scale=terms.scale,
-        softcap=terms.softcap or 0.0,
-        config=config,
-    )
+    up = None if dloss is None else dloss.float()
+    kernels.launch_gradient(_rows(logits_Tv), target, labels_T, whole, up, terms, config)
     return out if straight else out.copy_(target)
 
 
@@ -190,18 +145,10 @@ def _rows(x_Tv: Tensor) -> Tensor:
     return x_Tv if x_Tv.stride(1) == 1 else x_Tv.contiguous()
 
 
-def _kernels(x: Tensor, terms: LossTerms) -> Any | None:
-    """The Triton launchers, where they can run; None sends the work to torch."""
-    if not terms.triton or not dispatch.usable(x):
-        return None
-    return importlib.import_module("hf_sp.kernels.cross_entropy_triton")
-
-
 # --- the same in torch --------------------------------------------------------------------------
 
 
 def _slabs(T: int, v: int) -> Iterator[slice]:
-    """Rows that are held in float32 at a time."""
     step = max(1, _SLAB // v)
     return (slice(first, min(first + step, T)) for first in range(0, T, step))
 

@@ -1,10 +1,8 @@
-"""Triton kernels of the vocab-parallel cross entropy: statistics of a row, and its gradient.
+"""Triton kernels of the vocab-parallel cross entropy, with their launchers and launch settings.
 
-Owns: the kernels, their launchers and launch settings. Must not know: ranks, autograd, who calls.
-Imported only where triton is; the same numbers in torch stand in ``cross_entropy.py``.
-
-Each kernel reads a logit once; together they move 6 bytes for each half-precision logit. Both
-compute in float32 and in one order, without atomics: the same input gives the same bits.
+Must not know ranks or autograd. Imported at the first launch only; the same in torch stands in
+``cross_entropy_steps.py``. Both kernels compute in float32 and in one order, without atomics: the
+same input gives the same bits.
 
 Shape letters: T tokens, v local vocabulary rows.
 """
@@ -17,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 import hf_sp.kernels.launch as dispatch
+from hf_sp.kernels.cross_entropy_steps import Combined, LossTerms
 from hf_sp.kernels.table import LaunchConfig, next_power_of_2
 
 STATISTICS = LaunchConfig(warps=8, block=4096)
@@ -106,7 +105,6 @@ def gradient_kernel(
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
-    # A row that does not count is not read.
     read = lanes < tl.where(counted, columns, 0)
     x = tl.load(logits_ptr + row * row_stride + lanes, mask=read, other=0.0)
     z, slope = _mapped(x.to(tl.float32), SCALE, CAP)
@@ -123,19 +121,9 @@ def gradient_kernel(
 
 
 def launch_statistics(
-    logits_Tv: Tensor,
-    labels_T: Tensor,
-    *,
-    start: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-    config: LaunchConfig | None = None,
+    logits_Tv: Tensor, labels_T: Tensor, terms: LossTerms, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Statistics ``[3, T]`` in float32 of logits ``[T, v]`` with columns side by side.
-
-    ``softcap`` 0 means none. T and v must not be 0.
-    """
+    """Statistics ``[3, T]`` in float32 of logits with columns side by side; T and v not 0."""
     T, v = logits_Tv.shape
     config = config or STATISTICS
     out = logits_Tv.new_empty((3, T), dtype=torch.float32)
@@ -148,10 +136,10 @@ def launch_statistics(
         T,
         v,
         logits_Tv.stride(0),
-        start,
-        ignore_index,
-        SCALE=scale,
-        CAP=softcap,
+        terms.start,
+        terms.ignore_index,
+        SCALE=terms.scale,
+        CAP=terms.softcap or 0.0,
         BLOCK=_block(config, v),
         num_warps=config.warps,
     )
@@ -162,20 +150,12 @@ def launch_gradient(
     logits_Tv: Tensor,
     out_Tv: Tensor,
     labels_T: Tensor,
-    peak_T: Tensor,
-    sum_T: Tensor,
+    whole: Combined,
     dloss: Tensor | None,
-    *,
-    start: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
+    terms: LossTerms,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Write the gradient into ``out``, which may be the logits themselves.
-
-    ``dloss`` is float32, one number or ``[T]``. T and v must not be 0.
-    """
+    """Write the gradient into ``out``, which may be the logits; ``dloss`` in float32."""
     T, v = logits_Tv.shape
     config = config or GRADIENT
     block = _block(config, v)
@@ -185,17 +165,17 @@ def launch_gradient(
         logits_Tv,
         out_Tv,
         labels_T,
-        peak_T,
-        sum_T,
-        peak_T if dloss is None else dloss,
+        whole.peak,
+        whole.sum,
+        whole.peak if dloss is None else dloss,
         v,
         logits_Tv.stride(0),
         out_Tv.stride(0),
         0 if dloss is None or dloss.dim() == 0 else dloss.stride(0),
-        start,
-        ignore_index,
-        SCALE=scale,
-        CAP=softcap,
+        terms.start,
+        terms.ignore_index,
+        SCALE=terms.scale,
+        CAP=terms.softcap or 0.0,
         HAS_DLOSS=dloss is not None,
         BLOCK=block,
         num_warps=config.warps,

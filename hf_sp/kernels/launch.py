@@ -7,7 +7,6 @@ kernels compute. Importing it imports no triton.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -60,45 +59,30 @@ def usable(x: Tensor, *others: Tensor | None) -> bool:
             or one.dim() == 0
         ):
             return False
-    return _cuda_usable(device.index) if x.is_cuda else device.type == "cpu" and _has_triton()
+    known = _cuda_usable(device.index) if x.is_cuda else device.type == "cpu"
+    return known and _has_triton()
 
 
 def norm_kernels(x: Tensor, *others: Tensor | None, backward: bool = False) -> Any | None:
-    """The module with the norm's launchers, or None where torch must do it.
-
-    Args:
-        x: the rows.
-        others: the weight, and further tensors shaped like x.
-        backward: whether the backward's limit on N counts.
-    """
-    if not (x.is_cuda or interpreter):
-        return None
+    """The module with the norm's launchers, or None where torch must do it."""
     limit = table.MAX_BACKWARD if backward else table.MAX_FORWARD
-    return _module("norm_triton") if x.shape[-1] <= limit and usable(x, *others) else None
+    return _module("norm_triton") if usable(x, *others) and x.shape[-1] <= limit else None
 
 
 def swiglu_kernels(gate: Tensor, *others: Tensor) -> Any | None:
-    """The module with SwiGLU's launchers, or None where torch must do it.
-
-    Args:
-        gate: the gate projection.
-        others: further tensors, which must have its dtype.
-    """
-    if not (gate.is_cuda or interpreter):
+    """The module with SwiGLU's launchers, or None where torch must do it."""
+    if not usable(gate, *others) or any(x.dtype != gate.dtype for x in others):
         return None
-    alike = all(x.dtype == gate.dtype for x in others)
-    return _module("swiglu_triton") if alike and usable(gate, *others) else None
+    return _module("swiglu_triton")
+
+
+def cross_entropy_kernels(logits: Tensor) -> Any | None:
+    """The module with the loss's launchers, or None where torch must do it."""
+    return _module("cross_entropy_triton") if usable(logits) else None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Launch a kernel on the device of its first argument.
-
-    Args:
-        kernel: a function decorated with ``triton.jit``.
-        grid: number of programs.
-        args: the kernel's arguments, a tensor first.
-        kwargs: constexpr arguments and launch options.
-    """
+    """Launch a ``triton.jit`` function on the device of its first argument, a tensor."""
     launches[kernel.fn.__name__] += 1
     device = args[0].get_device()
     if device < 0:
@@ -111,10 +95,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
             kernel[grid](*args, **OPTIONS, **kwargs)
 
 
+@cache
 def programs(device: torch.device, per_sm: int) -> int:
     """How many programs a persistent kernel runs: fixed per kind of device, so sums are too."""
     if device.type == "cuda":
-        return _sm_count(device.index) * per_sm
+        return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
     # In the interpreter few, so that each one's loop really runs.
     return 2
 
@@ -127,8 +112,6 @@ def _module(name: str) -> Any:
 @cache
 def _has_triton() -> bool:
     # Found is not enough: a triton that does not fit this Python or libc fails at import.
-    if importlib.util.find_spec("triton") is None:
-        return False
     try:
         importlib.import_module("triton.language")
     except ImportError:
@@ -138,11 +121,4 @@ def _has_triton() -> bool:
 
 @cache
 def _cuda_usable(index: int) -> bool:
-    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
-        return False
-    return _has_triton()
-
-
-@cache
-def _sm_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)

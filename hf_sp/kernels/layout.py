@@ -1,7 +1,7 @@
 """Rows of tensors as two strides, so that views are read where they lie.
 
-Owns the collapse of leading dimensions. Must not know what is computed on the rows. All of it
-depends on shapes and strides alone, and is worked out once for each: a launch only looks it up.
+Must not know what is computed on the rows. All of it depends on shapes and strides alone, and is
+worked out once for each: a launch only looks it up.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ class Rows:
 
 
 def rows_of(tensors: Sequence[Tensor | None], lead: Tensor) -> Rows | None:
-    """Collapse the leading dimensions to at most two levels that all tensors share.
+    """Collapse the leading dimensions to two levels that all tensors share; None if it takes three.
 
     Args:
         tensors: shaped as lead (a tensor of one number per row may lack the last dimension), in the
             order in which the strides are wanted; a missing one gets lead's.
         lead: the tensor whose order in memory is the order of the walk.
-
-    Returns:
-        The walk, or None where it would take three levels.
     """
     order = lead.stride()
     strides = tuple([order if x is None else x.stride() for x in tensors])
@@ -60,25 +57,16 @@ def _collapse(shape: _Shape, order: _Shape, strides: tuple[_Shape, ...]) -> Rows
             levels.append((size, steps))
     if len(levels) > 2:
         return None
-    none = [0] * len(strides)
-    if len(levels) < 2:
-        # One level: inner is 1, which the compiler takes for a constant, and no division is left.
-        outer_size, outer = levels[0] if levels else (1, none)
-        inner_size, inner = 1, none
-    else:
-        (outer_size, outer), (inner_size, inner) = levels
+    # An inner size of 1 is a constant to the compiler, and no division is left.
+    levels += [(1, [0] * len(strides))] * (2 - len(levels))
+    (outer_size, outer), (inner_size, inner) = levels
     return Rows(outer_size * inner_size, inner_size, tuple(zip(outer, inner, strict=True)))
 
 
 def readable(lead: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    """Inputs whose rows are contiguous and can be walked together: views if possible, else copies.
+    """``(lead, *others)``, alike in shape, such that the rows can be walked together.
 
-    Args:
-        lead: keeps its order in memory if any can.
-        others: shaped as lead.
-
-    Returns:
-        ``(lead, *others)``.
+    As they are if possible, else copies; lead keeps its order in memory if any can.
     """
     tensors = (lead, *others)
     if _together(lead.shape, tuple([x.stride() for x in tensors])):

@@ -5,16 +5,16 @@ Must not know how the kernels work, modules, or ranks: a caller sums the weight'
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import hf_sp.kernels.blocks as blocks
 import hf_sp.kernels.launch as dispatch
 import hf_sp.kernels.reference as reference
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ConfigError, ShapeError
+from hf_sp.kernels.blocks import by_blocks
 from hf_sp.kernels.reference import CASTINGS, Casting
 
 
@@ -41,15 +41,15 @@ def rms_norm(
                float64 bits show it)
     ========== ===================================================== ====================
 
-    Shapes: x ``[..., N]``, weight ``[N]``; rows may be tokens or heads (q_norm). A slice of a fused
-    projection and sequence-major memory are read where they lie. y has x's memory layout.
+    Shapes: x ``[..., N]``, weight ``[N]`` -> y ``[..., N]`` with x's memory layout; rows may be
+    tokens or heads (q_norm). A slice of a fused projection and sequence-major memory are read where
+    they lie.
 
     Saved for backward: x, rstd (float32, one number per row) and the weight. Backward works in
     float32 and rounds once, so it is closer to the true gradient than autograd over the modules'
     operations; it never writes into the incoming gradient, uses no atomics, and gives the same bits
-    every time on one kind of device. Not differentiable twice. No collective.
-
-    Under torch.compile these are the plain torch operations, which trace.
+    every time on one kind of device. Not differentiable twice. No collective. Under torch.compile
+    these are the plain torch operations, which trace.
 
     Args:
         x: ``[..., N]``, a floating dtype.
@@ -59,9 +59,6 @@ def rms_norm(
         casting: where it rounds, see the table.
         triton: False keeps to torch operations.
 
-    Returns:
-        ``y [..., N]``.
-
     Raises:
         ConfigError: casting, eps or offset cannot be worked with.
         ShapeError: shapes, dtypes or devices do not fit.
@@ -69,7 +66,8 @@ def rms_norm(
     _check(x, weight, eps, offset, casting)
     if torch.compiler.is_compiling():
         return reference.rms_norm(x, weight, eps, offset, casting)[0]
-    return RmsNorm.apply(x, weight, eps, offset, casting, triton)
+    options = {"offset": offset, "casting": casting, "triton": triton}
+    return RmsNorm.apply(x, weight, eps, options)
 
 
 def rms_norm_forward(
@@ -89,13 +87,8 @@ def rms_norm_forward(
     kernels = dispatch.norm_kernels(x, weight) if triton else None
     if kernels is not None:
         return kernels.rms_norm(x, weight, eps, offset, casting)
-    if x.numel() <= blocks.BLOCK:
-        return reference.rms_norm(x, weight, eps, offset, casting)
-
-    def block(x: Tensor) -> blocks.Results:
-        return reference.rms_norm(x, weight, eps, offset, casting)
-
-    return cast(tuple[Tensor, Tensor], blocks.by_blocks(block, x))
+    y, rstd = by_blocks(lambda x: reference.rms_norm(x, weight, eps, offset, casting), x)
+    return y, rstd
 
 
 def rms_norm_backward(
@@ -111,19 +104,9 @@ def rms_norm_backward(
     need_dw: bool = True,
     triton: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The backward pass, unchecked, for where autograd does not record.
+    """The backward pass, unchecked, for where autograd does not record: dy is left as it is.
 
-    Args:
-        dy: gradient of y, ``[..., N]``; left as it is.
-        x: the norm's input, ``[..., N]``.
-        rstd: ``[...]`` in float32, from the forward.
-        weight: ``[N]`` or None.
-        eps: as in the forward, like offset and casting.
-        offset: see :func:`rms_norm`.
-        casting: see :func:`rms_norm`.
-        need_dx: whether the gradient of x is wanted.
-        need_dw: whether the gradient of the weight is wanted.
-        triton: False keeps to torch operations.
+    ``rstd [...]`` is the forward's, and the other arguments as they were there.
 
     Returns:
         ``(dx in x.dtype, dw [N], not rounded yet)``: dw in float32, in float64 where float64 is
@@ -137,32 +120,22 @@ def rms_norm_backward(
     kernels = dispatch.norm_kernels(x, weight, dy, backward=True) if triton else None
     if kernels is not None:
         return kernels.rms_norm_backward(dy, x, rstd, weight, offset, casting, need_dx, need_dw)
-    if x.numel() <= blocks.BLOCK:
+
+    def block(x: Tensor, rstd: Tensor, dy: Tensor) -> tuple:
         return reference.rms_norm_backward(dy, x, rstd, weight, offset, casting, need_dx, need_dw)
 
-    def block(x: Tensor, rstd: Tensor, dy: Tensor) -> blocks.Results:
-        return reference.rms_norm_backward(dy, x, rstd, weight, offset, casting, need_dx, need_dw)
-
-    dx, dw = blocks.by_blocks(block, x, rstd, dy, summed=1)
+    dx, dw = by_blocks(block, x, rstd, dy, summed=1)
     return dx, dw
 
 
 class RmsNorm(Node):
-    """Autograd's view of :func:`rms_norm`. Saves x, rstd and the weight."""
+    """Autograd's view of :func:`rms_norm`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        offset: float,
-        casting: Casting,
-        triton: bool,
-    ) -> Tensor:
-        """Compute y; arguments as in :func:`rms_norm`."""
-        ctx.eps, ctx.options = eps, {"offset": offset, "casting": casting, "triton": triton}
-        y, rstd = rms_norm_forward(x, weight, eps, **ctx.options)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, options: dict) -> Tensor:
+        """Compute y."""
+        ctx.eps, ctx.options = eps, options
+        y, rstd = rms_norm_forward(x, weight, eps, **options)
         ctx.save_for_backward(x, rstd, weight)
         return y
 
@@ -175,11 +148,10 @@ class RmsNorm(Node):
         dx, dw = rms_norm_backward(
             grads[0], x, rstd, weight, ctx.eps, need_dx=need_dx, need_dw=need_dw, **ctx.options
         )
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
 def _check(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str) -> None:
-    """Refuse what :func:`rms_norm` cannot work with, before anything is computed."""
     where = "hf_sp.kernels.rms_norm"
     if casting not in CASTINGS:
         raise ConfigError(
@@ -216,11 +188,7 @@ def _check(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting:
         raise ShapeError(
             "This weight does not fit the rows that are to be normalised.",
             where=f"{where}(weight)",
-            got=f"weight {_about(weight)}, x {_about(x)}",
-            rule="one weight per element of the last dimension, on x's device",
+            got=f"{list(weight.shape)} {weight.dtype} on {weight.device}",
+            rule="one floating point weight per element of x's last dimension, on x's device",
             legal=f"[{x.shape[-1]}] on {x.device}, or None",
         )
-
-
-def _about(x: Tensor) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}"

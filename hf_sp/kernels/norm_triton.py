@@ -1,7 +1,7 @@
 """Triton kernels of RMSNorm, with their launchers.
 
-Owns the tiles and the addressing; the arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits
-of the forward with it. Must not know autograd. Imported at the first launch only.
+The arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits of the forward with it. Must not
+know autograd. Imported at the first launch only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 import hf_sp.kernels.launch as dispatch
 import hf_sp.kernels.table as table
 from hf_sp.kernels.layout import readable, rows_of
-from hf_sp.kernels.reference import Casting, rms_norm_dtype
+from hf_sp.kernels.reference import Casting
 from hf_sp.kernels.table import LaunchConfig
 
 # Written with care for the interpreter: everything is float32 before arithmetic (its bfloat16 is
@@ -109,15 +109,14 @@ def rms_norm_backward_kernel(
     # Block b always goes to program b % programs, and in this order: the same sum every time.
     for block in tl.range(pid, (rows + ROWS - 1) // ROWS, tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
-        live = (row < rows)[:, None] & (col < N)
+        inside = (row < rows)[:, None]
+        live = inside & (col < N)
         outer = (row // inner).to(tl.int64)[:, None]
         within = (row % inner).to(tl.int64)[:, None]
         dy = tl.load(DY + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
         x = tl.load(X + outer * x_outer + within * x_inner + col, mask=live, other=0.0)
         # 0 in rows past the end, whatever eps is: they add nothing to dw.
-        rstd = tl.load(
-            RSTD + outer * q_outer + within * q_inner, mask=(row < rows)[:, None], other=0.0
-        )
+        rstd = tl.load(RSTD + outer * q_outer + within * q_inner, mask=inside, other=0.0)
         dy32 = dy.to(tl.float32)
         xhat = x.to(tl.float32) * rstd
         if NEED_DW:
@@ -126,16 +125,12 @@ def rms_norm_backward_kernel(
             else:
                 dw += dy32 * xhat
         if NEED_DX:
+            g = dy32
             if HAS_W:
                 g = dy32 * w
-            else:
-                g = dy32
             dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=1, keep_dims=True) / N))
-            tl.store(
-                DX + outer * d_outer + within * d_inner + col,
-                dx.to(DX.dtype.element_ty),
-                mask=live,
-            )
+            dx = dx.to(DX.dtype.element_ty)
+            tl.store(DX + outer * d_outer + within * d_inner + col, dx, mask=live)
     if NEED_DW:
         total = tl.sum(dw, axis=0, keep_dims=True)
         tl.store(DW + pid.to(tl.int64) * N + col, total, mask=col < N)
@@ -150,23 +145,13 @@ def rms_norm(
     *,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward.
-
-    Args:
-        x: ``[..., N]``, N up to ``table.MAX_FORWARD``, as ``launch.norm_kernels`` accepts.
-        weight: ``[N]`` or None.
-        eps: see :func:`hf_sp.kernels.norm.rms_norm`, like the next two.
-        offset: see eps.
-        casting: see eps.
-        config: in place of the table's.
-
-    Returns:
-        ``(y, rstd [...])``.
-    """
+    """Launch the forward, ``(y, rstd [...])``; ``config`` instead of the table's."""
     n = x.shape[-1]
     config = config or table.norm_forward(n)
     (x,) = readable(x)
-    dtype = rms_norm_dtype(x.dtype, None if weight is None else weight.dtype, casting)
+    # Only the llama form promotes with the weight.
+    wide = x if weight is None or casting != "llama" else weight
+    dtype = torch.promote_types(x.dtype, wide.dtype)
     y = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty_like(x[..., 0], dtype=torch.float32)
     walk = rows_of([x, y, rstd], x)
@@ -205,25 +190,7 @@ def rms_norm_backward(
     *,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward.
-
-    Args:
-        dy: ``[..., N]``, N up to ``table.MAX_BACKWARD``; read only.
-        x: ``[..., N]``.
-        rstd: ``[...]``, float32.
-        weight: ``[N]`` or None.
-        offset: see :func:`hf_sp.kernels.norm.rms_norm`, like the next.
-        casting: see offset.
-        need_dx: whether the first result is wanted.
-        need_dw: whether the second one is.
-        config: in place of the table's.
-
-    Returns:
-        ``(dx in x.dtype, dw [N] in float32)``; None for what is not needed.
-    """
-    need_dw = need_dw and weight is not None
-    if not (need_dx or need_dw):
-        return None, None
+    """Launch the backward: ``(dx, dw [N] in float32)``, None for what is not needed."""
     n = x.shape[-1]
     config = config or table.norm_backward(n)
     x, dy = readable(x, dy)

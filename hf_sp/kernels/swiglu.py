@@ -1,44 +1,33 @@
 """SwiGLU, ``silu(gate) * up``, that keeps gate and up for backward and nothing else.
 
-Owns the public function, its autograd pair and the checks of its arguments. Must not know how the
-kernels work, linear layers, or ranks.
+Must not know how the kernels work, linear layers, or ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import hf_sp.kernels.blocks as blocks
 import hf_sp.kernels.launch as dispatch
 import hf_sp.kernels.reference as reference
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ShapeError
+from hf_sp.kernels.blocks import by_blocks
 
 
 def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
-    """``silu(gate) * up`` with Hugging Face's roundings, saving gate and up only.
+    """``silu(gate) * up`` with Hugging Face's roundings.
 
-    torch's autograd would save silu(gate) as well: a third more activation memory in every MLP.
-
-    Shapes ``[..., f]``, both alike; any floating dtype; any strides (halves of one fused buffer and
-    sequence-major memory are read where they lie). The result has gate's memory layout.
-
-    Precision: silu is rounded to the dtype before the product, as in ``act_fn(gate) * up``, so the
-    result has the same bits but for last-bit differences of ``exp``. Gradients are computed in
-    float32 and rounded once, which autograd does twice. Not differentiable twice.
-
-    Under torch.compile this is the plain expression.
-
-    Args:
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        triton: False keeps to torch operations.
-
-    Returns:
-        ``[..., f]`` in the promoted dtype of both.
+    Shapes:    gate, up ``[..., f]``, of any strides (halves of one fused buffer and sequence-major
+               memory are read where they lie) -> ``[..., f]`` with gate's memory layout
+    dtype:     any floating ones -> the promoted one. silu is rounded before the product, as in
+               ``act_fn(gate) * up``: the same bits but for last-bit differences of ``exp``.
+               Gradients are computed in float32 and rounded once, which autograd does twice
+    Saves:     gate and up; autograd would save silu(gate) too, a third more memory in every MLP
+    No collective. Not differentiable twice. Under torch.compile this is the plain expression;
+    ``triton=False`` keeps to torch operations.
 
     Raises:
         ShapeError: shapes or devices differ, or a dtype is not floating.
@@ -50,13 +39,9 @@ def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
-    """The forward pass, unchecked, for where autograd does not record: arguments of ``swiglu``.
-
-    Returns:
-        ``[..., f]``, bit-equal to :func:`swiglu` of the same arguments.
-    """
+    """The forward pass, unchecked, for where autograd does not record: the bits of ``swiglu``."""
     kernels = dispatch.swiglu_kernels(gate, up) if triton else None
-    return reference.swiglu(gate, up) if kernels is None else kernels.swiglu(gate, up)
+    return (kernels or reference).swiglu(gate, up)
 
 
 def swiglu_backward(
@@ -64,12 +49,8 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The backward pass, unchecked, for where autograd does not record.
 
-    Args:
-        dz: gradient of the product, ``[..., f]``.
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        product: also return ``z``, bit-equal to the forward's, so that it need not be saved.
-        triton: False keeps to torch operations.
+    ``dz [..., f]`` is left as it is. ``product``: also make ``z``, bit-equal to the forward's, so
+    that it need not be saved.
 
     Returns:
         ``(dgate, dup, z or None)``, each in the layout and dtype of gate, up and gate.
@@ -77,22 +58,20 @@ def swiglu_backward(
     kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
     if kernels is not None:
         return kernels.swiglu_backward(dz, gate, up, product=product)
-    if gate.numel() <= blocks.BLOCK:
+
+    def block(gate: Tensor, up: Tensor, dz: Tensor) -> tuple:
         return reference.swiglu_backward(dz, gate, up, product)
 
-    def block(gate: Tensor, up: Tensor, dz: Tensor) -> blocks.Results:
-        return reference.swiglu_backward(dz, gate, up, product)
-
-    dgate, dup, z = blocks.by_blocks(block, gate, up, dz)
-    return cast(Tensor, dgate), cast(Tensor, dup), z
+    dgate, dup, z = by_blocks(block, gate, up, dz)
+    return dgate, dup, z
 
 
 class SwiGlu(Node):
-    """Autograd's view of :func:`swiglu`. Saves gate and up."""
+    """Autograd's view of :func:`swiglu`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, triton: bool) -> Tensor:
-        """Compute the product; arguments as in :func:`swiglu`."""
+        """Compute the product."""
         ctx.triton = triton
         ctx.save_for_backward(gate, up)
         return swiglu_forward(gate, up, triton=triton)
@@ -108,10 +87,11 @@ class SwiGlu(Node):
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
+    where = "hf_sp.kernels.swiglu(gate, up)"
     if gate.shape != up.shape or gate.device != up.device:
         raise ShapeError(
             "swiglu needs a gate and an up projection of one shape on one device.",
-            where="hf_sp.kernels.swiglu(gate, up)",
+            where=where,
             got=f"gate {list(gate.shape)} on {gate.device}, up {list(up.shape)} on {up.device}",
             rule="the product is elementwise, and never broadcasts",
             legal="two tensors [..., f] alike",
@@ -119,7 +99,7 @@ def _check(gate: Tensor, up: Tensor) -> None:
     if not (gate.is_floating_point() and up.is_floating_point()):
         raise ShapeError(
             "swiglu works on floating point numbers.",
-            where="hf_sp.kernels.swiglu(gate, up)",
+            where=where,
             got=f"gate {gate.dtype}, up {up.dtype}",
             legal="float32, bfloat16, float16, float64",
         )

@@ -1,7 +1,7 @@
 """Triton kernels of SwiGLU, with their launchers.
 
-Owns the tiles and the addressing; the arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits
-of the product with it. Must not know autograd. Imported at the first launch only.
+The arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits of the product with it. Must not
+know autograd. Imported at the first launch only.
 """
 
 from __future__ import annotations
@@ -103,16 +103,7 @@ def swiglu_backward_kernel(
 
 
 def swiglu(gate: Tensor, up: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
-    """Launch the forward.
-
-    Args:
-        gate: ``[..., f]``.
-        up: ``[..., f]``, same dtype.
-        config: in place of the table's.
-
-    Returns:
-        ``[..., f]``, laid out as gate.
-    """
+    """Launch the forward; ``config`` instead of the table's."""
     gate, up = readable(gate, up)
     z = torch.empty_like(gate)
     _launch(swiglu_forward_kernel, gate, [gate, up, z], config)
@@ -127,18 +118,7 @@ def swiglu_backward(
     product: bool = False,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch the backward.
-
-    Args:
-        dz: ``[..., f]``; read only.
-        gate: ``[..., f]``.
-        up: ``[..., f]``.
-        product: also write z again.
-        config: in place of the table's.
-
-    Returns:
-        ``(dgate, dup, z or None)``, laid out as gate.
-    """
+    """Launch the backward: ``(dgate, dup, z or None)``, laid out as gate."""
     gate, up, dz = readable(gate, up, dz)
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     z = torch.empty_like(gate) if product else None
@@ -150,12 +130,11 @@ def swiglu_backward(
 def _launch(
     kernel: Any, lead: Tensor, tensors: list[Tensor], config: LaunchConfig | None, **options: Any
 ) -> None:
-    config = config or table.swiglu()
+    config = config or table.SWIGLU
     walk = rows_of(tensors, lead)
     assert walk is not None
-    n = lead.shape[-1]
-    rows, inner, strides = walk.count, walk.inner, walk.strides
-    if inner == 1 and all(outer == n for outer, _ in strides):
+    rows, n = walk.count, lead.shape[-1]
+    if walk.inner == 1 and all(outer == n for outer, _ in walk.strides):
         rows, n = 1, rows * n  # no gaps between the rows: one row, and no ragged tile at each end
     tiles = (n + config.block - 1) // config.block
     dispatch.launch(
@@ -164,8 +143,8 @@ def _launch(
         *tensors,
         n,
         tiles,
-        inner,
-        *chain.from_iterable(strides),
+        walk.inner,
+        *chain.from_iterable(walk.strides),
         BLOCK=config.block,
         num_warps=config.warps,
         **options,

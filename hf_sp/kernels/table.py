@@ -1,7 +1,7 @@
 """Launch settings of the kernels: one fixed table, so that all ranks and all runs launch alike.
 
-Owns the numbers; a benchmark may hand the launchers others. Must not know kernels or tensors. There
-is no tuning at run time: it stalls the first step, and lets each rank choose for itself.
+A benchmark may hand the launchers others. Must not know kernels or tensors. There is no tuning at
+run time: it stalls the first step, and lets each rank choose for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LaunchConfig:
         rows: rows per tile (norms).
         stages: depth of the load pipeline of a loop over rows (norm backward).
         per_sm: programs per multiprocessor (norm backward); each holds one partial weight gradient.
-        block: elements per tile (swiglu).
+        block: elements per tile (swiglu, cross entropy).
     """
 
     warps: int
@@ -31,6 +31,10 @@ class LaunchConfig:
     stages: int = 1
     per_sm: int = 1
     block: int = 1024
+
+
+# Both SwiGLU kernels: eight bf16 elements (16 bytes) per thread and tensor.
+SWIGLU = LaunchConfig(warps=4, block=1024)
 
 
 def next_power_of_2(n: int) -> int:
@@ -59,9 +63,3 @@ def norm_backward(n: int) -> LaunchConfig:
     if width <= 2048:
         return LaunchConfig(warps=4, stages=2, per_sm=4)
     return LaunchConfig(warps=8 if width <= 4096 else 16, stages=2, per_sm=2)
-
-
-@cache
-def swiglu() -> LaunchConfig:
-    """Settings of both SwiGLU kernels: eight bf16 elements (16 bytes) per thread and tensor."""
-    return LaunchConfig(warps=4, block=1024)

@@ -1,4 +1,8 @@
-"""Entry and exit of a TP block, as hooks: all-gather and reduce-scatter (without sp: all-reduce).
+"""Hooks where hidden states change between whole and sharded: of a TP block, and of the stack.
+
+Entry and exit of a block: all-gather and reduce-scatter (without sp: all-reduce). A pre-hook on
+layer 0 takes the sequence shard: HF derives masks, positions and RoPE from the embedding's output
+before that, over the whole sequence. A hook on the final norm gathers, or leaves that to the head.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden.
 """
@@ -58,11 +62,7 @@ def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
 class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
-    Args:
-        state: the model's parallel state.
-        block: what the block's linears find their input by.
-        linears: the block's column linears.
-        attention: whether the block needs the true sequence length (padding stripped).
+    ``attention``: it needs the true sequence length, padding stripped.
     """
 
     def __init__(
@@ -102,11 +102,8 @@ class BlockBoundary:
             factors=factors_of(module, x),
         )
         self.block.gathered = gathered
-        if (
-            self.attention
-            and module.training
-            and float(getattr(module, "attention_dropout", False))
-        ):
+        drops = self.attention and module.training
+        if drops and float(getattr(module, "attention_dropout", False)):
             self.dropout.start(gathered.x)
         return replace_hidden_states(args, kwargs, gathered.x)
 
@@ -131,15 +128,14 @@ class LocalDropout:
     """Attention dropout with masks of their own on each rank.
 
     Ranks hold different heads but, seeded alike by Trainer, would drop the same places of each.
-    One number is drawn from the default generator, on all ranks alike, and a generator state of
-    ``number + rank`` is used inside the block, the rank among all: data parallel groups that were
-    seeded alike drop other places, too. Checkpointing restores the default generator before
-    it recomputes, so that the same number is drawn and the same masks come back.
+    One number is drawn from the default generator, on all ranks alike; inside the block it is
+    seeded with ``number + rank``, the rank among all. Checkpointing restores the default generator
+    before it recomputes: the same number is drawn, and the same masks come back.
     """
 
     def __init__(self, state: ParallelState) -> None:
         self.state = state
-        self._saved: tuple[torch.device, Tensor] | None = None
+        self._saved: tuple[torch.Generator, Tensor] | None = None
 
     def start(self, like: Tensor) -> None:
         """Switch the default generator of ``like``'s device to this rank's stream."""
@@ -147,22 +143,38 @@ class LocalDropout:
         self.stop()
         if self.state.everyone.size == 1:
             return
-        seed = int(torch.randint(2**62, ()))
-        device = like.device
-        if device.type == "cpu":
-            self._saved = (device, torch.get_rng_state())
-            torch.default_generator.manual_seed(seed + self.state.everyone.rank)
-        else:
-            module = torch.get_device_module(device)
-            self._saved = (device, module.get_rng_state(device))
-            module.manual_seed(seed + self.state.everyone.rank)
+        seed, device = int(torch.randint(2**62, ())), like.device
+        generator = torch.default_generator
+        if device.type != "cpu":
+            generator = torch.get_device_module(device).default_generators[device.index]
+        self._saved = (generator, generator.get_state())
+        generator.manual_seed(seed + self.state.everyone.rank)
 
     def stop(self) -> None:
         """Give the shared stream back."""
-        if self._saved is None:
-            return
-        (device, state), self._saved = self._saved, None
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+        if self._saved is not None:
+            (generator, state), self._saved = self._saved, None
+            generator.set_state(state)
+
+
+def enter_stack(state: ParallelState, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; back: all-gather."""
+    if not state.sharded:
+        return None
+    x = pairs.scatter_allgather(get_hidden_states(args, kwargs), state.axis)
+    return replace_hidden_states(args, kwargs, x)
+
+
+def leave_stack(state: ParallelState, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Hook of the final norm: shard ``[B, s, H]`` -> replicated ``[B, S, H]``; back: the shard.
+
+    Replicated, because anyone may read ``last_hidden_state``. Where only the head meets it, the
+    shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
+    """
+    if not state.sharded or state.length is None:
+        return None
+    if state.final_hidden == "shard":
+        state.final_length = state.length
+        return None
+    # HF's own is contiguous, and people call .view on it. No copy for B = 1.
+    return pairs.allgather_scatter(output, state.length, state.axis).contiguous()

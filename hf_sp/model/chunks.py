@@ -27,32 +27,21 @@ from hf_sp.torch_private import is_fake
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """What is computed, besides tensors.
+    """What is computed, besides tensors."""
 
-    Args:
-        terms: the distribution, and the loss of a token.
-        axis: who holds the other rows of the vocabulary.
-        sharded: whether the hidden states are sequence shards (else they are replicated).
-        chunk: tokens per chunk, over all ranks.
-    """
-
-    terms: LossTerms
-    axis: Axis
-    sharded: bool
-    chunk: int
+    terms: LossTerms  # the distribution, and the loss of a token
+    axis: Axis  # who holds the other rows of the vocabulary
+    sharded: bool  # whether the hidden states are sequence shards; else they are replicated
+    chunk: int  # tokens per chunk, over all ranks
 
 
 class Chunks:
     """Iterates over ``(hidden states [T, H], labels [T], rows)``, by rank, then row, then batch.
 
-    ``rows`` is the slice of the source's sequence that the chunk covers.
+    ``rows`` is the chunk's slice of the source's sequence. The source is the hidden states, ``[B,
+    s, H]`` or ``[B, S, H]``; padding at their end gets the label to ignore.
 
     Collectives: 1 all-gather a chunk, if sharded
-
-    Args:
-        source: hidden states, ``[B, s, H]`` sequence shard or ``[B, S, H]`` replicated.
-        labels_BS: of the whole sequence; padding at its end gets the label to ignore.
-        spec: see ``HeadSpec``.
     """
 
     def __init__(self, source: Tensor, labels_BS: Tensor, spec: HeadSpec) -> None:
@@ -95,24 +84,17 @@ class Chunks:
 class HeadGradients:
     """Gradients of the hidden states, the head's rows and their bias, summed over the chunks.
 
-    Collectives: 1 reduce-scatter a chunk, 1 all-reduce if the hidden states are replicated
-
-    Args:
-        chunks: the tokens.
-        weight_vH: rows of the head.
-        needs: which of the three are wanted.
+    As far as they are needed. Collectives: 1 reduce-scatter a chunk, 1 all-reduce if the hidden
+    states are replicated
     """
 
     def __init__(self, chunks: Chunks, weight_vH: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        self.chunks, self.weight = chunks, weight_vH
+        self.chunks, self.weight, self.needs_head = chunks, weight_vH, needs[1]
         self.wide = torch.promote_types(weight_vH.dtype, torch.float32)
-        # The sum over several chunks is wide.
-        dtype = self.wide if len(chunks.pieces) > 1 else weight_vH.dtype
         self.source = torch.empty_like(chunks.source) if needs[0] else None
-        self.head = None
-        if needs[1] and len(chunks.pieces) != 1:
-            self.head = torch.zeros_like(weight_vH, dtype=dtype)
-        self.needs_head = needs[1]
+        # The sum over several chunks is wide; of a single one it is the product.
+        summed = needs[1] and len(chunks.pieces) != 1
+        self.head = torch.zeros_like(weight_vH, dtype=self.wide) if summed else None
         self.bias = weight_vH.new_zeros(weight_vH.shape[0], dtype=self.wide) if needs[2] else None
 
     def add(self, grad_Tv: Tensor, x_TH: Tensor, rows: slice) -> None:
@@ -144,6 +126,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if total.dtype == a.dtype:
         return total.addmm_(a, b)
+    # On a GPU only, which no test on a CPU reaches: cuBLAS adds the product to the wide total.
     if a.is_cuda and not is_fake(a) and _adds_to_float(a.dtype):
         return torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     return total.add_(a @ b)

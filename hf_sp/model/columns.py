@@ -1,19 +1,15 @@
 """The entry of a TP block: one autograd node that gathers the input and makes all its gradients.
 
-How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for separate q/k/v): the
-node returns the gathered input, and for each column linear (and each low-rank factor, router or
-expert weight that reads it) a *port*: a tensor of the shape of the linear's output that has strides
-of zero and no memory. The linear computes ``x W^T``, saves nothing, and sends its output gradient
-to its port, and nothing to x. So autograd, which runs a node when all its outputs' gradients are
-there, hands the node every dy at once, and whatever else has read x sends its gradient the same
-way. The backward
+How a block saves only its shard (Korthikanti et al. 2022, section 4.2.2, for separate q/k/v). For
+each reader with a weight (a column linear, a low-rank factor, a router, experts) the node returns a
+port beside the gathered input (``ports``), so that autograd hands its backward every dy at once:
 
-1. launches the all-gather of x, from the saved shard,
-2. sums the input gradients, and launches their reduce-scatter,
-3. makes the weight gradients, from the gathered x.
+1. launch the all-gather of x, from the saved shard,
+2. sum the input gradients, and launch their reduce-scatter,
+3. make the weight gradients, from the gathered x.
 
 One communicator carries its collectives out in launch order: the gather is in flight beside the
-products of 2, the reduce-scatter beside those of 3. ``tests/parity/test_launch_order.py`` holds it.
+products of 2, the reduce-scatter beside those of 3 (``tests/parity/test_launch_order.py``).
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden, o = local out features, T = S * B tokens
 in the order of the collectives, R = T * k rows (token, choice) of experts, E experts, f features.
@@ -21,7 +17,7 @@ in the order of the collectives, R = T * k rows (token, choice) of experts, E ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -48,12 +44,9 @@ class ColumnLinear(Protocol):
 
 
 class Factor(NamedTuple):
-    """A low-rank factor that reads the gathered input.
+    """A low-rank factor ``[r, H]``, replicated, that reads the gathered input.
 
-    Args:
-        key: who asks for its output.
-        A: ``[r, H]``, replicated; a DTensor or a local tensor.
-        p: probability of dropout in front of it.
+    ``key`` asks for its output; ``p`` is the probability of the dropout in front of it.
     """
 
     key: object
@@ -61,27 +54,17 @@ class Factor(NamedTuple):
     p: float
 
 
-class RowGradient(Protocol):
-    """Makes an expert weight's gradient from the rows that experts have sent to their ports."""
-
-    def __call__(self, dgate_up: Tensor, rows: Tensor, ends: Tensor, x_TH: Tensor) -> Tensor:
-        """``[E, 2f, H]`` from d gate_up ``[R, 2f]``, the rows' places, and x batch-major."""
-
-
 class Experts(NamedTuple):
-    """An expert weight that reads the gathered input.
+    """An expert weight ``[E, 2f, H]`` that reads the gathered input; ``key`` asks for the ports.
 
-    Args:
-        key: who asks for the ports.
-        weight: ``[E, 2f, H]``.
-        top_k: experts of a token.
-        gradient: makes the weight's gradient.
+    ``gradient`` makes the weight's gradient from what experts have sent to their ports, d gate_up
+    ``[R, 2f]``, the rows' places ``[R]`` and ends ``[E]``, and from x ``[T, H]``.
     """
 
     key: object
     weight: Tensor
     top_k: int
-    gradient: RowGradient
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def gather_columns(
@@ -134,14 +117,14 @@ def gather_columns(
     dropouts = [draws[factor.p] for factor in factors]
     spec = _Spec(axis, sharded, length, contiguous, len(linears), dropouts, experts, function)
     values, specs = unpack(parameters)
-    given = _Given(inputs if function is not None else None, values, specs)
-    full, *outputs = _GatherColumns.apply(spec, given, x, *parameters)
+    saved = None if function is None else inputs
+    full, *outputs = _GatherColumns.apply(spec, (saved, values, specs), x, *parameters)
     ports: dict[Any, Port] = {}
+    n = len(linears)
     for i, (key, _) in enumerate(linears):
         ports[key] = Port((outputs[i],), values[2 * i], values[2 * i + 1])
     for j, factor in enumerate(factors):
-        slot = len(linears) + j
-        ports[factor.key] = Port((outputs[slot],), values[len(linears) + slot], None, dropouts[j])
+        ports[factor.key] = Port((outputs[n + j],), values[2 * n + j], None, dropouts[j])
     if experts is not None:
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
     written = None if torch.compiler.is_compiling() else version(full)
@@ -163,20 +146,12 @@ class _Spec:
     recompute: Any
 
 
-class _Given(NamedTuple):
-    """What the node's forward is given beside its inputs: ``unpack`` of the parameters."""
-
-    inputs: Any
-    values: list[Any]
-    specs: list[Any]
-
-
 @torch.library.custom_op("hf_sp::gather_again", mutates_args=())
 def gather_again(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
-    """An all-gather that a compiler cannot take for the forward's, and so save its result.
+    """An all-gather that torch's partitioner cannot merge with the forward's.
 
-    torch's partitioner merges equal collectives, and keeps what they return: the gathered tensor
-    would be saved instead of the shard. ``after``, a gradient, makes it the backward's own.
+    It would save what that returns instead of the shard. ``after``, a gradient, makes it the
+    backward's own.
     """
     return comm.launch_all_gather(x, Axis(group, size, -1))
 
@@ -187,7 +162,6 @@ def _(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
 
 
 def _gather_again(x_sBH: Tensor, axis: Axis, grads: Sequence[Tensor | None]) -> Tensor:
-    """Launch the gather of x for the weight gradients."""
     if not torch.compiler.is_compiling():
         return comm.launch_all_gather(x_sBH, axis)
     after = next(grad for grad in grads if grad is not None)
@@ -195,26 +169,27 @@ def _gather_again(x_sBH: Tensor, axis: Axis, grads: Sequence[Tensor | None]) -> 
 
 
 def _ordered(x: Tensor, spec: _Spec) -> Tensor:
-    """``[B, S, F]`` in the order of the collectives: sequence first, if x is gathered."""
+    # In the order of the collectives: sequence first, if x is gathered.
     return x.transpose(0, 1) if spec.sharded else x
 
 
 def _tokens(x: Tensor, spec: _Spec) -> Tensor:
-    """``[B, S, F]`` as ``[T, F]`` in that order."""
     return _ordered(x, spec).reshape(-1, x.shape[-1])
 
 
 class _GatherColumns(Node):
     @staticmethod
     def forward(
-        ctx: Any, spec: _Spec, given: _Given, x: Tensor, *parameters: Tensor | None
+        ctx: Any, spec: _Spec, given: Any, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.spec, ctx.specs, ctx.dtype = spec, given.specs, x.dtype
+        # What x is computed from, if it is not saved, and the parameters, unpacked.
+        inputs, values, ctx.specs = given
+        ctx.spec, ctx.dtype = spec, x.dtype
         ctx.set_materialize_grads(False)
-        n, values = spec.linears, given.values
+        n = spec.linears
         weights = values[: 2 * n : 2] + values[2 * n :]
-        # What reads x again; nothing does if all is frozen.
-        inputs = (x,) if given.inputs is None else given.inputs
+        inputs = (x,) if inputs is None else inputs
+        # Nothing reads x again if all is frozen.
         ctx.save_for_backward(*weights, *(inputs if any(ctx.needs_input_grad[3:]) else ()))
         if spec.sharded:
             full = comm.gather_sequence(x, spec.length, spec.axis)
@@ -246,56 +221,47 @@ class _GatherColumns(Node):
             for j, du in enumerate(grads[n + 1 : n + 1 + len(spec.dropouts)])
             if du is not None
         ]
-        of_experts = grads[-3:] if spec.experts is not None and needs[-1] else (None,)
+        experts = spec.experts if spec.experts and needs[-1] and grads[-3] is not None else None
         rows = [i for i in range(n) if dys[i] is not None and needs[2 * i]]
-        x = flying = None
-        if rows or of_experts[0] is not None or any(needs[du.slot] for du in dus):
-            x = restored(spec.recompute, inputs).to(ctx.dtype)
-        if x is not None and (rows or of_experts[0] is not None):
-            flying = _ordered(x, spec)
-            if spec.sharded:
-                flying = _gather_again(flying, spec.axis, grads)
+        trains = [bool(needs[du.slot]) for du in dus]
+        shard = flying = None
+        if rows or experts is not None or True in trains:
+            shard = _ordered(restored(spec.recompute, inputs).to(ctx.dtype), spec)
+        if shard is not None and (rows or experts is not None):
+            flying = _gather_again(shard, spec.axis, grads) if spec.sharded else shard
         # The gather is in flight beside these products,
         wants_dx = ctx.needs_input_grad[2]
-        partial = _input_gradient(ctx, dfull, dys, weights) if wants_dx else None
+        dx = _input_gradient(ctx, dfull, dys, weights) if wants_dx else None
         if dus:
             S = dus[0].du.shape[0]
             height = comm.padded(S, spec.axis.size) if spec.sharded else S
-            partial = low_rank.join_gradients(partial, dus, height)
-        launched = None
-        if partial is not None:
+            dx = low_rank.join_gradients(dx, dus, height)
+        if dx is not None:
             launch = comm.launch_reduce_scatter if spec.sharded else comm.launch_all_reduce
-            launched = launch(partial, spec.axis)
-            del partial
+            dx = launch(dx, spec.axis)
         # and the reduce-scatter beside these.
         out: list[Tensor | None] = [None] * len(needs)
-        x_TH = None
         if flying is not None:
             full = comm.wait(flying)[: ctx.shape[1]] if spec.sharded else flying
             x_TH = full.reshape(-1, full.shape[-1])
         for i, dy in enumerate(dys):
             if dy is not None and needs[2 * i]:
-                assert x_TH is not None
                 out[2 * i] = dy.t() @ x_TH
             if dy is not None and needs[2 * i + 1]:
                 out[2 * i + 1] = dy.sum(0)
-        if of_experts[0] is not None:
-            assert spec.experts is not None
-            dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], of_experts)
+        if experts is not None:
+            dgate_up, places, ends = cast(tuple[Tensor, Tensor, Tensor], grads[-3:])
             # Batch-major, as the experts have counted their rows.
             flat = _tokens(full, spec)
-            out[-1] = spec.experts.gradient(dgate_up, places.long(), ends.int(), flat)
-        dx = None if launched is None else comm.wait(launched)
-        if dus and dx is not None:
-            trains = [bool(needs[du.slot]) for du in dus]
-            shard = None if x is None else _ordered(x, spec)
+            out[-1] = experts.gradient(dgate_up, places.long(), ends.int(), flat)
+        dx = None if dx is None else comm.wait(dx)
+        if dus:
             dx, dAs = low_rank.split_gradients(
-                dx, dus, shard, trains, wants_dx, spec.axis, spec.sharded
+                cast(Tensor, dx), dus, shard, trains, wants_dx, spec.axis, spec.sharded
             )
             for du, dA in zip(dus, dAs, strict=True):
                 out[du.slot] = dA
-        out = pack(out, ctx.specs)
-        return None, None, None if dx is None else _ordered(dx, spec), *out
+        return None, None, None if dx is None else _ordered(dx, spec), *pack(out, ctx.specs)
 
 
 def _input_gradient(

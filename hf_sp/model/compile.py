@@ -29,7 +29,6 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     sparse = [block.path for block in state.plan.blocks if block.experts is not None]
     for path in state.plan.layers:
         layer = whole.get_submodule(path)
-        breaks = any(block.startswith(path + ".") for block in sparse) or any(
-            float(getattr(module, "attention_dropout", False) or 0) for module in layer.modules()
-        )
+        drops = any(float(getattr(m, "attention_dropout", 0) or 0) for m in layer.modules())
+        breaks = drops or any(block.startswith(path + ".") for block in sparse)
         layer.compile(**{**options, "fullgraph": not breaks})

@@ -1,8 +1,7 @@
 """Dropout whose masks every rank can make again for every part of a gathered tensor.
 
-A mask is made from a seed and from the number of the part that it is for, so that the owner of a
-sequence shard drops in backward what all ranks have dropped of its rows in forward. Masks are never
-stored.
+A mask is made from a seed and the number of its part: the owner of a sequence shard drops in
+backward what all ranks have dropped of its rows in forward. Masks are never stored.
 
 Shape letters: B batch, S sequence, s = S / tp, H features.
 """
@@ -43,10 +42,7 @@ class Dropout:
         return 1 / (1 - self.p) if self.p < 1 else 0.0
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """Zeros among part ``index`` of what the ranks see as one tensor. Not scaled.
-
-        Bytes: 2.5 times those of x in float32, 3 times in half precision.
-        """
+        """Zeros among part ``index`` of what the ranks see as one tensor. Not scaled."""
         return x * torch.ops.hf_sp.keep_mask(x, self.seed, self.p, index, 1)
 
     def parts(self, x_SBH: Tensor, count: int) -> Tensor:

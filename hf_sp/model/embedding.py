@@ -17,8 +17,7 @@ class VocabParallelEmbedding(nn.Embedding):
     """An ``nn.Embedding`` in place; ``num_embeddings`` stays the whole vocabulary.
 
     The result is the whole, reduced embedding and not a partial sum: users call
-    ``get_input_embeddings()`` themselves, and Trainer hangs noise hooks on it. Against reducing at
-    layer 0 it costs one all-reduce instead of one reduce-scatter per step, not per layer.
+    ``get_input_embeddings()`` themselves, and Trainer hangs noise hooks on it.
 
     Shapes:   ids [...] int -> [..., H], equal on all ranks
     Forward:  1 all-reduce
@@ -41,8 +40,8 @@ class VocabParallelEmbedding(nn.Embedding):
         start, stop = vocab_range(self.num_embeddings, self.axis)
         weight = local(self.weight)
         if start == stop:
-            # More ranks than rows: nothing lives here. Keep the weight in the graph, so that its
-            # gradient is an empty tensor on this rank and the collectives that follow agree.
+            # More ranks than rows: nothing lives here. The weight stays in the graph: its gradient
+            # is an empty tensor, and the collectives that follow agree.
             rows = weight.sum() * weight.new_zeros(*input.shape, self.embedding_dim)
             return pairs.allreduce_identity(rows, self.axis)
         elsewhere = (input < start) | (input >= stop)

@@ -1,11 +1,9 @@
-"""Hooks around the decoder and around the whole model: what a forward starts and leaves with.
-
-Shape letters: B batch, S sequence, s = S / tp, H hidden, N heads, n = N / tp.
-"""
+"""Hooks around the decoder and around the whole model: what a forward starts and leaves with."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,11 +23,20 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     """The inputs by name, positional ones too."""
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters)
+    names = inspect.signature(module.forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-class DecoderBoundary:
+class _Boundary:
+    """Two hooks on a module. The second also runs, to clean up, if the forward raises."""
+
+    def install(self: Any, module: nn.Module) -> None:
+        """Register both."""
+        module.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self.finish, prepend=True, always_call=True)
+
+
+class DecoderBoundary(_Boundary):
     """Hooks of the decoder: set the length, gather what is recorded inside the stack.
 
     ``output_hidden_states`` and ``output_attentions`` are recorded by HF's own hooks on the layers,
@@ -43,11 +50,6 @@ class DecoderBoundary:
         self._as_tuple = False
         self._batch = 0
 
-    def install(self, module: nn.Module) -> None:
-        """Register both hooks. The second also runs, to clean up, if the forward raises."""
-        module.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True)
-        module.register_forward_hook(self.finish, prepend=True, always_call=True)
-
     def start(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the whole sequence length; decode single tokens without sequence sharding."""
         state, inputs = self.state, _bind(module, args, kwargs)
@@ -55,8 +57,7 @@ class DecoderBoundary:
             check_forward(self.model, state, inputs)
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
-        state.length = None if tokens is None else tokens.shape[1]
-        self._batch = 0 if tokens is None else tokens.shape[0]
+        self._batch, state.length = (0, None) if tokens is None else tokens.shape[:2]
         # One token of a generation: all but one rank would get padding. Never in training, where a
         # checkpointed layer may run again after this forward is over.
         state.single_token = state.length == 1 and not torch.is_grad_enabled()
@@ -66,49 +67,43 @@ class DecoderBoundary:
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Gather the recorded hidden states (sequence) and attention weights (heads)."""
-        state, length = self.state, self.state.length
-        sharded = state.sharded
-        routed = output.get("router_logits") if hasattr(output, "get") else None
-        if routed is not None and length is not None:
-            routed = self.leave_router_logits(routed, state, self._batch)
-            output["router_logits"] = tuple(self._no_view(x) for x in routed)
-        state.length, state.single_token = None, False
-        as_tuple, self._as_tuple = self._as_tuple, False
-        if not hasattr(output, "get") or length is None:
-            return None
-        hidden = output.get("hidden_states")
-        last = output.get("last_hidden_state")
-        if hidden is not None and sharded:
-            output["hidden_states"] = tuple(
-                h
-                if h is None or h is last
-                else self._no_view(pairs.allgather_scatter(h, length, state.axis))
-                for h in hidden
-            )
-        attentions = output.get("attentions")
-        if attentions is not None:
-            output["attentions"] = tuple(
-                a if a is None else pairs.concat_slice(a, 1, (a.shape[1],) * state.tp, state.axis)
-                for a in attentions
-            )
-        return output.to_tuple() if as_tuple else output
+        state = self.state
+        try:
+            if state.length is None or not hasattr(output, "get"):
+                return None
+            self._gather(output, state.length)
+            return output.to_tuple() if self._as_tuple else output
+        finally:
+            state.length, state.single_token = None, False
+            state.delivered = (None, None)
 
-    def _no_view(self, x: Tensor) -> Tensor:
+    def _gather(self, output: Any, length: int) -> None:
+        state, axis, last = self.state, self.state.axis, output.get("last_hidden_state")
         # FSDP hangs hooks on what leaves the model. On a view an in-place operation would drop
         # them: it warns of each.
-        return x.clone() if self.state.data > 1 else x
+        own = torch.clone if state.data > 1 else lambda x: x
+        routed = output.get("router_logits")
+        if routed is not None:
+            routed = self.leave_router_logits(routed, state, self._batch)
+            output["router_logits"] = tuple(map(own, routed))
+
+        def hidden(x: Tensor) -> Tensor:
+            whole = x is last or not state.sharded
+            return x if whole else own(pairs.allgather_scatter(x, length, axis))
+
+        def heads(x: Tensor) -> Tensor:
+            return pairs.concat_slice(x, 1, (x.shape[1],) * state.tp, axis)
+
+        for name, gather in (("hidden_states", hidden), ("attentions", heads)):
+            if output.get(name) is not None:
+                output[name] = tuple(x if x is None else gather(x) for x in output[name])
 
 
-class ModelBoundary:
+class ModelBoundary(_Boundary):
     """Hooks of the whole model: compare the inputs, decide what becomes of the lazy logits."""
 
     def __init__(self, state: ParallelState) -> None:
         self.state = state
-
-    def install(self, module: nn.Module) -> None:
-        """Register both hooks. The second also runs, to clean up, if the forward raises."""
-        module.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True)
-        module.register_forward_hook(self.finish, prepend=True, always_call=True)
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compare the inputs over the ranks (first forwards); the head may be lazy from here on."""
@@ -133,20 +128,17 @@ class ModelBoundary:
             # Logits that are not made leave their place to None: the others keep theirs.
             has_loss = len(output) > 1 and isinstance(output[1], LazyLogits)
             return tuple(self._resolve(x, module, has_loss) for x in output)
-        if not hasattr(output, "get"):
-            return None
-        lazy = {name: x for name, x in output.items() if isinstance(x, LazyLogits)}
-        has_loss = output.get("loss") is not None
-        for name, x in lazy.items():
-            output[name] = self._resolve(x, module, has_loss)
-        return output if lazy else None
+        if hasattr(output, "get"):
+            has_loss = output.get("loss") is not None
+            for name, x in list(output.items()):
+                if isinstance(x, LazyLogits):
+                    output[name] = self._resolve(x, module, has_loss)
+        return output
 
     def _resolve(self, x: Any, module: nn.Module, has_loss: bool) -> Any:
         if not isinstance(x, LazyLogits):
             return x
-        if has_loss and not self._logits_wanted(module):
-            return None
-        return x.materialize()
+        return None if has_loss and not self._logits_wanted(module) else x.materialize()
 
 
 def final_hidden(
@@ -154,21 +146,17 @@ def final_hidden(
 ) -> Literal["gathered", "shard"]:
     """What the final norm returns in a forward of the whole model.
 
-    Args:
-        model: the whole model.
-        state: its state.
-        inputs: what its forward was called with.
-        head_alone: whether nothing is asked for but what the head makes of it by chunks.
+    ``head_alone``: whether nothing is asked for but what the head makes of it by chunks.
     """
     if not head_alone or _watched(model, state.plan):
         return "gathered"
     # A slice that keeps the last positions is of the whole sequence.
     keep = inputs.get("logits_to_keep")
-    wanted = [inputs.get("output_hidden_states")]
-    for module in (model, model.get_submodule(state.plan.decoder)):
-        wanted.append(getattr(module.config, "output_hidden_states", None))
+    modules = (model, model.get_submodule(state.plan.decoder))
+    asked = [getattr(m.config, "output_hidden_states", None) for m in modules]
+    asked.append(inputs.get("output_hidden_states"))
     # 0 asks for the first of them.
-    recorded = any(w is not None and w is not False for w in wanted)
+    recorded = any(a is not None and a is not False for a in asked)
     return "gathered" if isinstance(keep, Tensor) or keep or recorded else "shard"
 
 
@@ -176,30 +164,20 @@ def _watched(model: nn.Module, plan: Plan) -> bool:
     """Whether code that we do not know would meet the final hidden states inside the forward.
 
     Someone's hooks on the final norm, on the decoder and what holds it, or on the head; a forward
-    that was replaced, or that is not transformers' own.
+    that was replaced, or that is not transformers' own; an adapter on the head.
     """
-    if not type(model).forward.__module__.startswith("transformers."):
-        return True
     if plan.head is None or has_global_hooks():
         return True
-    if not isinstance(model.get_submodule(plan.head), VocabParallelHead):
-        return True  # an adapter holds it
-    decoder = plan.decoder.split(".")
-    holders = [".".join(decoder[: i + 1]) for i in range(len(decoder))]
-    for path in (plan.norm, plan.head, *holders):
-        module = model.get_submodule(path)
-        hooks = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-        if path == plan.head:
-            hooks.append(module._forward_pre_hooks)
-        if not all(_is_ours(hook) for group in hooks for hook in group.values()):
-            return True
-        replaced = module.__dict__.get("forward")
-        if replaced is not None and not _is_ours(replaced):
-            return True
-    return False
-
-
-def _is_ours(hook: Any) -> bool:
-    owner = getattr(hook, "__self__", hook)
-    module = getattr(owner, "__module__", None) or type(owner).__module__
-    return module.partition(".")[0] == __name__.partition(".")[0]
+    head = model.get_submodule(plan.head)
+    own = type(model).forward.__module__.startswith("transformers.")
+    if not own or not isinstance(head, VocabParallelHead):
+        return True
+    found = list(head._forward_pre_hooks.values())
+    holders = itertools.accumulate(plan.decoder.split("."), "{}.{}".format)
+    for module in map(model.get_submodule, (plan.norm, plan.head, *holders)):
+        for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+            found += hooks.values()
+        found += [vars(module)["forward"]] if "forward" in vars(module) else []
+    owners = [getattr(hook, "__self__", hook) for hook in found]
+    modules = [getattr(owner, "__module__", None) or type(owner).__module__ for owner in owners]
+    return not all(name.startswith("hf_sp.") for name in modules)

@@ -1,14 +1,15 @@
 """Data parallel ranks beside tp: FSDP2 over the shards.
 
-Each decoder layer is one FSDP group and what surrounds the layers another. FSDP2 knows DTensors: a
-parameter that tp has split becomes a DTensor of all axes, and is this rank's tp shard again while
-its layer runs. Gradients are the mean over the groups of ranks, as FSDP and DDP have it.
+Each decoder layer is one FSDP group and what surrounds the layers another. A parameter that tp has
+split becomes a DTensor of all axes, and is this rank's tp shard again while its layer runs.
+Gradients are the mean over the groups of ranks, as FSDP and DDP have it.
 
 Experts that are split over data parallel ranks too (``ep > tp``) are in no FSDP group.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -41,27 +42,21 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=alone)
     for module in (model, *layers):
-        # FSDP makes its buffers when it first needs them. Made in inference mode, they could not be
-        # used in training.
+        # FSDP's buffers are made now: made in inference mode, training could not use them.
         assert isinstance(module, FSDPModule)
         module.unshard()
         module.reshard()
     for layer in layers:
-        layer.register_forward_pre_hook(_InsideOnly(state), prepend=True)
+        layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
 
 
-class _InsideOnly:
-    """Pre-hook of a decoder layer: an FSDP module of its own, which FSDP would take for a root."""
-
-    def __init__(self, state: ParallelState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Refuse a call from outside; a checkpoint's recomputation runs inside of a backward."""
-        if self.state.length is None and not torch.compiler.is_compiling() and graph_task() < 0:
-            raise ConfigError(
-                "a layer of a model with data parallel ranks was called by itself",
-                where=type(module).__name__,
-                rule="FSDP gathers weights layer by layer for a forward of the whole model",
-                remedy="call the model; output_hidden_states=True gives what is inside",
-            )
+def _inside_only(state: ParallelState, layer: nn.Module, args: Any) -> None:
+    """Refuse a call of a layer from outside: FSDP would take it for a root of its own."""
+    # A checkpoint's recomputation runs inside of a backward.
+    if state.length is None and not torch.compiler.is_compiling() and graph_task() < 0:
+        raise ConfigError(
+            "a layer of a model with data parallel ranks was called by itself",
+            where=type(layer).__name__,
+            rule="FSDP gathers weights layer by layer for a forward of the whole model",
+            remedy="call the model; output_hidden_states=True gives what is inside",
+        )

@@ -6,8 +6,7 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden, V vocabulary, v local 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,27 +18,21 @@ from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.model.chunks import HeadSpec
 from hf_sp.model.lazy import LazyLogits
-from hf_sp.model.local import cast_for_autocast, local
+from hf_sp.model.linear import ParallelLinear
+from hf_sp.model.local import cast_for_autocast
 from hf_sp.model.loss import linear_cross_entropy, scaled_loss
 from hf_sp.state import ParallelState
 
 
-@dataclass(frozen=True, slots=True)
-class HeadRequest:
-    """The head and what it was called on, for who does without logits.
-
-    Args:
-        head: the head.
-        hidden: final hidden states, replicated ``[..., H]`` or a sequence shard ``[B, s, H]``.
-        length: whole sequence length of a shard, None if replicated.
-    """
+class HeadRequest(NamedTuple):
+    """The head and what it was called on, for who does without logits."""
 
     head: VocabParallelHead
-    hidden: Tensor
-    length: int | None
+    hidden: Tensor  # replicated [..., H], or a sequence shard [B, s, H]
+    length: int | None  # whole sequence length of a shard, None if replicated
 
 
-class VocabParallelHead(nn.Linear):
+class VocabParallelHead(ParallelLinear):
     """An LM head whose vocabulary rows are split over tp, evenly or not.
 
     Inside the model's forward it returns ``LazyLogits``; called by anyone else, whole logits.
@@ -62,8 +55,8 @@ class VocabParallelHead(nn.Linear):
         """Make an ``nn.Linear`` one of these, in place."""
         module.__class__ = cls
         self = cast(VocabParallelHead, module)
-        self.state, self.vocab = state, module.out_features
-        start, stop = vocab_range(self.vocab, state.axis)
+        self.state, self.axis, self.vocab = state, state.axis, module.out_features
+        start, stop = vocab_range(self.vocab, self.axis)
         self.out_features = stop - start
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,64 +64,45 @@ class VocabParallelHead(nn.Linear):
         length = self.state.final_length
         shape = (*x.shape[:-1], self.vocab)
         if length is not None:
-            self._check_shard(x, length)
+            rows = padded(length, self.state.tp) // self.state.tp
+            if x.dim() != 3 or x.shape[1] != rows:
+                raise ShapeError(
+                    "something between the final norm and the LM head changed the sequence",
+                    where=type(self).__name__,
+                    got=f"hidden states {tuple(x.shape)}",
+                    rule=f"for the loss alone it is [B, {rows}, H], a shard of {length} tokens",
+                    remedy="parallelize(..., keep_logits=True)",
+                )
             shape = (x.shape[0], length, self.vocab)
         request = HeadRequest(self, x, length)
         # Backward hooks wrap the output in a Function: it has to be a real tensor.
-        hooked = self._backward_hooks or self._backward_pre_hooks
-        if not self.state.in_model or hooked:
+        if not self.state.in_model or self._backward_hooks or self._backward_pre_hooks:
             return self.logits(request)
         like = cast_for_autocast(x.new_empty(0), x)
         return LazyLogits(shape, like, lambda: self.logits(request), x, request)
 
-    def _check_shard(self, x: Tensor, length: int) -> None:
-        rows = padded(length, self.state.tp) // self.state.tp
-        if x.dim() != 3 or x.shape[1] != rows:
-            raise ShapeError(
-                "something between the final norm and the LM head changed the sequence",
-                where=type(self).__name__,
-                got=f"hidden states {tuple(x.shape)}",
-                rule=f"a forward that returns the loss alone hands over [B, {rows}, H], this "
-                f"rank's shard of {length} tokens",
-                remedy="parallelize(..., keep_logits=True)",
-            )
-
-    def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Local weight rows and bias as this forward uses them, differentiable."""
-        bias = None if self.bias is None else cast_for_autocast(local(self.bias), like)
-        return cast_for_autocast(local(self.weight), like), bias
-
     def logits(self, request: HeadRequest) -> Tensor:
         """The whole logits ``[..., V]``."""
-        axis = self.state.axis
         x = cast_for_autocast(request.hidden, request.hidden)
         if request.length is None:
-            x = pairs.identity_allreduce(x, axis)
+            x = pairs.identity_allreduce(x, self.axis)
         else:
-            x = pairs.allgather_reducescatter(x, request.length, axis)
-        weight, bias = self.local_parameters(x)
-        sizes = vocab_sizes(self.vocab, axis)
-        return pairs.concat_slice(F.linear(x, weight, bias), x.dim() - 1, sizes, axis)
+            x = pairs.allgather_reducescatter(x, request.length, self.axis)
+        local_logits = F.linear(x, *self.local_parameters(x))
+        sizes = vocab_sizes(self.vocab, self.axis)
+        return pairs.concat_slice(local_logits, x.dim() - 1, sizes, self.axis)
 
     def spec(
         self, request: HeadRequest, ignore_index: int, scale: float, softcap: float | None
     ) -> HeadSpec:
         """How the request is computed with in chunks."""
-        terms = LossTerms(
-            vocab=self.vocab,
-            start=vocab_range(self.vocab, self.state.axis)[0],
-            ignore_index=ignore_index,
-            softcap=softcap,
-            scale=scale,
-            triton=self.state.kernels,
-        )
-        sharded = request.length is not None
-        return HeadSpec(terms, self.state.axis, sharded, self.state.loss_chunk)
+        start, _ = vocab_range(self.vocab, self.axis)
+        terms = LossTerms(self.vocab, start, ignore_index, softcap, scale, self.state.kernels)
+        return HeadSpec(terms, self.axis, request.length is not None, self.state.loss_chunk)
 
     def extra_repr(self) -> str:
-        """Local sizes and the place on the tp axis."""
-        axis = self.state.axis
-        return f"{super().extra_repr()}, vocab={self.vocab}, tp={axis.size}, tp_rank={axis.rank}"
+        """Local sizes, the place on the tp axis, the whole vocabulary."""
+        return f"{super().extra_repr()}, vocab={self.vocab}"
 
 
 class CausalLMLoss:
@@ -137,10 +111,7 @@ class CausalLMLoss:
     Same arguments and result: labels are shifted here unless ``shift_labels`` is given, the mean is
     over the labels that count, or the sum is divided by ``num_items_in_batch``. A model's scale and
     soft cap of its logits (Cohere, Granite, Gemma) are part of the loss. Logits that someone has
-    touched otherwise, or another shape of labels, go to the model's own loss function.
-
-    Args:
-        original: the loss function that the model had.
+    touched otherwise, or another shape of labels, go to ``original``, the model's own loss.
     """
 
     def __init__(self, original: Callable[..., Tensor]) -> None:
@@ -158,17 +129,17 @@ class CausalLMLoss:
     ) -> Tensor:
         """The loss, a scalar equal on all ranks."""
         targets = labels if shift_labels is None else shift_labels
-        mapped = logits.scale_and_softcap() if isinstance(logits, LazyLogits) else None
+        lazy = logits if isinstance(logits, LazyLogits) else None
+        mapping = None if lazy is None or lazy.made else lazy.scale_and_softcap()
         if (
-            not isinstance(logits, LazyLogits)
-            or mapped is None
-            or logits.made
+            lazy is None
+            or mapping is None
             or targets is None
-            or targets.shape != logits.shape[:-1]
             or targets.dim() != 2
+            or targets.shape != logits.shape[:-1]
         ):
             return self.original(
-                logits=logits.materialize() if isinstance(logits, LazyLogits) else logits,
+                logits=logits if lazy is None else lazy.materialize(),
                 labels=labels,
                 vocab_size=vocab_size,
                 num_items_in_batch=num_items_in_batch,
@@ -176,20 +147,13 @@ class CausalLMLoss:
                 shift_labels=shift_labels,
                 **kwargs,
             )
-        request: HeadRequest = logits.request
+        request: HeadRequest = lazy.request
+        head, hidden = request.head, cast_for_autocast(request.hidden, request.hidden)
         if shift_labels is None:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
-        targets = targets.to(request.hidden.device)
-        check_ids(targets, request.head.vocab, "labels", ignore_index)
-        hidden = cast_for_autocast(request.hidden, request.hidden)
-        weight, bias = request.head.local_parameters(hidden)
-        spec = request.head.spec(request, ignore_index, *mapped)
-        total = linear_cross_entropy(hidden, weight, bias, targets, spec)
-        items: Any = num_items_in_batch
-        if items is None:
-            items = targets.ne(ignore_index).sum()
-        elif isinstance(items, Tensor):
-            items = items.to(total.device)
-        # The denominator stays outside the summed loss: where no label counts, its gradients are
-        # exact zeros and the loss is nan, as torch's; 0 / 0 inside would make every gradient nan.
+        targets = targets.to(hidden.device)
+        check_ids(targets, head.vocab, "labels", ignore_index)
+        spec = head.spec(request, ignore_index, *mapping)
+        total = linear_cross_entropy(hidden, *head.local_parameters(hidden), targets, spec)
+        items = targets.ne(ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return scaled_loss(total, items)

@@ -1,8 +1,7 @@
 """Are all ranks of a tp group given the same batch, and is the model still the one we made?
 
-Asked on the first forwards only, of training, evaluation and decoding each, by a digest of fixed
-size: ranks with different shapes get an error that names the cause, where the first activation
-collective would have hung.
+Asked on the first forwards only, of training, evaluation and decoding each: ranks with different
+shapes get an error that names the cause, where the first activation collective would have hung.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sp.comm import collectives as comm
 from hf_sp.errors import BatchMismatchError, ConfigError
 from hf_sp.state import ParallelState
+
+_ROLES = ("input_ids", "inputs_embeds", "labels")
 
 
 def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
     With data parallel groups all ranks learn of it if one group's batches differ; and that all
     groups train the same parameters: ids or embeddings, with or without labels.
 
-    Collectives: 1 all-gather of 40 bytes a rank, and a synchronisation, while checks are left.
+    Collectives: 1 all-gather of an object, and synchronisations, while checks are left.
 
     Raises:
         BatchMismatchError: on every rank, naming the inputs that differ.
@@ -45,36 +45,69 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
     _check_parameters(model)
     if state.everyone.size == 1 or dist.get_backend(state.group) == "fake":
         return
-    structure, summary = _structure(tensors, inputs), _values(tensors)
-    roles = sum(2**i for i, n in enumerate(_ROLES) if inputs.get(n) is not None)
-    mine = torch.tensor([roles, zlib.crc32(structure.encode()), _random(model, state)])
-    mine = torch.cat([mine.to(summary.device), summary]).to(state.mesh.device_type)
-    everyone = comm.all_gather(mine[None], state.everyone).view(state.data, state.tp, -1)
-    roles_of, structures, generators, digests, sums = everyone.unbind(-1)
-    if bool((generators != generators[:, :1]).any()):
+    given = {k: _describe(v) for k, v in inputs.items() if v is not None}
+    roles = [n for n in _ROLES if n in given]
+    everyone: list[Any] = [None] * state.everyone.size
+    mine = (roles, _random(model, state), given)
+    dist.all_gather_object(everyone, mine, group=state.all_ranks)
+    groups = [everyone[i : i + state.tp] for i in range(0, len(everyone), state.tp)]
+    if any(generator != group[0][1] for group in groups for _, generator, _ in group):
         raise ConfigError(
             "the ranks' random generators differ",
             where=", ".join(n for n, m in model.named_modules() if _drops(m)),
             rule="dropout on what all ranks hold alike has to drop the same places on each",
             remedy="seed all ranks alike (transformers.set_seed; Trainer does it by itself)",
         )
-    same = all(bool((x == x[:, :1]).all()) for x in (structures, digests))
-    # Float inputs (inputs_embeds) may differ in their last bits where their kernels do.
-    totals = sums.contiguous().view(torch.float64)
-    close = torch.allclose(totals, totals[:, :1].expand_as(totals), rtol=1e-3, equal_nan=True)
-    if not (same and close):
-        _raise_mismatch(tensors, inputs, state)
-    if model.training and bool((roles_of != roles_of[0, 0]).any()):
+    rows = []
+    for index, group in enumerate(groups):
+        of = f" of group {index}" if len(groups) > 1 else ""
+        rows += _differences([given for _, _, given in group], of)
+    if rows:
+        raise BatchMismatchError(
+            "the ranks of one tensor-parallel group were given different batches",
+            where="\n".join(rows),
+            rule="every rank of a tp group is given the same whole batch; hf_sp shards it inside",
+            remedy="shard the data over data-parallel ranks only: no DistributedSampler over tp "
+            "ranks, the same seed and shuffling on all of them (Trainer does this by itself)",
+        )
+    if model.training and any(others != everyone[0][0] for others, _, _ in everyone):
         raise ConfigError(
             "data parallel groups were given inputs of different kinds",
             where=", ".join(_ROLES),
-            got=f"here {[n for n in _ROLES if inputs.get(n) is not None]}",
+            got=f"here {roles}",
             rule="FSDP reduces the gradients of the same parameters on all of them",
             remedy="give all groups ids or all embeddings, and all or none labels",
         )
 
 
-_ROLES = ("input_ids", "inputs_embeds", "labels")
+def _describe(value: Any) -> tuple[str, float | None]:
+    """What has to be equal on all ranks, and a sum that may differ in its last bits."""
+    if not isinstance(value, Tensor):
+        # Plain numbers (num_items_in_batch).
+        return repr(value) if isinstance(value, int | float) else "given", None
+    text = f"shape {tuple(value.shape)}, {value.dtype}"
+    if value.is_complex() or not value.numel():
+        return text, None
+    if value.is_floating_point():
+        # As the kernels that made it may do (inputs_embeds).
+        return text, float(value.detach().sum(dtype=torch.float64))
+    digest = zlib.crc32(value.cpu().contiguous().numpy().tobytes())
+    return f"{text}, first value {int(value.flatten()[0])}, digest {digest:08x}", None
+
+
+def _differences(given: list[dict[str, tuple[str, float | None]]], of: str) -> list[str]:
+    """What is not the same on the ranks of a group: a line for each input and rank."""
+    rows = []
+    for name in sorted(set().union(*given)):
+        seen = [rank.get(name, ("missing", None)) for rank in given]
+        texts = [text for text, _ in seen]
+        sums = torch.tensor([x for _, x in seen if x is not None], dtype=torch.float64)
+        close = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-3, equal_nan=True)
+        if not close and len(set(texts)) == 1:
+            texts = [f"{text}, sum {x}" for text, x in seen]
+        if len(set(texts)) > 1:
+            rows += [f"{name}, tp rank {i}{of}: {text}" for i, text in enumerate(texts)]
+    return rows
 
 
 def _drops(module: nn.Module) -> bool:
@@ -93,67 +126,6 @@ def _random(model: nn.Module, state: ParallelState) -> int:
         other = torch.get_device_module(state.mesh.device_type).get_rng_state()
         digest = zlib.crc32(other.numpy().tobytes(), digest)
     return digest
-
-
-def _structure(tensors: dict[str, Tensor], inputs: dict[str, Any]) -> str:
-    present = sorted(k for k, v in inputs.items() if v is not None)
-    shapes = {k: (tuple(t.shape), str(t.dtype)) for k, t in sorted(tensors.items())}
-    return f"{present} {shapes} {_scalars(inputs)}"
-
-
-def _scalars(inputs: dict[str, Any]) -> dict[str, str]:
-    """Inputs that are plain numbers (``num_items_in_batch``), by name."""
-    return {k: repr(v) for k, v in sorted(inputs.items()) if isinstance(v, int | float)}
-
-
-def _values(tensors: dict[str, Tensor]) -> Tensor:
-    """``[digest of the integer inputs, bits of the float inputs' sum]``, int64."""
-    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-    digest = torch.zeros((), dtype=torch.int64, device=device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for index, (_, tensor) in enumerate(sorted(tensors.items())):
-        if tensor.is_floating_point():
-            total += tensor.detach().sum(dtype=torch.float64).to(device)
-        elif not tensor.is_complex():
-            flat = tensor.flatten().to(device, torch.int64)
-            # Odd weights that depend on the place, so that swapped rows are seen; int64 wraps.
-            weights = torch.arange(flat.numel(), device=device) * 2654435761 + 2 * index + 1
-            digest += ((flat + 1) * (weights | 1)).sum()
-    return torch.stack([digest, total.view(torch.int64)])
-
-
-def _raise_mismatch(
-    tensors: dict[str, Tensor], inputs: dict[str, Any], state: ParallelState
-) -> None:
-    mine = {k: _describe(t) for k, t in tensors.items()}
-    mine |= _scalars(inputs)
-    mine |= {k: "given" for k, v in inputs.items() if v is not None and k not in mine}
-    everyone: list[dict[str, str]] = [{} for _ in range(state.everyone.size)]
-    dist.all_gather_object(everyone, mine, group=state.all_ranks)
-    names = sorted({k for rank in everyone for k in rank})
-    rows = []
-    for group in range(state.data):
-        ranks = everyone[group * state.tp : (group + 1) * state.tp]
-        of = f" of group {group}" if state.data > 1 else ""
-        for name in names:
-            seen = [rank.get(name, "missing") for rank in ranks]
-            if len(set(seen)) > 1:
-                rows += [f"{name}, tp rank {i}{of}: {text}" for i, text in enumerate(seen)]
-    raise BatchMismatchError(
-        "the ranks of one tensor-parallel group were given different batches",
-        where="\n".join(rows) or "float inputs whose sums differ",
-        rule="every rank of a tp group is given the same whole batch; hf_sp shards it inside",
-        remedy="shard the data over data-parallel ranks only: no DistributedSampler over tp "
-        "ranks, the same seed and shuffling on all of them (Trainer does this by itself)",
-    )
-
-
-def _describe(tensor: Tensor) -> str:
-    text = f"shape {tuple(tensor.shape)}"
-    if tensor.numel() and not tensor.is_floating_point() and not tensor.is_complex():
-        digest = int(_values({"": tensor})[0]) % 2**32
-        text += f", first value {int(tensor.flatten()[0])}, digest {digest:08x}"
-    return text
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -2,9 +2,8 @@
 
 HF's forward calls the LM head before it knows of labels, and hands the result to
 ``loss_function``, which needs no logits where it can run the chunked linear form. So the parallel
-head returns a stand-in of the right shape and dtype. The first operation on it makes the whole
-tensor, with its gradient path; none is silently wrong. Let through are a number's product and a
-tanh, which the loss can apply by itself.
+head returns a stand-in. The first operation on it makes the whole tensor, with its gradient path;
+let through are a number's product and a tanh, which the loss can apply by itself.
 """
 
 from __future__ import annotations
@@ -15,30 +14,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hf_sp.errors import ConfigError
-from hf_sp.torch_private import stand_in, without_torch_function
+from hf_sp.torch_private import stand_in, tree_map_only, without_torch_function
 
 # What may be asked of a stand-in without making the tensor.
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda")
+_METHODS = ("size", "dim", "ndimension", "element_size", "__len__")
+_FUNCTIONS = ("numel", "is_floating_point", "is_complex")
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.element_size,
-    Tensor.__len__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
+    *(getattr(Tensor, name) for name in (*_METHODS, *_FUNCTIONS)),
+    *(getattr(torch, name) for name in _FUNCTIONS),
 }
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div}
 _TANHS = {Tensor.tanh, torch.tanh}
+# (scale, softcap) of ``softcap * tanh(scale / softcap * logits)``, (scale, None) without a tanh.
+Mapping = tuple[float, float | None]
 
 
 class _Carry(torch.autograd.Function):
@@ -72,12 +65,12 @@ class LazyLogits(Tensor):
         make: makes the whole logits, differentiable; called at most once.
         source: what they are made from.
         request: what the loss needs to do without them; opaque here.
-        chain: what was done to the head's result, as ``("mul", 2.0)``, ``("tanh", 1.0)``.
+        mapping: what was done to the head's result; None if the loss does not know that.
     """
 
     source: Tensor
     request: Any
-    chain: tuple[tuple[str, float], ...]
+    mapping: Mapping | None
     _make: Callable[[], Tensor] | None
     _made: Tensor | None
     _modes: tuple[bool, bool]
@@ -90,13 +83,13 @@ class LazyLogits(Tensor):
         make: Callable[[], Tensor],
         source: Tensor,
         request: Any,
-        chain: tuple[tuple[str, float], ...] = (),
+        mapping: Mapping | None = (1.0, None),
     ) -> LazyLogits:
         """A tensor without storage."""
         build = functools.partial(stand_in, cls, shape, like)
         carried = torch.is_grad_enabled() and source.requires_grad
         self = cast(LazyLogits, _Carry.apply(source, build) if carried else build())
-        self.source, self.request, self.chain = source, request, chain
+        self.source, self.request, self.mapping = source, request, mapping
         self._make, self._made = make, None
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return self
@@ -124,9 +117,7 @@ class LazyLogits(Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with without_torch_function():
@@ -147,37 +138,22 @@ class LazyLogits(Tensor):
 
     def deferred(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> LazyLogits | None:
         """A product with a number or a tanh is noted; making the result does as the model did."""
+        scale, cap = self.mapping or (1.0, None)
         number = len(args) == 1 and type(args[0]) in (int, float)
+        mapping: Mapping | None
         if kwargs:
             return None
         if func in _TANHS and not args:
-            step = ("tanh", 1.0)
-        elif func in _PRODUCTS and number:
-            step = ("mul", float(args[0]))
-        elif func in _QUOTIENTS and number and args[0]:
-            step = ("div", float(args[0]))
+            mapping = (scale, 1.0) if cap is None else None
+        elif number and (func in _PRODUCTS or (func in _QUOTIENTS and args[0])):
+            factor = args[0] if func in _PRODUCTS else 1.0 / args[0]
+            mapping = scale * factor, None if cap is None else cap * factor
         else:
             return None
-        with without_torch_function():
-            like = torch.empty(0, dtype=self.dtype, device=self.device)
-            shape = tuple(self.shape)
-        chain = (*self.chain, step)
         make = lambda: func(self.materialize(), *args)  # noqa: E731
-        return LazyLogits(shape, like, make, self.source, self.request, chain)
+        mapping = self.mapping and mapping
+        return LazyLogits(tuple(self.shape), self, make, self.source, self.request, mapping)
 
-    def scale_and_softcap(self) -> tuple[float, float | None] | None:
-        """``(scale, softcap)`` if this is ``softcap * tanh(scale / softcap * logits)``.
-
-        ``(scale, None)`` if it is ``scale * logits``; None if it is neither.
-        """
-        before = after = 1.0
-        capped = False
-        for name, number in self.chain:
-            factor = 1.0 / number if name == "div" else number
-            if name == "tanh" and capped:
-                return None
-            capped |= name == "tanh"
-            before, after = (before, after * factor) if capped else (before * factor, after)
-        if not capped:
-            return before, None
-        return (before * after, after) if after else None
+    def scale_and_softcap(self) -> Mapping | None:
+        """What the loss has to do to the head's result; None if it cannot."""
+        return None if self.mapping is None or self.mapping[1] == 0 else self.mapping

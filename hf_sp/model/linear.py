@@ -1,6 +1,4 @@
-"""Column and row parallel linears.
-
-What a block's columns share, and who makes their weight gradients, is in ``columns``.
+"""Column and row parallel linears. What a block's columns share is in ``columns``.
 
 Shape letters: B batch, S sequence, H hidden, O out features of a whole linear, o = local out
 features, f = local in features of a row linear.
@@ -19,12 +17,7 @@ from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
-from hf_sp.model.local import (
-    autocast_dtype,
-    cast_for_autocast,
-    check_gathered,
-    local,
-)
+from hf_sp.model.local import autocast_dtype, cast_for_autocast, check_gathered, local
 from hf_sp.model.ports import BlockInput, column_linear
 from hf_sp.model.recompute import recompute_of
 from hf_sp.torch_private import has_gradient_hooks, pack, unpack
@@ -82,11 +75,7 @@ class ColumnParallelLinear(ParallelLinear):
     def convert_(cls, module: nn.Linear, axis: Axis, block: BlockInput, heads: int = 0) -> None:
         """Make an ``nn.Linear`` one of these, in place.
 
-        Args:
-            module: the linear.
-            axis: the tp axis.
-            block: its block's.
-            heads: number of heads of a linear with fewer heads than ranks, else 0.
+        ``heads`` is the number of heads of a linear with fewer heads than ranks, else 0.
         """
         module.__class__ = cls
         self = cast(ColumnParallelLinear, module)
@@ -117,8 +106,7 @@ class RowParallelLinear(ParallelLinear):
     ranks from the gathered output gradient, is whole on each and needs no sum.
 
     Shapes:   x [B, S, f] -> [B, S, H] partial, sequence-major inside under sp
-    Forward:  no collective
-    Backward: no collective; the output gradient is whole
+    Forward, backward: no collective; the output gradient is whole
     Saves:    the weight, and x or what x is computed again from
     """
 
@@ -137,38 +125,63 @@ class RowParallelLinear(ParallelLinear):
         weight, bias = self.node_parameters(x)
         x = cast_for_autocast(x, x)
         add = self.axis.rank == 0
+        # With rows of zeros up to a multiple of tp, which the reduce-scatter wants.
         sharded = self.sp and x.dim() == 3
         height = comm.padded(x.shape[1], self.axis.size) if sharded else 0
         recompute = recompute_of(x)
         # Whoever watches the product's gradient has to be shown it.
         if recompute is not None and recompute.row_linear and not has_gradient_hooks(x):
-            y = recompute.row_linear(
-                *recompute.inputs, x.detach(), weight, bias, add, sharded, height
-            )
+            y = recompute.row_linear(*recompute.inputs, x.detach(), weight, bias, add, height)
         else:
-            y = RowLinear.apply(x, weight, bias, add, sharded, height)
+            y = RowLinear.apply(x, weight, bias, add, height)
         if not sharded:
             return y
         if height == x.shape[1]:
             return y.transpose(0, 1)
-        # With rows of zeros up to a multiple of tp, which the reduce-scatter wants.
         self.block.partial = y[: x.shape[1]].transpose(0, 1), y
         return self.block.partial[0]
 
 
-def row_output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool, height: int
-) -> Tensor:
-    """``x W^T + b``; ``sharded``: sequence-major, with zeros up to ``height`` rows.
+class RowLinear(Node):
+    """``x W^T``, laid out for the reduce-scatter that follows.
 
-    The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
+    Shapes:   x [..., f], weight [H, f] -> [..., H] partial; with a ``height``: [height, B, H],
+              sequence-major, with zeros from row S on
+    Forward, backward: no collective
+    Saves:    x if the weight needs a gradient, the weight
     """
-    if not sharded:
-        return F.linear(x, weight, bias)
-    x = x.transpose(0, 1)
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, height: int
+    ) -> Tensor:
+        """Apply the weight."""
+        y, weight = row_output(ctx, x, weight, bias, add_bias, height)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad[:3]
+        dx = row_input_gradient(ctx, grads[0], weight) if needs_x else None
+        return dx, *row_parameter_gradients(ctx, grads[0], x, needs_bias), None, None
+
+
+def row_output(
+    ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add_bias: bool, height: int
+) -> tuple[Tensor, Tensor]:
+    """A row linear's output, and its local weight."""
+    ctx.height, ctx.length = height, x.shape[1] if height else None
+    (weight, bias), ctx.specs = unpack((weight, bias))
+    bias = bias if add_bias else None
+    # The reduce-scatter wants [S, B, H]: permute the 1/tp-size input, not the full-size output.
+    x = x.transpose(0, 1) if height else x
+    if height in (0, x.shape[0]):
+        return F.linear(x, weight, bias), weight
     S, B = x.shape[:2]
-    if height == S:
-        return F.linear(x, weight, bias)
     y = x.new_empty(height, B, weight.shape[0])
     y[S:].zero_()
     rows, flat = y[:S].view(S * B, -1), x.reshape(S * B, -1)
@@ -176,49 +189,22 @@ def row_output(
         torch.mm(flat, weight.t(), out=rows)
     else:
         torch.addmm(bias, flat, weight.t(), out=rows)
-    return y
+    return y, weight
 
 
-class RowLinear(Node):
-    """``x W^T``, laid out for the reduce-scatter that follows.
+def row_input_gradient(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what ``row_output`` was given, batch-major."""
+    dy = dy[: ctx.length]
+    dx = (dy.reshape(-1, dy.shape[-1]) @ weight).view(*dy.shape[:-1], -1)
+    return dx.transpose(0, 1) if ctx.height else dx
 
-    Shapes:   x [..., f], weight [H, f] -> [..., H] partial; ``sharded``: [height, B, H]
-    Forward:  no collective
-    Backward: no collective
-    Saves:    x (or what it is computed from) if the weight needs a gradient, the weight
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        add_bias: bool,
-        sharded: bool,
-        height: int,
-    ) -> Tensor:
-        """Apply the weight."""
-        ctx.sharded, ctx.length = sharded, x.shape[1] if sharded else None
-        (weight, bias), ctx.specs = unpack((weight, bias))
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return row_output(x, weight, bias if add_bias else None, sharded, height)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Gradients of x, weight and bias."""
-        x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        # Same token order on both sides of the products; sequence-major costs no full-size copy.
-        dy = grads[0][: ctx.length] if ctx.sharded else grads[0]
-        dy_TH = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dx = (dy_TH @ weight).view(*dy.shape[:-1], -1)
-            dx = dx.transpose(0, 1) if ctx.sharded else dx
-        if ctx.needs_input_grad[1]:
-            x = x.transpose(0, 1) if ctx.sharded else x
-            dw = dy_TH.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            db = dy_TH.sum(0)
-        return dx, *pack((dw, db), ctx.specs), None, None, None
+def row_parameter_gradients(ctx: Any, dy: Tensor, x: Tensor | None, needs_bias: bool) -> list[Any]:
+    """Gradients of weight and bias; None for the weight's without x."""
+    dw = None
+    dy = dy[: ctx.length].reshape(-1, dy.shape[-1])
+    if x is not None:
+        # Same token order on both sides; sequence-major costs no full-size copy.
+        x = x.transpose(0, 1) if ctx.height else x
+        dw = dy.t() @ x.reshape(-1, x.shape[-1])
+    return pack((dw, dy.sum(0) if needs_bias else None), ctx.specs)

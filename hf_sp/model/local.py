@@ -61,11 +61,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def check_gathered(x: DTensor) -> None:
-    """Refuse a parameter that FSDP has not gathered.
-
-    Raises:
-        ConfigError: it has more axes than tp.
-    """
+    """Refuse (ConfigError) a parameter with more axes than tp: FSDP has not gathered it."""
     if len(spec_of(x).placements) > 1:
         raise ConfigError(
             "a module of a model with data parallel ranks was called outside the model's forward",
@@ -83,19 +79,16 @@ def local_of_groups(x: Tensor, count: int) -> Tensor:
     Its gradient is a sum over the tokens of ``count`` groups, and leaves as their mean.
 
     Shapes:   a DTensor -> its local tensor
-    Forward:  no collective
-    Backward: no collective
+    Forward, backward: no collective
     Saves:    nothing
     """
     return _AveragedGradient.apply(x.to_local() if isinstance(x, DTensor) else x, count)
 
 
 def cast_for_autocast(x: Tensor, like: Tensor) -> Tensor:
-    """Cast as autocast would before a linear; autocast itself does not look into our Functions.
+    """Cast as autocast does before a linear; it does not look into our Functions.
 
-    Args:
-        x: tensor to cast.
-        like: a tensor on the device whose autocast state counts.
+    The autocast state of the device of ``like`` counts.
     """
     dtype = autocast_dtype(like)
     return x if dtype is None or x.dtype == dtype or x.dtype not in _CAST else x.to(dtype)

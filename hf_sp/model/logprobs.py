@@ -2,14 +2,14 @@
 
 For losses that are not the mean cross entropy (weighted tokens, preference pairs): the gradient of
 each token's log-probability comes from outside, so that the logits of a chunk are made again in
-backward (``hf_sp.model.chunks``; ``hf_sp.model.loss`` is the other user of these).
+backward.
 
-Shape letters: B batch, S sequence, s = ceil(S / tp), T tokens of a chunk (of all ranks), H hidden,
-v local vocabulary rows.
+Shape letters: as in ``hf_sp.model.chunks``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,14 +53,7 @@ def token_statistics(
     Forward:  per chunk 1 all-gather of [T, H] (``sharded``) and 1 of at most [7, T] statistics
     Backward: per chunk 1 all-gather and 1 reduce-scatter (``sharded``), or 1 all-reduce of [T, H]
     Saves:    hidden, weight, labels and two numbers a token
-
-    Args:
-        hidden: final hidden states.
-        weight_vH: local rows of the head.
-        bias_v: their bias.
-        labels_BS: the label of each position.
-        spec: everything else.
-        fields: which of ``FIELDS`` are computed.
+    Only those of ``FIELDS`` are computed that are asked for.
     """
     found = _TokenStatistics.apply(hidden, weight_vH, bias_v, labels_BS, spec, fields)
     return TokenStatistics(*found)
@@ -68,15 +61,8 @@ def token_statistics(
 
 class _TokenStatistics(Node):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_vH: Tensor,
-        bias_v: Tensor | None,
-        labels_BS: Tensor,
-        spec: HeadSpec,
-        fields: tuple[str, ...],
-    ) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        hidden, weight_vH, bias_v, labels_BS, spec, fields = inputs
         ctx.set_materialize_grads(False)
         chunks = Chunks(hidden, labels_BS, spec)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -85,9 +71,9 @@ class _TokenStatistics(Node):
         for x_TH, labels_T, rows in chunks:
             logits_Tv = F.linear(x_TH, weight_vH, bias_v)
             for name, value in _statistics(logits_Tv, labels_T, spec, fields).items():
-                ignored = labels_T == spec.terms.ignore_index
                 part = found[name][:, rows]
-                part.copy_(value.masked_fill(ignored, 0).view_as(part))
+                value = value.masked_fill(labels_T == spec.terms.ignore_index, 0)
+                part.copy_(value.view_as(part))
             del logits_Tv, x_TH
         # Without an entropy there is no gradient of it: log_z fills the place.
         kept = found.get("entropy", found["log_z"])
@@ -105,16 +91,12 @@ class _TokenStatistics(Node):
         hidden, weight, bias, labels_BS, log_z, entropy = ctx.saved_tensors
         chunks = Chunks(hidden, labels_BS, ctx.spec)
         sums = HeadGradients(chunks, weight, ctx.needs_input_grad[:3])
-        of_log_prob, of_entropy = (
-            None if g is None else chunks.split(g.to(log_z.dtype)) for g in grads[:2]
-        )
+        upstream = (None if g is None else chunks.split(g.to(log_z.dtype)) for g in grads[:2])
+        whole = (log_z, entropy, *upstream)
         for x_TH, labels_T, rows in chunks:
             logits_Tv = F.linear(x_TH, weight, bias)
-            saved = [t[:, rows].reshape(-1) for t in (log_z, entropy)]
-            upstream = [
-                None if g is None else g[:, rows].reshape(-1) for g in (of_log_prob, of_entropy)
-            ]
-            grad_Tv = _logits_gradient(logits_Tv, labels_T, saved, upstream, ctx.spec.terms)
+            of_tokens = (None if t is None else t[:, rows].reshape(-1) for t in whole)
+            grad_Tv = _logits_gradient(logits_Tv, labels_T, ctx.spec.terms, *of_tokens)
             sums.add(grad_Tv, x_TH, rows)
             del logits_Tv, grad_Tv, x_TH
         dweight, dbias = (None if g is None else g.to(weight.dtype) for g in (sums.head, sums.bias))
@@ -133,49 +115,41 @@ def _statistics(
     """Statistics of each token ``[T]``, from one all-gather of every rank's own."""
     terms, v = spec.terms, logits_Tv.shape[1]
     own = steps.token_statistics(logits_Tv, labels_T, terms)
-    more: dict[str, Tensor] = {}
     if fields:
-        z_Tv, peak_T = _distribution(logits_Tv, terms), own[0]
+        peak_T, z_Tv = own[0], _distribution(logits_Tv, terms)
         e_Tv = (z_Tv - peak_T.masked_fill(peak_T == -torch.inf, 0).unsqueeze(1)).exp()
-    if "entropy" in fields:
-        # 0 * -inf where a logit is masked out.
-        more["entropy"] = (e_Tv * z_Tv.masked_fill(z_Tv == -torch.inf, 0)).sum(1)
-    if "log_sum_sq_probs" in fields:
-        more["log_sum_sq_probs"] = (e_Tv * e_Tv).sum(1)
-    if "mean_logits" in fields:
-        more["mean_logits"] = z_Tv.sum(1)
-    if "is_top1" in fields:
-        # The first of equal maxima is the prediction: the best logit before the label.
-        before = torch.arange(v, device=z_Tv.device) + terms.start < labels_T.unsqueeze(1)
-        more["is_top1"] = z_Tv.masked_fill(~before, -torch.inf).amax(1) if v else peak_T
+        column_v = torch.arange(v, device=z_Tv.device) + terms.start
+        parts: dict[str, Callable[[], Tensor]] = {
+            # 0 * -inf where a logit is masked out.
+            "entropy": lambda: (e_Tv * z_Tv.masked_fill(z_Tv == -torch.inf, 0)).sum(1),
+            "log_sum_sq_probs": lambda: (e_Tv * e_Tv).sum(1),
+            "mean_logits": lambda: z_Tv.sum(1),
+            # The first of equal maxima is the prediction: the best logit before the label.
+            "is_top1": lambda: (
+                z_Tv.masked_fill(column_v >= labels_T[:, None], -torch.inf).amax(1) if v else peak_T
+            ),
+        }
+        own = torch.cat([own, *(parts[name]()[None] for name in fields)])
     # [tp, k, T]: every rank combines the same numbers in the same order.
-    stats = steps.share(torch.cat([own, *(x[None] for x in more.values())]), spec.axis)
+    stats = steps.share(own, spec.axis)
     whole = steps.combine(stats[:, :3], labels_T, terms)
-    others = dict(zip(more, stats[:, 3:].unbind(1), strict=True))
-    found = {"log_z": whole.peak + whole.sum.log(), "log_probs": -whole.loss}
-    weight = (stats[:, 0] - whole.peak).exp()
-    if "entropy" in fields:
-        found["entropy"] = found["log_z"] - (others["entropy"] * weight).sum(0) / whole.sum
-    if "log_sum_sq_probs" in fields:
-        squares = (others["log_sum_sq_probs"] * weight * weight).sum(0)
-        found["log_sum_sq_probs"] = squares.log() - 2 * whole.sum.log()
-    if "mean_logits" in fields:
-        found["mean_logits"] = others["mean_logits"].sum(0) / terms.vocab
-    if "is_top1" in fields:
-        target, first = stats[:, 2].sum(0), others["is_top1"].amax(0)
-        found["is_top1"] = ((target >= whole.peak) & (target > first)).to(target.dtype)
-    return found
+    log_z, weight = whole.peak + whole.sum.log(), (stats[:, 0] - whole.peak).exp()
+    target = stats[:, 2].sum(0)
+    wholes: dict[str, Callable[[Tensor], Tensor]] = {
+        "entropy": lambda x: log_z - (x * weight).sum(0) / whole.sum,
+        "log_sum_sq_probs": lambda x: (x * weight * weight).sum(0).log() - 2 * whole.sum.log(),
+        "mean_logits": lambda x: x.sum(0) / terms.vocab,
+        "is_top1": lambda x: ((target >= whole.peak) & (target > x.amax(0))).to(x.dtype),
+    }
+    more = {name: wholes[name](x) for name, x in zip(fields, stats[:, 3:].unbind(1), strict=True)}
+    return {"log_z": log_z, "log_probs": -whole.loss, **more}
 
 
 def _logits_gradient(
-    logits_Tv: Tensor,
-    labels_T: Tensor,
-    saved: list[Tensor],
-    upstream: list[Tensor | None],
-    terms: steps.LossTerms,
+    logits_Tv: Tensor, labels_T: Tensor, terms: steps.LossTerms, *of_tokens: Any
 ) -> Tensor:
     """Gradient by the logits, of the log-probability and of the entropy, in the logits' place."""
-    (log_z, entropy), (of_log_prob, of_entropy) = saved, upstream
+    log_z, entropy, of_log_prob, of_entropy = of_tokens
     more = None
     if of_entropy is not None:
         z_Tv = _distribution(logits_Tv, terms)

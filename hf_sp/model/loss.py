@@ -1,15 +1,10 @@
 """Chunked, vocab-parallel cross entropy over the LM head: whole logits never exist.
 
-For each chunk of tokens (``hf_sp.model.chunks``): logits of the local vocabulary rows, their
-statistics (``hf_sp.kernels``) and one small all-gather of these, then the gradient in the logits'
-place and its two products.
-
 Gradients are made in the forward (three matrix products, none repeated) without the loss's scale:
 ``p - onehot`` is of order one, so that half precision neither under- nor overflows; the scale
 ``grad_output / denominator`` is applied once in backward.
 
-Shape letters: B batch, S sequence, s = ceil(S / tp), T tokens of a chunk (of all ranks), H hidden,
-v local vocabulary rows.
+Shape letters: as in ``hf_sp.model.chunks``.
 """
 
 from __future__ import annotations
@@ -26,11 +21,7 @@ from hf_sp.model.chunks import Chunks, HeadGradients, HeadSpec
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight_vH: Tensor,
-    bias_v: Tensor | None,
-    labels_BS: Tensor,
-    spec: HeadSpec,
+    hidden: Tensor, weight_vH: Tensor, bias_v: Tensor | None, labels_BS: Tensor, spec: HeadSpec
 ) -> Tensor:
     """Summed cross entropy of ``hidden W^T + b``, whose logits are never whole, in any dimension.
 
@@ -55,18 +46,10 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(Node):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_vH: Tensor,
-        bias_v: Tensor | None,
-        labels_BS: Tensor,
-        spec: HeadSpec,
-    ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        needs = ctx.needs_input_grad[:3]
-        chunks = Chunks(hidden, labels_BS, spec)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        hidden, weight_vH, bias_v, labels_BS, spec = inputs
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        needs, chunks = ctx.needs_input_grad[:3], Chunks(hidden, labels_BS, spec)
         grads = HeadGradients(chunks, weight_vH, needs)
         for x_TH, labels_T, rows in chunks:
             logits_Tv = F.linear(x_TH, weight_vH, bias_v)
@@ -92,13 +75,13 @@ class _LinearCrossEntropy(Node):
         # Once: under checkpointing saved tensors can be unpacked a single time.
         saved = ctx.saved_tensors
         scaled = [
-            None if grad is None else (grad * grads[0].to(_at_least_float(grad))).to(dtype)
+            None if grad is None else (grad * grads[0].to(_wide(grad))).to(dtype)
             for grad, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None
 
 
-def _at_least_float(x: Tensor) -> torch.dtype:
+def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -108,8 +91,7 @@ def scaled_loss(total: Tensor, items: Tensor | float) -> Tensor:
     torch's cross entropy writes no gradient for ignored tokens, so that a batch without a counted
     label trains nothing; dividing by its count would make every gradient nan.
     """
-    if not isinstance(items, Tensor):
-        # A plain number stays one: a tensor of it would be copied to the device in each step.
-        return total / items if items else total * 0 + total.detach() / 0
+    # A number is filled in on the device: no copy, no synchronisation.
+    items = items.to(total.device) if isinstance(items, Tensor) else total.new_full((), items)
     counted = items != 0
     return (total / items.masked_fill(~counted, 1)).where(counted, total.detach() / items)

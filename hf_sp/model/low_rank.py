@@ -1,17 +1,14 @@
 """Low-rank factors beside the parallel linears, as cheap as they can be made.
 
-A factor pair adds ``s B (A x)`` to a linear. In a column linear A is replicated and B holds the
-local output rows; in a row linear A holds the local input columns and B is replicated. Three facts
-carry everything here (Hu et al. 2021, arXiv:2106.09685, with Korthikanti et al. 2022):
+A pair adds ``s B (A x)`` to a linear (Hu et al. 2021, arXiv:2106.09685). In a column linear A is
+replicated and B holds the local output rows; in a row linear A holds the local input columns and B
+is replicated.
 
 - Column: every rank has the gathered input, so ``u = A x`` needs no collective. The gradient of u
   is partial (each rank has some output rows). It travels to its tokens' rank as ``r`` more columns
-  of the block's one reduce-scatter; left are ``dA = du^T x`` and ``dx += du A`` on the *shard*. So
-  neither is the gathered input saved nor gathered again.
-- Row: B is linear, so that ``B (A_i x_i)`` is a partial sum like the linear's own and shares the
-  block's reduction.
-- The replicated factor's gradient is a sum over the ranks in either case. It is part of the
-  autograd graph, and one all-reduce serves all A of a block.
+  of the block's one reduce-scatter; left are ``dA = du^T x`` and ``dx += du A`` on the *shard*.
+- Row: ``B (A_i x_i)`` is a partial sum like the linear's own and shares the block's reduction.
+- The replicated factor's gradient is a sum over the ranks, as a part of the autograd graph.
 
 Shape letters: B batch, S sequence, s = S / tp, H hidden, f local in features of a row linear,
 r rank of one pair, R sum of the ranks of a block's pairs. Knows tensors only: what a pair belongs
@@ -21,8 +18,7 @@ to is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +31,10 @@ from hf_sp.model.dropout import Dropout
 from hf_sp.model.recompute import restored, saved_form
 
 
-@dataclass(frozen=True, slots=True)
-class FactorGradient:
-    """What the backward of one pair has sent to its port.
+class FactorGradient(NamedTuple):
+    """du ``[S, B, r]``, partial, that the backward of one pair has sent to its port.
 
-    Args:
-        slot: the factor's place among the node's inputs.
-        du: ``[S, B, r]``, partial.
-        factor: A.
-        dropout: what was dropped in front of it.
+    ``slot`` is the place of its A, ``factor``, among the node's inputs.
     """
 
     slot: int
@@ -57,21 +48,14 @@ def join_gradients(
 ) -> Tensor:
     """The block's input gradient and the gradients of u side by side: one buffer to reduce.
 
-    Args:
-        partial: ``[S, B, H]`` partial input gradient, padded; None if nobody wants it.
-        waiting: the pairs' gradients, not padded.
-        height: rows of the padded buffer.
-
-    Returns:
-        ``[height, B, H + R]``.
+    Shapes:   partial [height, B, H], padded, or None if nobody wants it; du [S, B, r] each
+              -> [height, B, H + R]
     """
-    first = waiting[0].du if partial is None else partial
     pieces = [] if partial is None else [partial]
     for one in waiting:
         missing = height - one.du.shape[0]
-        du = F.pad(one.du, (0, 0, 0, 0, 0, missing)) if missing else one.du
-        pieces.append(du.to(first.dtype))
-    return torch.cat(pieces, -1)
+        pieces.append(F.pad(one.du, (0, 0, 0, 0, 0, missing)) if missing else one.du)
+    return torch.cat([piece.to(pieces[0].dtype) for piece in pieces], -1)
 
 
 def split_gradients(
@@ -90,17 +74,8 @@ def split_gradients(
     Collectives: 1 all-reduce of all dA together if ``sharded``: each rank has its own tokens; none
               else, where x and du are whole
 
-    Args:
-        reduced: the reduced buffer, in the order of the collective.
-        waiting: as they were joined.
-        x: the block's input, in the same order; None if no A needs a gradient.
-        needs: which A need one.
-        wants_dx: whether the buffer holds the input gradient.
-        axis: the tp axis.
-        sharded: whether x is a sequence shard.
-
-    Returns:
-        The input gradient or None, and dA of each.
+    ``x`` is the block's input in the order of the collective, None if no A needs a gradient;
+    ``needs`` says which do.
     """
     widths = [one.du.shape[-1] for one in waiting]
     columns = reduced.split([reduced.shape[-1] - sum(widths), *widths], -1)
@@ -147,11 +122,7 @@ def low_rank(x: Tensor, factor: Tensor, dropout: Dropout | None, part: int) -> T
     Saves:    if A needs a gradient: x as it is (neither cast nor dropped), or what x is computed
               from; A
 
-    Args:
-        x: the input.
-        factor: A.
-        dropout: what is dropped in front of it.
-        part: which part of the whole input x is, for the mask.
+    ``x`` is part number ``part`` of what all ranks see, for the mask of the dropout in front of A.
     """
     return _LowRank.apply(saved_form(x), x, factor, dropout, part)
 

@@ -17,22 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
-from hf_sp.model.linear import row_output
+from hf_sp.model.linear import row_input_gradient, row_output, row_parameter_gradients
 from hf_sp.model.recompute import Recompute, attach_recompute
 from hf_sp.plan.known_forms import GatedForm
-from hf_sp.torch_private import pack, unpack
 
 
 class SwiGLUForward:
     """A gated MLP's forward, with its fused product.
 
     Saves:    gate and up; the product too, unless ``recompute``
-
-    Args:
-        module: the MLP.
-        form: the names of its three linears.
-        recompute: let the down projection save gate and up instead of the product.
-        triton: run Triton kernels where they can.
     """
 
     def __init__(
@@ -60,14 +53,15 @@ class SwiGLUForward:
         product = swiglu(gate, up, triton=self.triton)
         # A hook that runs behind it is shown the product, and may watch its gradient.
         if self.recompute and torch.is_grad_enabled() and not _has_forward_hooks(down):
-            attach_recompute(product, _swiglu_recompute(gate, up, self.triton))
+            again = functools.partial(swiglu_forward, triton=self.triton)
+            row_linear = functools.partial(SwiGLURowLinear.apply, self.triton)
+            attach_recompute(product, Recompute(again, (gate, up), row_linear))
         return down(product)
 
     def _watched(self) -> bool:
         """Whether someone has put another activation here, or hooks on it."""
-        children = self.module._modules
         for name, child in self.others.items():
-            if children.get(name) is not child:
+            if self.module._modules.get(name) is not child:
                 return True
             if child is not None and (
                 child._forward_hooks
@@ -86,21 +80,14 @@ def _has_forward_hooks(module: nn.Module) -> bool:
     return any(_has_forward_hooks(m) for m in module._modules.values() if m is not None)
 
 
-def _swiglu_recompute(gate: Tensor, up: Tensor, triton: bool) -> Recompute:
-    again = functools.partial(swiglu_forward, triton=triton)
-    return Recompute(again, (gate, up), functools.partial(SwiGLURowLinear.apply, triton))
-
-
 class SwiGLURowLinear(Node):
     """``(silu(gate) * up) W^T`` without saving the product.
 
     The backward makes the product in the pass that makes the gradients of gate and up: the weight
     gradient needs it there, and nowhere else.
 
-    Shapes:   gate, up, product [B, S, f], weight [H, f] -> [B, S, H] partial; ``sharded``:
-              [height, B, H]
-    Forward:  no collective; the product comes ready-made
-    Backward: no collective
+    Shapes:   gate, up, product [B, S, f], weight [H, f] -> as ``RowLinear``
+    Forward, backward: no collective; the product comes ready-made
     Saves:    gate, up, the weight
     """
 
@@ -114,14 +101,13 @@ class SwiGLURowLinear(Node):
         weight: Tensor,
         bias: Tensor | None,
         add_bias: bool,
-        sharded: bool,
         height: int,
     ) -> Tensor:
         """Apply the weight to the product."""
-        ctx.sharded, ctx.triton, ctx.length = sharded, triton, gate.shape[1] if sharded else None
-        (weight, bias), ctx.specs = unpack((weight, bias))
+        ctx.triton = triton
+        y, weight = row_output(ctx, product, weight, bias, add_bias, height)
         ctx.save_for_backward(gate, up, weight)
-        return row_output(product, weight, bias if add_bias else None, sharded, height)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -129,27 +115,11 @@ class SwiGLURowLinear(Node):
         """Gradients of gate, up, weight and bias."""
         gate, up, weight = ctx.saved_tensors
         _, needs_gate, needs_up, _, needs_weight, needs_bias = ctx.needs_input_grad[:6]
-        dw = db = None
-        dy = grads[0][: ctx.length] if ctx.sharded else grads[0]
-        dy_TH = dy.reshape(-1, dy.shape[-1])
-        dproduct = (dy_TH @ weight).view(*dy.shape[:-1], -1)
-        dproduct = dproduct.transpose(0, 1) if ctx.sharded else dproduct
+        dproduct = row_input_gradient(ctx, grads[0], weight)
         dgate, dup, product = swiglu_backward(
             dproduct, gate, up, product=needs_weight, triton=ctx.triton
         )
         del dproduct
-        if product is not None:
-            product = product.transpose(0, 1) if ctx.sharded else product
-            dw = dy_TH.t() @ product.reshape(-1, product.shape[-1])
-        if needs_bias:
-            db = dy_TH.sum(0)
-        return (
-            None,
-            dgate if needs_gate else None,
-            dup if needs_up else None,
-            None,
-            *pack((dw, db), ctx.specs),
-            None,
-            None,
-            None,
-        )
+        inputs = dgate if needs_gate else None, dup if needs_up else None
+        parameters = row_parameter_gradients(ctx, grads[0], product, needs_bias)
+        return None, *inputs, None, *parameters, None, None

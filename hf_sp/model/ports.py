@@ -35,7 +35,7 @@ class GatheredInput:
 
     A tensor is taken for the gathered one if it is that object (or, for a block that flattens it, a
     view of all of it), nobody has written into it, and nobody watches its gradient, which would go
-    by: else it is an ordinary tensor, and its reader an ordinary linear.
+    by.
 
     Args:
         x: ``[B, S, H]``.
@@ -58,8 +58,7 @@ class GatheredInput:
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if ``x`` is the gathered tensor."""
-        found = self.ports.get(reader)
-        return found if found is not None and self.reads(x) else None
+        return self.ports[reader] if reader in self.ports and self.reads(x) else None
 
     def reads(self, x: Tensor) -> bool:
         """Whether ``x`` is the gathered tensor, as it was made."""
@@ -135,6 +134,7 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
     """``A x`` of a factor that reads the gathered x, after its dropout; du goes to the port.
 
     Shapes:   x [B, S, H] -> u [B, S, r] in A's dtype, equal on all ranks
+    Forward, backward: no collective
     Saves:    nothing
     """
     # Some blocks flatten what was gathered.
@@ -151,13 +151,6 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
 
 
 class _LowRankColumn(Node):
-    """``A x`` of a factor that reads a block's gathered input; see ``columns.gather_columns``.
-
-    Shapes:   x [B, S, H], port [B, S, r], A [r, H] -> u [B, S, r] in A's dtype
-    Forward, backward: no collective; du goes to the port
-    Saves:    nothing
-    """
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -168,7 +161,7 @@ class _LowRankColumn(Node):
         sequence_major: bool,
         batch_major: bool,
     ) -> Tensor:
-        """Apply A to ``seen``, which is x in its order in memory, after dropout."""
+        # ``seen`` is x in its order in memory, after dropout.
         ctx.dtype, ctx.shape = port.dtype, port.shape
         u = F.linear(seen.to(A.dtype), A)
         u = u.transpose(0, 1) if sequence_major else u
@@ -178,5 +171,4 @@ class _LowRankColumn(Node):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Leave du at the port."""
         return None, grads[0].to(ctx.dtype).reshape(ctx.shape), None, None, None, None

@@ -1,11 +1,8 @@
 """How a tensor is computed again in backward, instead of being saved.
 
 A norm's output and the MLP's gated product are cheap functions of tensors that are saved anyway.
-Who computes such a tensor attaches its ``Recompute``; who would save the tensor for backward saves
-the inputs of that instead, which costs nothing.
-
-It is void once someone has written into the tensor or an input, and it does not follow through an
-operation: what a user's hook has changed is saved like any other tensor.
+Who computes one attaches its ``Recompute``; who would save it saves the inputs of that instead.
+Void after a write into the tensor or an input; it does not follow through an operation.
 """
 
 from __future__ import annotations
@@ -24,12 +21,10 @@ _RECOMPUTE = "_hf_sp_recompute"
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """A tensor as a function of others.
+    """A tensor as a function of others, with their gradient paths.
 
-    Args:
-        function: gives the same bits each time, and holds no tensor itself.
-        inputs: its arguments, with their gradient paths.
-        row_linear: a row linear of the inputs instead of the tensor, if there is one.
+    ``function`` gives the same bits each time, and holds no tensor itself. ``row_linear``: a row
+    linear of the inputs instead of the tensor, if there is one.
     """
 
     function: Callable[..., Tensor]

@@ -6,12 +6,11 @@ their names and stay tied. Nothing here communicates but ``agree_on_weights``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -68,42 +67,38 @@ def agree_on_weights(model: nn.Module, axis: Axis, device_type: str) -> list[str
         Names of the tensors that differed and were taken from the first rank.
     """
     group = process_group(axis.group)
-    tensors = [(n, t) for n, t in _named_tensors(model) if t.numel()]
+    everything = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = [(n, t) for n, t in everything if t.numel()]
     symbolic = any(is_fake(t) for _, t in tensors)
     if axis.size == 1 or symbolic or dist.get_backend(group) == "fake":
         return []
     digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])
     everyone = comm.all_gather(digests.to(device_type)[None], axis)
-    differ = (everyone != everyone[0]).any(0).tolist()
-    source = dist.get_global_rank(group, 0)
-    names = []
-    for (name, tensor), different in zip(tensors, differ, strict=True):
-        if different:
-            buffer = tensor.detach().to(device_type).contiguous()
-            dist.broadcast(buffer, src=source, group=group)
-            tensor.detach().copy_(buffer)
-            names.append(name)
-    return names
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    differ = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+    for i in differ:
+        tensor = tensors[i][1].detach()
+        buffer = tensor.to(device_type).contiguous()
+        dist.broadcast(buffer, group=group, group_src=0)
+        tensor.copy_(buffer)
+    return [tensors[i][0] for i in differ]
 
 
 def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     """Turn every parameter into a DTensor."""
     placed = placements(model, plan)
-    device = _device(state.mesh)
+    device = torch.device(state.mesh.device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     made: dict[int, nn.Parameter] = {}
     travelling = {id(p) for p in spread_experts(model, state)}
-    for module in list(model.modules()):
-        for name, p in list(module._parameters.items()):
+    for module in model.modules():
+        for name, p in module._parameters.items():
             if p is None:
                 continue
             if id(p) not in made:
-                shard = _shard_experts if id(p) in travelling else shard_parameter
-                made[id(p)] = shard(p, placed[id(p)][1], state, device)
+                made[id(p)] = shard_parameter(
+                    p, placed[id(p)][1], state, device, spread=id(p) in travelling
+                )
             module._parameters[name] = made[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device.type:
@@ -118,34 +113,19 @@ def spread_experts(model: nn.Module, state: ParallelState) -> list[nn.Parameter]
     return [p for path in paths for p in model.get_submodule(path).parameters(recurse=False)]
 
 
-def _shard_experts(
-    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
-) -> nn.Parameter:
-    """This rank's experts of all ranks', on the whole mesh. ep divides their number."""
-    everyone = state.everyone
-    piece = take_shard(p.detach(), Shard(0), everyone.size, everyone.rank, device)
-    return _as_parameter(piece, p, state.whole, (placement,) * state.whole.ndim)
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
-
-
 def shard_parameter(
-    p: nn.Parameter, placement: Placement, state: ParallelState, device: torch.device
+    p: nn.Parameter,
+    placement: Placement,
+    state: ParallelState,
+    device: torch.device,
+    *,
+    spread: bool = False,
 ) -> nn.Parameter:
-    """This rank's part of a full parameter, as a DTensor parameter."""
-    piece = take_shard(p.detach(), placement, state.tp, state.rank, device)
-    return _as_parameter(piece, p, state.mesh, (placement,))
-
-
-def _as_parameter(
-    piece: Tensor, p: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> nn.Parameter:
+    """This rank's part of a full parameter, as a DTensor parameter; ``spread`` over all ranks."""
+    axis, mesh = (state.everyone, state.whole) if spread else (state.axis, state.mesh)
+    piece = take_shard(p.detach(), placement, axis.size, axis.rank, device)
     stride = p.stride() if p.is_contiguous() else None
-    tensor = as_dtensor(piece, mesh, placements, p.shape, stride)
+    tensor = as_dtensor(piece, mesh, (placement,) * mesh.ndim, p.shape, stride)
     new = nn.Parameter(tensor, requires_grad=p.requires_grad)
     # Marks that transformers leaves on parameters (already initialised, no weight decay).
     new.__dict__.update(p.__dict__)

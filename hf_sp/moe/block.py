@@ -1,9 +1,6 @@
 """Mixture-of-experts blocks: what hangs on the block, its experts and its shared expert.
 
-Routing and the rest of the block stay HF's own code, on flattened tokens. Experts split by
-features: the block is a TP block like any other, whose entry also has the router's weight and the
-experts'. Whole experts: the block stays on this rank's tokens, which are sent to their experts, and
-the shared expert is a TP block of its own.
+Routing and the rest of the block stay HF's own code, on flattened tokens.
 
 Shape letters: B batch, S sequence, s = S / tp, T tokens of the block, k experts a token, E experts,
 H hidden.
@@ -12,37 +9,32 @@ H hidden.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
-from hf_sp.model.block import (
-    BlockBoundary,
-    factors_of,
-    get_hidden_states,
-    replace_hidden_states,
-)
+from hf_sp.model.block import BlockBoundary, factors_of, get_hidden_states, replace_hidden_states
 from hf_sp.model.columns import Experts, gather_columns
-from hf_sp.model.linear import ColumnParallelLinear
 from hf_sp.model.local import cast_for_autocast, local, local_of_groups
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.ports import BlockInput, GatheredInput, Port, column_linear
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.moe.dispatcher import Dispatcher
-from hf_sp.moe.experts import Weights, gate_up_gradient, run_experts
-from hf_sp.moe.router import RouterColumn, RouterParameters
+from hf_sp.moe.experts import gate_up_gradient, run_experts
+from hf_sp.moe.router import RouterParameters
 from hf_sp.plan.schema import Block
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import version
 
 
 class SparseBoundary(BlockBoundary):
-    """Entry and exit of a sparse block.
+    """Entry and exit of a sparse block, and the forward of its experts.
 
-    Experts split by features: all-gather and reduce-scatter, as any TP block. Whole experts: no
-    collective; what reads the tokens saves what they are computed from.
+    Experts split by features: a TP block like any other, whose entry also has the router's weight
+    and the experts'. Whole experts: the block stays on this rank's tokens, which are sent to their
+    experts; no collective of its own, and what reads the tokens saves what they are computed from.
     """
 
     def __init__(
@@ -52,23 +44,22 @@ class SparseBoundary(BlockBoundary):
         self.form = block.experts
         self.whole_experts = block.experts.split == "experts"
         inside = block.path + "."
-        self.router = module.get_submodule(self.form.router.removeprefix(inside))
+        router: Any = module.get_submodule(self.form.router.removeprefix(inside))
         self.experts = module.get_submodule(self.form.path.removeprefix(inside))
         # Where tokens travel, the shared expert is a TP block of its own.
         columns = [] if self.whole_experts else columns
         super().__init__(state, BlockInput(), columns, attention=False)
-        router: Any = self.router
-        self.linears.insert(0, (router, RouterColumn(self.router, state)))
+        self.router, self.parameters = router, RouterParameters(state, router, self.route)
+        self.linears.insert(0, (router, self.parameters))
         self.recompute: Recompute | None = None
-        self.shape: tuple[int, ...] = ()
         for column in columns:
             column.block = self.block
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks of the block and of what is in it."""
         super().install(module)
-        RouterParameters(self.state, self.route).install(self.router)
-        setattr(self.experts, "forward", ExpertsForward(self))  # noqa: B010 (a method to mypy)
+        self.parameters.install(self.router)
+        setattr(self.experts, "forward", self.run)  # noqa: B010 (a method to mypy)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input, or stay on the shard."""
@@ -78,17 +69,12 @@ class SparseBoundary(BlockBoundary):
         if self.whole_experts:
             # With noise on the tokens they cannot be computed again: they are saved.
             self.recompute = None if jitters else recompute_of(x)
-            x = x.clone(memory_format=torch.contiguous_format) if jitters else x.contiguous()
+            x = x.contiguous()
             gathered = GatheredInput(x, version(x), True, 1, {})
-            if jitters:
-                # Each rank has other tokens, and draws other noise.
-                self.dropout.start(x)
         else:
-            gate_up, top_k = self.gate_up, int(getattr(self.router, "top_k", 0))
-            experts = None
-            if top_k:
-                gradient = functools.partial(gate_up_gradient, top_k=top_k)
-                experts = Experts(self.experts, gate_up(x), top_k, gradient)
+            top_k = int(self.router.top_k)
+            gradient = functools.partial(gate_up_gradient, top_k=top_k)
+            experts = Experts(self.experts, self.weight("gate_up_proj", x), top_k, gradient)
             gathered = gather_columns(
                 x,
                 [] if jitters else self.linears,
@@ -100,10 +86,13 @@ class SparseBoundary(BlockBoundary):
                 factors=[] if jitters else factors_of(module, x),
                 experts=None if jitters else experts,
             )
-            if jitters:
-                # The block writes into it.
-                gathered.x = gathered.x.clone()
-        self.block.gathered, self.shape = gathered, tuple(gathered.x.shape)
+        if jitters:
+            # The block writes into it.
+            gathered.x = gathered.x.clone()
+            if self.whole_experts:
+                # Each rank has other tokens, and draws other noise.
+                self.dropout.start(x)
+        self.block.gathered = gathered
         return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -115,9 +104,15 @@ class SparseBoundary(BlockBoundary):
         self.block.close()
         return None
 
-    def gate_up(self, like: Tensor) -> Tensor:
-        """This rank's part of the experts' packed gate and up projections."""
-        return expert_weight(cast(Tensor, self.experts.gate_up_proj), self.state, like)
+    def weight(self, name: str, like: Tensor) -> Tensor:
+        """This rank's part of a weight of the experts, cast for autocast.
+
+        Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
+        would have averaged over the groups.
+        """
+        p, state = getattr(self.experts, name), self.state
+        mine = local_of_groups(p, state.data) if state.spread else local(p)
+        return cast_for_autocast(mine, like)
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if x is what the block was given; may be computed again, if so."""
@@ -125,8 +120,7 @@ class SparseBoundary(BlockBoundary):
         if gathered is None:
             return None
         if self.recompute is not None and gathered.reads(x):
-            again = functools.partial(_flat, function=self.recompute.function)
-            attach_recompute(x, Recompute(again, self.recompute.inputs))
+            _attach_reshaped(x, self.recompute)
         return gathered.port(reader, x)
 
     def route(self, x: Tensor, weight: Tensor) -> Tensor | None:
@@ -138,30 +132,59 @@ class SparseBoundary(BlockBoundary):
             return None
         return low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
 
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts, in place of HF's loop or grouped forward.
 
-def _flat(*inputs: Tensor, function: Any) -> Tensor:
-    x = function(*inputs)
-    return x.reshape(-1, x.shape[-1])
+        Shapes:   tokens [T, H], top_k_index and top_k_weights [T, k] -> [T, H]: this rank's part,
+                  or the whole output for this rank's tokens
+        """
+        state, index = self.state, top_k_index
+        port = self.port(self.experts, hidden_states)
+        x = hidden_states if port is not None else cast_for_autocast(hidden_states, hidden_states)
+        if port is not None and port.outputs[1].shape[0] != index.numel():
+            port = None
+        down = self.weight("down_proj", x)
+        gate_up = self.weight("gate_up_proj", x) if port is None else port.weight
+        count, mine = down.shape[0], index
+        if self.whole_experts and not state.sharded and state.rank > 0:
+            # One token of a generation, which every rank of tp has: the first counts and sends it.
+            mine = torch.full_like(index, self.form.count)
+        self._note_load(mine)
+        if not self.whole_experts:
+            dispatcher = Dispatcher.local(index, count)
+        elif state.sharded or state.spread:
+            dispatcher = Dispatcher.all_to_all(mine, count, state.expert_axis)
+        else:
+            # Each rank adds what its experts make of that token.
+            dispatcher = Dispatcher.local(index, count, state.rank * count)
+        out = run_experts(x, top_k_weights, gate_up, down, dispatcher, port, triton=state.kernels)
+        whole = state.sharded or not self.whole_experts
+        return out if whole else pairs.allreduce_identity(out, state.axis)
+
+    def _note_load(self, index_Tk: Tensor) -> None:
+        """Count the tokens of each expert, for whoever reads ``expert_load``."""
+        state, count, gathered = self.state, self.form.count, self.block.gathered
+        if state.length is None or gathered is None:
+            return  # a recomputation in backward: counted before
+        if state.sharded:
+            # Not the rows that pad the sequence to a multiple of tp.
+            batch, rows, _ = gathered.x.shape
+            real = state.length - (state.rank * rows if self.whole_experts else 0)
+            index_Tk = index_Tk.view(batch, rows, -1)[:, : max(real, 0)]
+        flat = index_Tk.detach().reshape(-1)
+        counts = flat.new_zeros(count + 1)
+        state.load[self.form.path] = counts.scatter_add_(0, flat, torch.ones_like(flat))[:count]
 
 
 class SharedBoundary(BlockBoundary):
     """Entry and exit of a shared expert that is a TP block of its own, on flattened tokens.
 
     The order of the tokens does not matter to it: it gathers the ranks' ``[T, H]`` as they lie.
-
-    Args:
-        state: the model's parallel state.
-        block: what its linears find their input by.
-        columns: its column linears.
-        around: the block that it is a part of.
+    ``around`` is the block that it is a part of.
     """
 
     def __init__(
-        self,
-        state: ParallelState,
-        block: BlockInput,
-        columns: list[ColumnParallelLinear],
-        around: SparseBoundary,
+        self, state: ParallelState, block: BlockInput, columns: list[Any], around: SparseBoundary
     ) -> None:
         super().__init__(state, block, columns, attention=False)
         self.around = around
@@ -172,8 +195,7 @@ class SharedBoundary(BlockBoundary):
         self.around.port(module, x)
         recompute, x = recompute_of(x), x.unsqueeze(0)
         if recompute is not None:
-            again = functools.partial(_unsqueezed, function=recompute.function)
-            attach_recompute(x, Recompute(again, recompute.inputs))
+            _attach_reshaped(x, recompute)
         return super().enter(module, *replace_hidden_states(args, kwargs, x))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -182,67 +204,11 @@ class SharedBoundary(BlockBoundary):
         return out.squeeze(0) if isinstance(out, Tensor) else out
 
 
-def _unsqueezed(*inputs: Tensor, function: Any) -> Tensor:
-    return function(*inputs).unsqueeze(0)
+def _attach_reshaped(x: Tensor, recompute: Recompute) -> None:
+    """Let ``x`` be computed as another tensor is, whose values it has in its own shape."""
+    again = functools.partial(_reshaped, function=recompute.function, shape=x.shape)
+    attach_recompute(x, Recompute(again, recompute.inputs))
 
 
-def expert_weight(p: Tensor, state: ParallelState, like: Tensor) -> Tensor:
-    """This rank's part of an expert weight, cast for autocast.
-
-    Experts that are split over data parallel ranks see the tokens of all: the sum of what FSDP
-    would have averaged over the groups.
-    """
-    mine = local_of_groups(p, state.data) if state.spread else local(p)
-    return cast_for_autocast(mine, like)
-
-
-class ExpertsForward:
-    """The experts of one block, in place of HF's loop or grouped forward.
-
-    Shapes:   tokens [T, H], top_k_index and top_k_weights [T, k] -> [T, H]
-    """
-
-    def __init__(self, boundary: SparseBoundary) -> None:
-        self.boundary = boundary
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """This rank's part, or the whole output for this rank's tokens."""
-        boundary, module, index = self.boundary, self.boundary.experts, top_k_index
-        state, form = boundary.state, boundary.form
-        port = boundary.port(module, hidden_states)
-        x = hidden_states if port is not None else cast_for_autocast(hidden_states, hidden_states)
-        if port is not None and port.outputs[1].shape[0] != index.numel():
-            port = None
-        down = expert_weight(cast(Tensor, module.down_proj), state, x)
-        gate_up = boundary.gate_up(x) if port is None else port.weight
-        weights, count = Weights(gate_up, down, state.kernels), down.shape[0]
-        self._note_load(index)
-        if not boundary.whole_experts:
-            return run_experts(x, top_k_weights, weights, Dispatcher.local(index, count), port)
-        if state.sharded or state.spread:
-            if not state.sharded and state.rank > 0:
-                # One token of a generation, another on each data parallel rank: one rank sends it.
-                index = torch.full_like(index, form.count)
-            dispatcher = Dispatcher.all_to_all(index, count, state.expert_axis)
-        else:
-            # One token of a generation, which every rank has: each adds what its experts make.
-            dispatcher = Dispatcher.local(index, count, state.rank * count)
-        out = run_experts(x, top_k_weights, weights, dispatcher, None)
-        return out if state.sharded else pairs.allreduce_identity(out, state.axis)
-
-    def _note_load(self, index_Tk: Tensor) -> None:
-        """Count the tokens of each expert, for whoever reads ``expert_load``."""
-        boundary, state, form = self.boundary, self.boundary.state, self.boundary.form
-        if state.length is None or boundary.block.gathered is None:
-            return  # a recomputation in backward: counted before
-        if boundary.whole_experts and not state.sharded and state.rank > 0:
-            # Each rank has them: the first counts.
-            index_Tk = torch.full_like(index_Tk, form.count)
-        if state.sharded:
-            # Not the rows that pad the sequence to a multiple of tp.
-            batch, rows, _ = boundary.shape
-            real = state.length - (state.rank * rows if boundary.whole_experts else 0)
-            index_Tk = index_Tk.view(batch, rows, -1)[:, : max(real, 0)]
-        flat = index_Tk.detach().reshape(-1)
-        counts = flat.new_zeros(form.count + 1)
-        state.load[form.path] = counts.scatter_add_(0, flat, torch.ones_like(flat))[: form.count]
+def _reshaped(*inputs: Tensor, function: Any, shape: torch.Size) -> Tensor:
+    return function(*inputs).reshape(shape)

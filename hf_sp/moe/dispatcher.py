@@ -1,10 +1,5 @@
 """Which rows of tokens go to which experts, and on which rank these are.
 
-``Dispatcher.local``: each rank has a part of every expert, or some experts and all tokens; nothing
-travels. ``Dispatcher.all_to_all``: each rank has whole experts and its own tokens; a token is sent
-once to each of its k experts, and the results come back. No capacity: nothing is dropped, and ranks
-exchange as many rows as there are.
-
 Shape letters: T tokens of this rank, k experts a token, E experts, e = E / ep local experts,
 R rows (token, choice) of this rank's tokens, Q rows that arrive here, H hidden.
 """
@@ -25,78 +20,28 @@ from hf_sp.torch_private import is_fake
 
 
 @dataclass(slots=True)
-class Order:
-    """Rows (token, choice) sorted by expert.
-
-    Args:
-        rows: ``[R']`` places in the flattened ``[T * k]`` routing tensors, sorted by expert.
-        groups: where each expert's rows end.
-        top_k: k.
-        tokens: T.
-    """
-
-    rows: Tensor
-    groups: Groups
-    top_k: int
-    tokens: int
-
-    @classmethod
-    def of(cls, index_Tk: Tensor, first: int, count: int) -> Order:
-        """The rows of ``count`` experts from ``first`` on, then those of others.
-
-        Nothing is read back from the device.
-        """
-        ids = index_Tk.reshape(-1) - first
-        ids = torch.where((ids < 0) | (ids >= count), count, ids)
-        ids, rows = torch.sort(ids, stable=True)
-        experts = torch.arange(count, device=ids.device, dtype=ids.dtype)
-        groups = Groups(torch.searchsorted(ids, experts, right=True).to(torch.int32))
-        tokens, top_k = index_Tk.shape
-        return cls(rows, groups, top_k, tokens)
-
-    def counts(self) -> Tensor:
-        """``[E]`` int64: rows of each expert."""
-        ends = self.groups.ends.long()
-        return torch.diff(ends, prepend=ends.new_zeros(1))
-
-    def keep(self, rows: int) -> None:
-        """Leave out the rows of others, once the number of the chosen is known."""
-        self.rows = self.rows[:rows]
-
-    def permute(self, x_TH: Tensor) -> Tensor:
-        """Each row's token, ``[R', H]``."""
-        return x_TH.index_select(0, self.rows // self.top_k)
-
-    def unpermute(self, y_RH: Tensor) -> Tensor:
-        """``[T, H]``: each token's sum over its rows; rows that were left out count nothing.
-
-        In the order of the top_k, without atomics: the same bits each time.
-        """
-        all_rows = self.tokens * self.top_k
-        full = y_RH.new_empty if y_RH.shape[0] == all_rows else y_RH.new_zeros
-        y = full(all_rows, y_RH.shape[1]).index_copy_(0, self.rows, y_RH)
-        return y.view(self.tokens, self.top_k, -1).sum(1)
-
-    def spread(self, values_R: Tensor) -> Tensor:
-        """``[T, k]`` of one value a row; zero where a row was left out."""
-        full = values_R.new_zeros(self.tokens * self.top_k)
-        return full.index_copy_(0, self.rows, values_R).view(self.tokens, self.top_k)
-
-
-@dataclass(slots=True)
 class Dispatcher:
-    """Who sends how many rows to whom, for one block and forward.
+    """Who sends how many rows (token, choice) to whom, for one block and forward.
+
+    ``local``: each rank has a part of every expert, or some experts and all tokens; nothing
+    travels. ``all_to_all``: each rank has whole experts and its own tokens; a token is sent once to
+    each of its k experts, and the results come back. No capacity: nothing is dropped, and ranks
+    exchange as many rows as there are.
 
     Args:
-        order: this rank's rows, sorted by expert and so by destination.
+        shape: ``(T, k)``.
+        rows: ``[R]`` places in the flattened ``[T * k]`` routing tensors, sorted by expert
+            and so by destination; without those of experts that are nowhere here.
         groups: where each local expert's rows end.
         axis: the ranks that rows travel among; None if they stay.
-        places: ``[Q]`` order by local expert of the rows that arrive, which come rank by rank.
+        places: ``[Q]`` int32 order by local expert of the rows that arrive, which come rank by
+            rank.
         send: rows that go to each rank.
         receive: rows that come from each rank.
     """
 
-    order: Order
+    shape: torch.Size
+    rows: Tensor
     groups: Groups
     axis: Axis | None = None
     places: Tensor | None = None
@@ -109,10 +54,10 @@ class Dispatcher:
 
         With ``first``, 1 synchronisation.
         """
-        order = Order.of(index_Tk, first or 0, count)
-        if first is not None:
-            order.keep(order.groups.row_ranges()[-1][1])
-        return cls(order, order.groups)
+        rows, ends = _sorted(index_Tk, first or 0, count)
+        groups = Groups(ends)
+        rows = rows if first is None else rows[: groups.on_host()[-1]]
+        return cls(index_Tk.shape, rows, groups)
 
     @classmethod
     def all_to_all(cls, index_Tk: Tensor, local: int, axis: Axis) -> Dispatcher:
@@ -123,22 +68,39 @@ class Dispatcher:
             local: e, number of experts on each rank.
             axis: the ranks that the experts are split over, in rank order.
         """
-        order = Order.of(index_Tk, 0, local * axis.size)
-        mine = order.counts()
+        rows, ends = _sorted(index_Tk, 0, local * axis.size)
+        mine = torch.diff(ends.long(), prepend=ends.new_zeros(1))
         ones = [local] * axis.size
         theirs = comm.all_to_all(mine, ones, ones, axis)
         # The estimate's tensors have no values: an even router then.
-        even = [[order.rows.shape[0] // len(mine)] * len(mine)] * 2
+        even = [[rows.shape[0] // len(mine)] * len(mine)] * 2
         sent, got = even if is_fake(index_Tk) else torch.stack([mine, theirs]).tolist()
         starts = range(0, len(sent), local)
         send, receive = ([sum(n[i : i + local]) for i in starts] for n in (sent, got))
-        order.keep(sum(send))
         experts = torch.arange(local, device=theirs.device).repeat(axis.size)
         experts = experts.repeat_interleave(theirs, output_size=sum(receive))
         ends = theirs.view(axis.size, local).sum(0).cumsum(0).to(torch.int32)
         host = list(itertools.accumulate(sum(got[i::local]) for i in range(local)))
-        places = torch.argsort(experts, stable=True)
-        return cls(order, Groups(ends, host), axis, places, send, receive)
+        places = torch.argsort(experts, stable=True).int()
+        rows = rows[: sum(send)]
+        return cls(index_Tk.shape, rows, Groups(ends, host), axis, places, send, receive)
+
+    def permute(self, x_TH: Tensor) -> Tensor:
+        """Each row's token, ``[R, H]``."""
+        return x_TH.index_select(0, self.rows // self.shape[1])
+
+    def spread(self, y: Tensor) -> Tensor:
+        """``[T, k, ...]`` of what belongs to rows, ``[R, ...]``; zero where a row was left out."""
+        full = y.new_empty if y.shape[0] == self.shape.numel() else y.new_zeros
+        y = full(self.shape.numel(), *y.shape[1:]).index_copy_(0, self.rows, y)
+        return y.view(*self.shape, *y.shape[1:])
+
+    def unpermute(self, y_RH: Tensor) -> Tensor:
+        """``[T, H]``: each token's sum over its rows.
+
+        In the order of the top_k, without atomics: the same bits each time.
+        """
+        return self.spread(y_RH).sum(1)
 
     def launch_dispatch(self, rows: Tensor) -> Tensor:
         """Send this rank's sorted rows to their experts."""
@@ -156,37 +118,26 @@ class Dispatcher:
         """The way back; wait for it before reading."""
         if self.axis is None or self.places is None:
             return rows
-        back = torch.empty_like(rows).index_copy_(0, self.places, rows)
+        back = torch.empty_like(rows).index_copy_(0, self.places.long(), rows)
         return comm.launch_all_to_all(back, self.send, self.receive, self.axis)
 
     def land_combine(self, launched: Tensor) -> Tensor:
         """This rank's rows, in their sorted order."""
         return launched if self.axis is None else comm.wait(launched)
 
-    def combine(self, rows: Tensor) -> Tensor:
-        """The way back of dispatched rows."""
-        return self.land_combine(self.launch_combine(rows))
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What autograd saves: places at half the size of int64 indices."""
-        places = None if self.places is None else self.places.int()
-        return self.order.rows.int(), self.groups.ends, places
-
-    def numbers(self) -> Dispatcher:
-        """The same without tensors, for an autograd node to keep."""
-        nothing = self.order.rows.new_empty(0)
-        groups = Groups(nothing, self.groups.host)
-        return dataclasses.replace(
-            self, order=dataclasses.replace(self.order, rows=nothing, groups=groups), groups=groups,
-            places=None,
-        )  # fmt: skip
-
     def with_tensors(self, rows: Tensor, ends: Tensor, places: Tensor | None) -> Dispatcher:
-        """``numbers`` with ``tensors`` again."""
+        """The same numbers with these tensors, which autograd saves: rows as int32."""
         groups = Groups(ends, self.groups.host)
-        return dataclasses.replace(
-            self,
-            order=dataclasses.replace(self.order, rows=rows.long(), groups=groups),
-            groups=groups,
-            places=None if places is None else places.long(),
-        )
+        return dataclasses.replace(self, rows=rows.long(), groups=groups, places=places)
+
+
+def _sorted(index_Tk: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places of the rows of ``count`` experts from ``first`` on, then of others; where each ends.
+
+    Nothing is read back from the device.
+    """
+    ids = index_Tk.reshape(-1) - first
+    ids = torch.where((ids < 0) | (ids >= count), count, ids)
+    ids, rows = torch.sort(ids, stable=True)
+    experts = torch.arange(count, device=ids.device, dtype=ids.dtype)
+    return rows, torch.searchsorted(ids, experts, right=True).to(torch.int32)

@@ -5,6 +5,7 @@ Shape letters: R rows, E experts, i and o features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,18 @@ class Groups:
     ends: Tensor
     host: list[int] | None = None
 
-    def row_ranges(self) -> list[tuple[int, int]]:
-        """(first row, one past the last) for each expert."""
+    def on_host(self) -> list[int]:
+        """``ends`` as a list."""
         if self.host is None:
             self.host = self.ends.tolist()
-        return list(zip([0, *self.host[:-1]], self.host, strict=True))
+        return self.host
+
+    def stretches(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, and these."""
+        ends = self.on_host()
+        for expert, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if end > first:
+                yield expert, slice(first, end)
 
 
 def _suits(x: Tensor) -> bool:
@@ -55,37 +63,25 @@ def _fused(*operands: Tensor) -> Any:
 
 def _padded(x: Tensor, dim: int) -> Tensor:
     """Zeros up to a multiple of 8 along ``dim``, so that rows are 16 bytes apart in bfloat16."""
-    missing = -x.shape[dim] % 8
-    if not missing or not _suits(x):
-        return x
-    return F.pad(x, (0, 0) * (x.dim() - 1 - dim % x.dim()) + (0, missing))
+    missing = -x.shape[dim] % 8 if _suits(x) else 0
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def grouped_linear(x_Ri: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:
     """``x W_e^T`` for the rows of each expert -> ``[R, o]``."""
-    x, weight = _padded(x_Ri, 1), _padded(weight_Eoi, 2)
-    kernel = _fused(x, weight)
-    if kernel is not None:
-        return kernel(x, weight.transpose(1, 2), offs=groups.ends)
-    y = x_Ri.new_empty(x_Ri.shape[0], weight_Eoi.shape[1])
-    for (a, b), w_oi in zip(groups.row_ranges(), weight_Eoi, strict=True):
-        if b > a:
-            torch.mm(x_Ri[a:b], w_oi.t(), out=y[a:b])
-    return y
+    return grouped_input_gradient(x_Ri, weight_Eoi.transpose(1, 2), groups)
 
 
 def grouped_input_gradient(dy_Ro: Tensor, weight_Eoi: Tensor, groups: Groups) -> Tensor:
     """``dy W_e`` for the rows of each expert -> ``[R, i]``."""
     inside = weight_Eoi.shape[2]
-    dy, weight = dy_Ro, _padded(_padded(weight_Eoi, 2), 1)
-    dy = _padded(dy, 1)
+    dy, weight = _padded(dy_Ro, 1), _padded(_padded(weight_Eoi, 2), 1)
     kernel = _fused(dy, weight)
     if kernel is not None:
         return kernel(dy, weight, offs=groups.ends)[:, :inside]
     dx = dy_Ro.new_empty(dy_Ro.shape[0], inside)
-    for (a, b), w_oi in zip(groups.row_ranges(), weight_Eoi, strict=True):
-        if b > a:
-            torch.mm(dy_Ro[a:b], w_oi, out=dx[a:b])
+    for expert, rows in groups.stretches():
+        torch.mm(dy_Ro[rows], weight_Eoi[expert], out=dx[rows])
     return dx
 
 
@@ -98,7 +94,6 @@ def grouped_weight_gradient(dy_Ro: Tensor, x_Ri: Tensor, groups: Groups) -> Tens
         dw = kernel(dy.t(), x, offs=groups.ends)
         return dw[:, :outside, :inside].contiguous()
     dw = dy_Ro.new_zeros(groups.ends.shape[0], outside, inside)
-    for (a, b), dw_oi in zip(groups.row_ranges(), dw, strict=True):
-        if b > a:
-            torch.mm(dy_Ro[a:b].t(), x_Ri[a:b], out=dw_oi)
+    for expert, rows in groups.stretches():
+        torch.mm(dy_Ro[rows].t(), x_Ri[rows], out=dw[expert])
     return dw

@@ -21,17 +21,8 @@ from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import tree_map_only
 
-
-class RouterColumn:
-    """The router's weight as one of the columns that read a block's gathered input."""
-
-    def __init__(self, module: nn.Module, state: ParallelState) -> None:
-        self.module, self.state = module, state
-
-    def node_parameters(self, like: Tensor) -> tuple[Tensor, None]:
-        """The weight; its gradient is summed over the ranks."""
-        weight = local(cast(Tensor, self.module._parameters["weight"]))
-        return cast_for_autocast(pairs.identity_allreduce(weight, self.state.axis), like), None
+Product = Callable[[Tensor, Tensor], Tensor | None]
+"""Of tokens with the weight; None for tokens that it does not know."""
 
 
 class RouterWeight:
@@ -40,7 +31,7 @@ class RouterWeight:
     No tensor, but to torch's functions like one; its attributes and methods are the weight's.
     """
 
-    def __init__(self, weight: Tensor, linear: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+    def __init__(self, weight: Tensor, linear: Product) -> None:
         self._weight, self._linear = weight, linear
 
     def __getattr__(self, name: str) -> Any:
@@ -60,18 +51,16 @@ class RouterWeight:
 
 
 class RouterParameters(LocalParameters):
-    """Shows the router its weight as a ``RouterWeight``.
+    """Shows the router its weight as a ``RouterWeight``; a column that reads the block's input."""
 
-    Args:
-        state: the model's.
-        linear: the product of tokens with the weight; None for tokens that it does not know.
-    """
-
-    def __init__(
-        self, state: ParallelState, linear: Callable[[Tensor, Tensor], Tensor | None]
-    ) -> None:
+    def __init__(self, state: ParallelState, module: nn.Module, linear: Product) -> None:
         super().__init__(state, Partial.HEADS)
-        self.linear = linear
+        self.module, self.linear = module, linear
+
+    def node_parameters(self, like: Tensor) -> tuple[Tensor, None]:
+        """The weight; its gradient is summed over the ranks."""
+        weight = local(cast(Tensor, self.module._parameters["weight"]))
+        return cast_for_autocast(pairs.identity_allreduce(weight, self.state.axis), like), None
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the weight."""

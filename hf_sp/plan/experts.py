@@ -8,17 +8,18 @@ plan says of a layer's dense MLP (``mlp.gate_proj``) holds for a shared expert i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 
 from hf_sp.errors import PlanError
-from hf_sp.plan.check import Divisor
-from hf_sp.plan.schema import Block, Experts, Leaf
+from hf_sp.plan.outer import Modules, inside, owners
+from hf_sp.plan.schema import Block, Experts, Kind, Leaf
 
 # What a plan may say of experts, by what the key ends in; "" is the module itself.
-_STYLES = {"": "moe_tp_experts", ".gate_up_proj": "packed_colwise", ".down_proj": "rowwise"}
+STYLES = {"": "moe_tp_experts", ".gate_up_proj": "packed_colwise", ".down_proj": "rowwise"}
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -31,145 +32,78 @@ def is_experts(module: nn.Module) -> bool:
     return width % 2 == 0 and tuple(down.shape) == (count, hidden, width // 2)
 
 
-def without_experts(
-    name: str, styles: Mapping[str, str], modules: Mapping[str, nn.Module]
-) -> dict[str, str]:
-    """The plan's keys but for those of experts, which are checked here.
+def style_of_experts(key: str, experts: list[str]) -> str | None:
+    """The one style that a plan may give to a key that names experts, None for other keys."""
+    for end, style in STYLES.items():
+        if any(fnmatchcase(path + end, key) for path in experts):
+            return style
+    return None
+
+
+def sparse_blocks(experts: list[str], layer: str) -> dict[str, str]:
+    """A layer's children that own experts -> the path of these.
 
     Raises:
-        PlanError: a key gives experts a style that hf_sp does not carry out.
+        PlanError: experts stand elsewhere.
     """
-    paths = [path for path, module in modules.items() if is_experts(module)]
-    rest: dict[str, str] = {}
-    wrong = []
-    for key, style in styles.items():
-        pattern = re.compile(re.escape(key).replace(r"\*", r"\d+"))
-        ends = [end for end in _STYLES if any(pattern.fullmatch(path + end) for path in paths)]
-        if not ends:
-            rest[key] = style
-        elif style != _STYLES[ends[0]]:
-            wrong.append(f"{key}: {style}")
-    if wrong:
-        raise PlanError(
-            f"{name}: the plan splits experts in a way that hf_sp does not carry out",
-            where="\n".join(wrong),
-            rule="gate_up_proj is split on both of its packed halves, down_proj on its input; "
-            "whole experts are split over the ranks by parallelize(..., ep=tp)",
-            legal=", ".join(f"{end or 'experts'}: {style}" for end, style in _STYLES.items()),
-        )
-    return rest
+    found: dict[str, str] = {}
+    for path in (path for path in experts if inside(path, layer)):
+        child, *names = path.removeprefix(f"{layer}.").split(".")
+        if len(names) != 1 or child in found:
+            raise PlanError(
+                "experts do not stand where a block of a layer has its experts",
+                where=path,
+                rule="one set of experts, a child of a decoder layer's child (mlp.experts)",
+            )
+        found[child] = path
+    return found
 
 
 def experts_block(
-    modules: Mapping[str, nn.Module],
-    path: str,
-    experts: str,
-    dense: Mapping[str, str],
-    ep: int,
-    divisors: list[Divisor],
+    modules: Modules, path: str, experts: str, dense: Mapping[str, Kind], ep: int
 ) -> Block:
-    """The block of a sparse layer.
+    """The sparse block at ``path``; ``dense`` is what the plan says of that place in a dense layer.
 
-    Args:
-        modules: all modules by path.
-        path: the block, a child of a decoder layer.
-        experts: its experts.
-        dense: what the plan says of the same child in a dense layer: relative path -> style.
-        ep: expert parallel degree; above 1 whole experts are split, else their features.
-        divisors: gets the sizes that tp has to divide.
+    With ep above 1 whole experts are split, else their features.
 
     Raises:
         PlanError: the block owns weights that are understood neither as its router nor as a shared
             expert nor as that expert's gate.
     """
     count, width, hidden = modules[experts].get_parameter("gate_up_proj").shape
-    if ep == 1:
-        divisors.append(Divisor("expert features", width // 2, experts))
     router, shared, leaves = "", "", []
-    for other, module in modules.items():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if p is not None}
-        if not other.startswith(path + ".") or not own or other == experts:
+    odd: dict[str, str] = {}
+    for other, own in owners(modules, path):
+        if other == experts:
             continue
-        inside = other.removeprefix(path + ".")
-        owner, _, name = inside.rpartition(".")
-        weight = own.get("weight")
-        two = weight is not None and weight.dim() == 2
-        shape = (weight.shape[0], weight.shape[1]) if weight is not None and two else (0, 0)
-        plain = type(module) is nn.Linear
-        if plain and owner and "." not in owner and name in dense and shared in ("", owner):
-            style = dense[name]
-            split = shape[0] if style == "column" else shape[1]
-            divisors.append(Divisor("shared expert features", split, other))
-            leaves.append(Leaf(other, "column" if style == "column" else "row", shape))
+        owner, _, name = other.removeprefix(f"{path}.").rpartition(".")
+        linear, kind = type(modules[other]) is nn.Linear, dense.get(f"{path}.{name}", "partial")
+        size = tuple(own["weight"].shape) if "weight" in own else ()
+        child = not owner and len(own) == 1
+        if linear and kind != "partial" and owner and "." not in owner and shared in ("", owner):
+            leaves.append(Leaf(other, kind, (size[0], size[1])))
             shared = owner
-        elif plain and not owner and set(own) == {"weight"} and shape == (1, hidden):
-            leaves.append(Leaf(other, "replicated", shape))
-        elif not owner and set(own) == {"weight"} and shape == (count, hidden) and not router:
+        elif linear and child and size == (1, hidden):
+            leaves.append(Leaf(other, "replicated", (1, hidden)))
+        elif child and size == (count, hidden) and not router:
             router = other
         else:
-            raise _unknown(other, f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}")
+            odd[other] = f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}"
     kinds = {leaf.style for leaf in leaves if leaf.style != "replicated"}
-    if not router or kinds not in (set(), {"column", "row"}):
-        raise _unknown(path, "no router" if not router else f"a shared expert of {kinds} linears")
-    found = Experts(
-        experts,
-        router,
-        f"{path}.{shared}" if shared else "",
-        "features" if ep == 1 else "experts",
-        count,
-        width // 2,
-        hidden,
-    )
+    if not router:
+        odd.setdefault(path, "no router")
+    if kinds not in (set(), {"column", "row"}):
+        odd.setdefault(path, f"a shared expert of {kinds} linears")
+    if odd:
+        raise PlanError(
+            "a mixture-of-experts block is of another form than hf_sp knows",
+            where="\n".join(odd),
+            got="\n".join(odd.values()),
+            rule="beside experts: a router (one weight [E, H]), a shared expert whose linears have "
+            "the names of the plan's dense MLP, its gate (a linear to 1 feature); any other weight "
+            "would silently get a partial gradient",
+        )
+    split: Literal["features", "experts"] = "features" if ep == 1 else "experts"
+    shared = f"{path}.{shared}" if shared else ""
+    found = Experts(experts, router, shared, split, count, width // 2, hidden)
     return Block(path, tuple(leaves), experts=found)
-
-
-def _unknown(where: str, got: str) -> PlanError:
-    return PlanError(
-        "a mixture-of-experts block is of another form than hf_sp knows",
-        where=where,
-        got=got,
-        rule="beside the experts a block may own a router (one weight [E, H]), a shared expert "
-        "whose linears are named as the dense MLP's of the plan, and that expert's gate (a linear "
-        "to 1 feature); each rank computes on its own part, so that any other weight would "
-        "silently get a partial gradient",
-    )
-
-
-def check_ep(name: str, tp: int, sp: bool, ep: int, blocks: list[Block], dp_shard: int = 1) -> None:
-    """Refuse an expert parallel degree that this model or this release does not have.
-
-    Args:
-        name: of the model.
-        tp: tensor parallel degree.
-        sp: whether tokens are sharded over tp.
-        ep: the degree that was asked for.
-        blocks: the model's.
-        dp_shard: data parallel ranks that ep may span beside tp.
-
-    Raises:
-        PlanError: with the legal values.
-    """
-    if ep == 1:
-        return
-    sparse = [block.experts for block in blocks if block.experts is not None]
-    problem, rule, degrees = "", "", {1}
-    if not sparse:
-        problem, rule = "no layer has experts", "ep splits the experts of sparse layers"
-    elif ep not in (tp, tp * dp_shard):
-        problem = f"ep={ep}, tp={tp}" + (f", dp_shard={dp_shard}" if dp_shard > 1 else "")
-        rule = "experts are split over the ranks of the tp axis, or over those of tp and dp_shard "
-        rule += "together (with dp_replicate=1)"
-        degrees = {1, tp, tp * dp_shard}
-    elif not sp:
-        problem = "sp=False"
-        rule = "each rank sends its own tokens to the experts: without sequence shards every rank "
-        rule += "holds all tokens and would send each tp times"
-    elif any(experts.count % ep for experts in sparse):
-        count = next(experts.count for experts in sparse if experts.count % ep)
-        problem = f"experts={count}, {count} % {ep} = {count % ep}"
-        rule = "ep must divide the number of experts"
-        degrees = {1, tp, tp * dp_shard}
-    degrees = {d for d in degrees if not any(experts.count % d for experts in sparse)}
-    legal = "ep = " + ", ".join(map(str, sorted(degrees)))
-    if problem:
-        raise PlanError(f"ep={ep} cannot be used with {name}", got=problem, rule=rule, legal=legal)

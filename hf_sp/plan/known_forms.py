@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_sp.errors import PlanError
+from hf_sp.plan.outer import class_name
 from hf_sp.plan.schema import Plan
 from hf_sp.plan.source import known
 
@@ -22,19 +23,12 @@ Casting = Literal["llama", "gemma", "gpt_oss"]
 
 @dataclass(frozen=True, slots=True)
 class NormForm:
-    """An RMS norm's maths; arguments of ``hf_sp.kernels.rms_norm``.
+    """An RMS norm's maths; arguments of ``hf_sp.kernels.rms_norm``."""
 
-    Args:
-        casting: where it rounds.
-        offset: added to the weight.
-        eps: added to the mean square.
-        float64: whether it agrees in float64 too, where the order of the casts shows.
-    """
-
-    casting: Casting
-    offset: float
-    eps: float
-    float64: bool = False
+    casting: Casting  # where it rounds
+    offset: float  # added to the weight
+    eps: float  # added to the mean square
+    float64: bool = False  # agrees in float64 too, where the order of the casts shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +221,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
 
 def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | None:
-    """The form of a gated SiLU MLP, None if it computes something else.
-
-    Args:
-        module: the block.
-        columns: names of its two column linears.
-        row: name of its row linear.
-    """
+    """The form of a gated SiLU MLP with these linears, None if it computes something else."""
     found = known(module, FORMS["gated"])
     if found is None or not _silu(module, found[1]):
         return None
@@ -252,34 +240,17 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         PlanError: naming the module.
     """
     for block in plan.blocks:
-        form = block.experts
-        if form is None:
+        experts = block.experts
+        if experts is None:
             continue
-        gates = [leaf.path for leaf in block.leaves if leaf.style == "replicated"]
-        paths = {"router": form.router, "experts": form.path, "shared": form.shared}
-        paths |= {"shared_gate": gates[0]} if gates else {}
-        names = {role: path.removeprefix(block.path + ".") for role, path in paths.items() if path}
-        wanted = {
-            "experts": (form.path, {"gate_up": "gate_up_proj", "down": "down_proj"}),
-            "router": (form.router, {"weight": "weight"}),
-            "block": (block.path, names),
-        }
-        for kind, (path, parts) in wanted.items():
-            module = model.get_submodule(path)
-            # A router keeps its forward: one that is bound to it alone counts as its class's.
-            found = known(module, FORMS[kind], bound=kind == "router")
-            roles, owned = found[1] if found else {}, {*module._parameters, *module._modules}
-            used = {role: a for role, a in roles.items() if role != "act" and a in owned}
-            if found and used == parts and _silu(module, roles):
-                continue
-            raise PlanError(
-                "a part of a mixture-of-experts block computes something that hf_sp does not know",
-                where=path,
-                got=f"{type(module).__module__}.{type(module).__qualname__}",
-                rule=_RULES[kind],
-                legal=f"a forward with the text of a known {kind}: " + ", ".join(FORMS[kind]),
-                remedy="leave transformers' class, its forward and its activation as they are",
-            )
+        gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
+        paths = {"router": experts.router, "experts": experts.path, "shared": experts.shared}
+        paths["shared_gate"] = gate
+        names = {role: path.removeprefix(f"{block.path}.") for role, path in paths.items() if path}
+        packed = {"gate_up": "gate_up_proj", "down": "down_proj"}
+        _check("experts", model, experts.path, packed)
+        _check("router", model, experts.router, {"weight": "weight"})
+        _check("block", model, block.path, names)
 
 
 _RULES = {
@@ -287,6 +258,24 @@ _RULES = {
     "router": "(logits [T, E], weights [T, k], experts [T, k]) of each token by itself",
     "block": "parts see the tokens as they are; linear in what the experts return, token by token",
 }
+
+
+def _check(kind: str, model: nn.Module, path: str, parts: dict[str, str]) -> None:
+    """Refuse a module of no known form, or one in which others than ``parts`` have the roles."""
+    module = model.get_submodule(path)
+    # A router keeps its forward: one that is bound to it alone counts as its class's.
+    found = known(module, FORMS[kind], bound=kind == "router")
+    roles, owned = found[1] if found else {}, {*module._parameters, *module._modules}
+    used = {role: a for role, a in roles.items() if role != "act" and a in owned}
+    if not found or used != parts or not _silu(module, roles):
+        raise PlanError(
+            "a part of a mixture-of-experts block computes something that hf_sp does not know",
+            where=path,
+            got=class_name(module),
+            rule=_RULES[kind],
+            legal=f"a forward with the text of a known {kind}: " + ", ".join(FORMS[kind]),
+            remedy="leave transformers' class, its forward and its activation as they are",
+        )
 
 
 def _silu(module: nn.Module, roles: dict[str, str]) -> bool:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from hf_sp.errors import PlanError
 
+Modules = Mapping[str, nn.Module]
+"""All modules of a model by path."""
 
-def _path_of(modules: dict[str, nn.Module], wanted: nn.Module) -> str:
-    return next(path for path, module in modules.items() if module is wanted)
+
+def inside(path: str, root: str) -> bool:
+    """Whether a path is ``root`` or below it; everything is below ""."""
+    return not root or f"{path}.".startswith(f"{root}.")
 
 
-def find_embedding(model: Any, modules: dict[str, nn.Module], decoder: str) -> str:
+def owners(modules: Modules, root: str) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+    """Modules inside ``root`` that own parameters, with these by name."""
+    for path, module in modules.items():
+        if inside(path, root) and (own := dict(module.named_parameters(recurse=False))):
+            yield path, own
+
+
+def class_name(module: nn.Module) -> str:
+    """A module's class, as messages name it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def find_embedding(model: Any, modules: Modules, decoder: str) -> str:
     """Path of the input embedding; it must be a plain one beside the layers."""
     module = model.get_input_embeddings()
-    path = _path_of(modules, module)
+    path = next(path for path, other in modules.items() if other is module)
     problem = ""
     if type(module) is not nn.Embedding:
-        problem = f"{type(module).__module__}.{type(module).__qualname__}"
+        problem = class_name(module)
     elif module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         problem = "max_norm, sparse or scale_grad_by_freq is set"
     elif path.rpartition(".")[0] != decoder:
@@ -34,66 +51,50 @@ def find_embedding(model: Any, modules: dict[str, nn.Module], decoder: str) -> s
     return path
 
 
-def find_head(model: Any, modules: dict[str, nn.Module]) -> str | None:
+def find_head(model: Any, modules: Modules) -> str | None:
     """Path of the LM head, None for a model without one; it must be a plain linear."""
     module = model.get_output_embeddings()
-    if module is None:
-        return None
-    path = _path_of(modules, module)
-    if type(module) is not nn.Linear:
+    path = next((path for path, other in modules.items() if other is module), None)
+    if path is not None and type(module) is not nn.Linear:
         raise PlanError(
             "the LM head cannot be made vocab-parallel",
             where=path,
-            got=f"{type(module).__module__}.{type(module).__qualname__}",
+            got=class_name(module),
             rule="a plain torch.nn.Linear",
         )
     return path
 
 
 def find_final_norm(
-    model: Any, modules: dict[str, nn.Module], decoder: str, container: str, embedding: str
+    model: Any, modules: Modules, decoder: str, container: str, embedding: str
 ) -> str:
     """Path of the decoder's final norm, where the sequence is gathered."""
-    prefix = f"{decoder}." if decoder else ""
-    known = (container, embedding)
-    candidates = {
-        path
-        for path, module in modules.items()
-        if path.startswith(prefix)
-        and path not in known
-        and not path.startswith(tuple(f"{k}." for k in known))
-        # Without a prefix the head and other siblings would be found too: keep to 1-D weights.
-        and list(module.parameters(recurse=False))
-        and (decoder or all(p.dim() == 1 for p in module.parameters(recurse=False)))
-    }
-    if not candidates:
+    wide = {}
+    for path, own in owners(modules, decoder):
+        if inside(path, container) or path == embedding:
+            continue
+        matrices = any(p.dim() > 1 for p in own.values())
+        # In a decoder that is the whole model, the head and other siblings would be found too.
+        if decoder or not matrices:
+            wide[path] = matrices
+    if not wide:
         # A norm without weights: HF's pipeline plan names what maps hidden states to themselves.
         stages = getattr(model.config, "base_model_pp_plan", None) or {}
         same = [n for n, (into, out) in stages.items() if into == out == ["hidden_states"]]
-        candidates = {prefix + name for name in same if prefix + name in modules}
-    wide = [p for p in candidates if any(w.dim() > 1 for w in modules[p].parameters(recurse=False))]
-    if len(candidates) != 1 or wide:
+        paths = [f"{decoder}.{name}".lstrip(".") for name in same]
+        wide = {path: False for path in paths if path in modules}
+    if list(wide.values()) != [False]:
         raise PlanError(
             "the decoder's final norm could not be told",
             where=decoder or "the model",
-            got=", ".join(sorted(candidates)) or "no module with weights besides the layers",
+            got=", ".join(sorted(wide)) or "no module with weights besides the layers",
             rule="beside the embedding and the layers, the decoder owns one module with "
             "per-feature weights: the final norm, where the sequence is gathered",
         )
-    return candidates.pop()
+    return next(iter(wide))
 
 
-def find_outside(
-    modules: dict[str, nn.Module], decoder: str, known: set[str | None]
-) -> tuple[str, ...]:
+def find_outside(modules: Modules, decoder: str, known: set[str | None]) -> tuple[str, ...]:
     """Modules with weights outside the decoder (a classifier): computed alike on all ranks."""
-    if not decoder:
-        return ()
-    return tuple(
-        path
-        for path, module in modules.items()
-        if path not in known
-        and path != decoder
-        and not path.startswith(decoder + ".")
-        and list(module.parameters(recurse=False))
-    )
+    outside = [path for path, _ in owners(modules, "") if not inside(path, decoder)]
+    return tuple(path for path in outside if path not in known)

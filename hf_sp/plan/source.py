@@ -1,8 +1,7 @@
 """Whether a module is written like a form: the normalised syntax tree of its forward's source.
 
 Docstrings and annotations go, local names and attributes of self are numbered, global names become
-the object they mean, casts are spelled alike. No code of the
-model is run.
+the object they mean, casts are spelled alike. No code of the model is run.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ Match = tuple[str, dict[str, str]]
 def known(module: nn.Module, forms: Mapping[str, str], *, bound: bool = False) -> Match | None:
     """The form of a module on which nothing is put over what its class says.
 
-    Args:
-        module: any.
-        forms: name -> text of a forward, and of the methods that it calls on self.
-        bound: take a method that is bound to the module as its class's forward.
+    Forms are texts of a forward, and of the methods that it calls on self, by name. With ``bound``
+    a method that is bound to the module is taken as its class's forward.
     """
     cls, own = type(module), module.__dict__.get("forward")
     if bound and isinstance(own, MethodType) and own.__self__ is module:
@@ -71,8 +68,7 @@ def known_class(
 def _of_form(source: str) -> tuple[list[str], list[str]]:
     meaning = {"torch": torch, "nn": nn, "F": F}
     normal = [_normalised(tree, meaning) for tree in ast.parse(source).body]
-    found = [one for one in normal if one]
-    return [tree for tree, _ in found], [name for _, names in found for name in names]
+    return [tree for tree, _ in normal], [name for _, names in normal for name in names]
 
 
 def _unwrapped(function: Any) -> Any:
@@ -85,21 +81,19 @@ def _unwrapped(function: Any) -> Any:
 @functools.cache
 def _of_function(function: Any) -> tuple[str, list[str]] | None:
     # What decorates a function or is closed over is not in its text.
-    if type(function) is not FunctionType or hasattr(function, "__wrapped__"):
-        return None
-    if function.__code__.co_freevars:
+    plain = type(function) is FunctionType and not hasattr(function, "__wrapped__")
+    if not plain or function.__code__.co_freevars:
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError):
         return None
-    return _normalised(tree, function.__globals__)
+    method = isinstance(tree, ast.FunctionDef) and tree.args.args
+    return _normalised(tree, function.__globals__) if method else None
 
 
-def _normalised(tree: ast.stmt, meaning: Mapping[str, Any]) -> tuple[str, list[str]] | None:
-    """The tree of a function as text, and its attributes of self in the order of first use."""
-    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
-        return None
+def _normalised(tree: Any, meaning: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The tree of a method as text, and its attributes of self in the order of first use."""
     normaliser = _Normaliser(tree, meaning)
     tree.name, tree.returns = "f", None
     normaliser.visit(tree)

@@ -24,6 +24,8 @@ FEATURES = {
     "bias": (Case("llama_bias"), _fields(bias="lora_only")),
     # Seed 0 meets the rounding boundary that harness/report.py tells of.
     "dora": (Case("llama_bias", checkpoint="non_reentrant", seed=1), _fields(use_dora=True)),
+    # The bias of a row linear, which rank 0 adds and the magnitude does not scale.
+    "dora_bias": (Case("llama_bias", seed=1), _fields(use_dora=True, bias="lora_only")),
     "dora_tp_only": (Case("qwen2", sp=False), _fields(use_dora=True)),
     "dropout": (Case("llama"), _fields(lora_dropout=0.3)),
     "dropout_tp_only": (Case("llama", sp=False), _fields(lora_dropout=0.3)),

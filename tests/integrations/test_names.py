@@ -16,7 +16,6 @@ TABLES = [
     accelerate_patches.STATE_PATCHES,
     saving.PATCHES,
     saving.FILE_PATCHES,
-    saving.PATCHES,
     trainer.PATCHES,
     trainer.ALL_PATCHES,
     trainer_files.PATCHES,

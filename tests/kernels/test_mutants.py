@@ -94,7 +94,7 @@ SWIGLU = [
     ("rows, n = 1, rows * n", "rows, n = 1, n"),
 ]
 REFERENCE = [
-    ("    if y.dtype != x.dtype:\n", "    if False:\n"),
+    ("    y = y.to(x.dtype)\n", ""),
     ("(offset + weight.to(torch.float32) if cast", "(weight if cast"),
     ("(offset + gain if offset else gain)", "gain"),
     ("g - xhat * (g * xhat).mean", "g - (g * xhat).mean"),

@@ -105,20 +105,20 @@ def plain_tp_sums_whole_gradients() -> list[Patch]:
 
 @mutant(PLAIN)
 def sum_of_row_factor_dropped() -> list[Patch]:
-    return [(layers._ParallelLoraLinear, "_summed", lambda self, p: p)]
+    return [(layers.ParallelLora, "_summed", lambda self, p: p)]
 
 
 @mutant(PLAIN)
 def sum_of_row_factor_averaged() -> list[Patch]:
     return [
-        (layers._ParallelLoraLinear, "_summed", lambda self, p: _averaged(p, self._axis())),
+        (layers.ParallelLora, "_summed", lambda self, p: _averaged(p, self.axis)),
     ]
 
 
 @mutant(PLAIN)
 def row_adapter_scaled_as_if_it_were_whole() -> list[Patch]:
     right = layers.RowLoraLinear._delta
-    return [(layers.RowLoraLinear, "_delta", lambda self, *a: right(self, *a) / self._axis().size)]
+    return [(layers.RowLoraLinear, "_delta", lambda self, *a: right(self, *a) / self.axis.size)]
 
 
 @mutant(SHARED)
@@ -128,12 +128,12 @@ def sum_over_ranks_that_share_a_head_dropped() -> list[Patch]:
 
 @mutant(DORA)
 def dora_norm_of_the_shard() -> list[Patch]:
-    return [(layers.RowLoraLinear, "_row_norm", layers._ParallelLoraLinear._row_norm)]
+    return [(layers.RowLoraLinear, "_row_norm", layers.ParallelLora._row_norm)]
 
 
 @mutant(DORA)
 def dora_bias_on_every_rank() -> list[Patch]:
-    return [(layers.RowLoraLinear, "_adds_bias", lambda self: True)]
+    return [(layers.RowLoraLinear, "_bias", layers.ParallelLora._bias)]
 
 
 @mutant(DORA)

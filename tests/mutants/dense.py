@@ -193,11 +193,11 @@ def padding_rows_come_first() -> list[Patch]:
 def _padding_rows(value: float) -> list[Patch]:
     right = linear.row_output
 
-    def wrong(x, weight, bias, sharded, height):
-        y = right(x, weight, bias, sharded, height)
-        if sharded:
+    def wrong(ctx, x, *rest):
+        y, weight = right(ctx, x, *rest)
+        if ctx.height:
             y[x.shape[1] :] = value
-        return y
+        return y, weight
 
     return [(module, "row_output", wrong) for module in (linear, mlp)]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from harness.parity import Case
 
+from hf_sp import install
 from hf_sp.comm import pairs
 from hf_sp.kernels import cross_entropy_steps as steps
-from hf_sp.model import chunks, embedding, head, lazy, loss, stack
+from hf_sp.model import block, chunks, embedding, head, lazy, loss
 from hf_sp.model.chunks import Chunks, HeadGradients
 from mutants import wrongly
 from mutants.registry import Patch, mutant
@@ -155,11 +156,11 @@ def labels_of_the_wrong_shard_order() -> list[Patch]:
 
 @mutant()
 def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
-    right = stack.StackEntry.__call__
+    right = block.enter_stack
 
-    def wrong(self, module, args, kwargs):
-        args, kwargs = right(self, module, args, kwargs)
-        x = stack.get_hidden_states(args, kwargs)
-        return stack.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
+    def wrong(state, module, args, kwargs):
+        args, kwargs = right(state, module, args, kwargs)
+        x = block.get_hidden_states(args, kwargs)
+        return block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
 
-    return [(stack.StackEntry, "__call__", wrong)]
+    return [(install, "enter_stack", wrong)]

@@ -17,7 +17,7 @@ from hf_sp.model import shard as swap
 from hf_sp.model.local import local
 from hf_sp.moe import block as sparse
 from hf_sp.moe import experts, router
-from hf_sp.moe.dispatcher import Dispatcher, Order
+from hf_sp.moe.dispatcher import Dispatcher
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -75,7 +75,7 @@ def _router_not_summed() -> list[Patch]:
     def node_parameters(self, like):
         return local(self.module._parameters["weight"]), None
 
-    return [(router.RouterColumn, "node_parameters", node_parameters)]
+    return [(router.RouterParameters, "node_parameters", node_parameters)]
 
 
 @mutant(Case("mixtral"))
@@ -218,8 +218,8 @@ def down_gradient_without_the_routing_weight() -> list[Patch]:
 
 @mutant(Case("mixtral"))
 def outputs_go_to_the_wrong_tokens() -> list[Patch]:
-    right = Order.unpermute
-    return [(Order, "unpermute", lambda self, y: right(self, y).roll(1, 0))]
+    right = Dispatcher.unpermute
+    return [(Dispatcher, "unpermute", lambda self, y: right(self, y).roll(1, 0))]
 
 
 # --- on the way ---------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def input_gradient_of_travelled_rows_is_lost() -> list[Patch]:
     right = experts._Experts.backward
 
     def backward(ctx, grad):
-        form, dx, *rest = right(ctx, grad)
-        return form, dx * 0, *rest
+        *none, dx, dscale, dw, ddown, _, _, _ = right(ctx, grad)
+        return *none, dx * 0, dscale, dw, ddown, None, None, None
 
     return [wrongly.backward(experts._Experts, backward)]
 
@@ -286,22 +286,24 @@ def real_tokens_stay_at_home() -> list[Patch]:
 # --- the shared expert --------------------------------------------------------------------------
 
 
+def _tokens_made_again_are_rolled(dims: int) -> list[Patch]:
+    right = sparse._reshaped
+
+    def wrong(*inputs, function, shape):
+        x = right(*inputs, function=function, shape=shape)
+        return x.roll(1, -2) if len(shape) == dims else x
+
+    return [(sparse, "_reshaped", wrong)]
+
+
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def shared_expert_made_again_from_the_wrong_tokens() -> list[Patch]:
-    right = sparse._unsqueezed
-
-    def wrong(*inputs, function):
-        return right(*inputs, function=function).roll(1, 1)
-
-    return [(sparse, "_unsqueezed", wrong)]
+    return _tokens_made_again_are_rolled(dims=3)
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))
 def router_s_tokens_made_again_are_others() -> list[Patch]:
-    right = sparse._flat
-    return [
-        (sparse, "_flat", lambda *inputs, function: right(*inputs, function=function).roll(1, 0))
-    ]
+    return _tokens_made_again_are_rolled(dims=2)
 
 
 @mutant(Case("qwen2_moe", parallelize=TRAVEL))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 from harness.parity import Case
 
 from hf_sp import api
@@ -27,11 +24,11 @@ def experts_averaged_over_ranks_instead_of_groups() -> list[Patch]:
 
 @mutant(Case("qwen2_moe", data=2, parallelize=(("ep", 2),)), tp=4)
 def experts_averaged_by_fsdp_and_by_us() -> list[Patch]:
-    def averaged(p, state, like):
-        mine = local_of_groups(local(cast(torch.Tensor, p)), state.data)
-        return cast_for_autocast(mine, like)
+    def averaged(self, name, like):
+        p = getattr(self.experts, name)
+        return cast_for_autocast(local_of_groups(local(p), self.state.data), like)
 
-    return [(sparse, "expert_weight", averaged)]
+    return [(sparse.SparseBoundary, "weight", averaged)]
 
 
 @mutant(Case("llama", data=2), tp=4)

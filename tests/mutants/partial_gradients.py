@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import norm, parameters
+from hf_sp.model import parameters
 from mutants import wrongly
 from mutants.registry import Patch, mutant, register
 
 
-def _every_sum(sum_over_ranks: Any) -> list[Patch]:
+def _every_sum(wrong: Callable) -> list[Patch]:
     """Another sum of a layer's norm gradients, and of the final norm's."""
-    return [(module, "sum_over_ranks", sum_over_ranks) for module in (norm, parameters)]
+    return [(comm, "launch_all_reduce_", wrong)]
+
+
+def _sum_of_a_layer(wrong: Callable) -> list[Patch]:
+    """Another sum of a layer's norm gradients; the final norm's is of one weight ``[64]``."""
+    right = comm.launch_all_reduce_
+    return _every_sum(lambda dw, axis: (wrong if len(dw) > 64 else right)(dw, axis))
 
 
 def _partial_not_summed() -> list[Patch]:
@@ -69,12 +75,12 @@ def norm_gradients_summed_on_the_accumulated_grad() -> list[Patch]:
 
 @mutant(Case("llama"))
 def sum_of_a_layer_dropped() -> list[Patch]:
-    return [(parameters, "sum_over_ranks", lambda dw, axis: dw)]
+    return _sum_of_a_layer(lambda dw, axis: dw)
 
 
 @mutant(Case("llama"))
 def sum_of_a_layer_averaged() -> list[Patch]:
-    return [(parameters, "sum_over_ranks", wrongly.averaged(parameters.sum_over_ranks))]
+    return _sum_of_a_layer(wrongly.averaged(comm.all_reduce))
 
 
 @mutant(Case("qwen3"))
@@ -83,7 +89,7 @@ def sum_of_the_first_norm_alone() -> list[Patch]:
         total = comm.all_reduce(dw, axis)
         return torch.cat([total[:64], dw[64:]])
 
-    return [(parameters, "sum_over_ranks", wrong)]
+    return _sum_of_a_layer(wrong)
 
 
 def _swapped(a: int, b: int) -> list[Patch]:

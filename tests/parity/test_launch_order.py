@@ -91,10 +91,10 @@ def as_on_a_gpu():
         yield
 
 
-def backward_of(family, tp=2, adapters=False, **options):
-    """The trace of one training step's backward over a model with one decoder layer."""
+def backward_of(family, tp=2, adapters=False, layers=1, **options):
+    """The trace of one training step's backward."""
     with fake_world(tp) as mesh, as_on_a_gpu():
-        model = tiny.build(family, torch.float32, 0, "eager", num_hidden_layers=1).train()
+        model = tiny.build(family, torch.float32, 0, "eager", num_hidden_layers=layers).train()
         model = parallelize(model, mesh=mesh, **options)
         if adapters:
             from peft import LoraConfig, get_peft_model
@@ -129,6 +129,25 @@ def _next(trace, start):
 
 def test_dense_block():
     check_dense(backward_of("llama"))
+
+
+def check_norms(trace):
+    """The sums of the layers' norms, in backward order: the first layer's comes last."""
+    *later, first = trace.flights("all_reduce")[-3:]
+    assert len(later) == 2, trace.events
+    # A layer's is waited for when the one before it is done: 2 products for each of 7 linears, and
+    # 4 of eager attention.
+    assert [beside for _, beside in later] == [18, 18]
+    assert first[1] == 0
+
+
+def test_sum_of_norms():
+    check_norms(backward_of("llama", layers=3))
+
+
+def test_a_sum_that_is_waited_for_on_the_spot_is_noticed():
+    with _waits_at_launch("launch_all_reduce_"), pytest.raises(AssertionError):
+        check_norms(backward_of("llama", layers=3))
 
 
 def test_lora_block():

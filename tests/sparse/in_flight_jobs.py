@@ -178,7 +178,7 @@ def interrupted(where: str) -> Report:
             except InterruptedForwardError:
                 pass
     handle.remove()
-    inputs = [block.experts.forward.boundary.block, block.shared_expert.down_proj.block]
+    inputs = [block.experts.forward.__self__.block, block.shared_expert.down_proj.block]
     if any(one.gathered is not None for one in inputs):
         report.problems.append("an input is left")
     compare_once(report, model, parallel, batches.plain(2, 17))

@@ -12,14 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_sp"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
 # Longer today; the list may only get shorter, and so may the files.
-LONGER = {
-    "adapters.lora_linear": 318,
-    "model.columns": 324,
-    "plan.derive": 349,
-}
+LONGER = {}
 # The package in all, and the attributes that it leaves on modules and tensors of others.
-# On its way to 11,800.
-MAX_LINES_OF_ALL = 13_300
+MAX_LINES_OF_ALL = 11_800
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate

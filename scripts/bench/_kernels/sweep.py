@@ -75,7 +75,7 @@ def _spell(case: Case, step: str, config: LaunchConfig) -> str:
 def present(case: Case, step: str) -> LaunchConfig:
     """What the kernels are launched with now."""
     if case.op == "swiglu":
-        return table.swiglu()
+        return table.SWIGLU
     if case.op == "ce":
         from hf_sp.kernels import cross_entropy_triton as kernels
 
