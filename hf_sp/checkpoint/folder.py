@@ -148,10 +148,8 @@ def _digest(path: Path, sync: bool = False) -> dict[str, Any]:
 
 def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # --- reading ------------------------------------------------------------------------------------

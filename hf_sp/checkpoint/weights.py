@@ -22,16 +22,7 @@ from hf_sp.errors import CheckpointError
 _HOOKED = "_hf_sp_load_hook"
 
 
-def _shard_incoming(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: object,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+def _shard_incoming(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """``load_state_dict`` pre-hook: whole tensors in, this rank's shards out.
 
     Runs before any child of ``module`` loads, so that nothing is loaded when a shape is wrong.

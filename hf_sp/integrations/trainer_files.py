@@ -53,6 +53,7 @@ def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
     target = run / f"checkpoint-{step}"
     entries = {"step": step, **folders.about(self.model)}
     push, self.args.push_to_hub = self.args.push_to_hub, False
+    best = self.state.best_model_checkpoint
     try:
         with folders.replacing(target, ranks_of(self.model), entries) as aside:
             vars(self)["_get_output_dir"] = lambda trial=None: str(aside.parent)
@@ -61,13 +62,14 @@ def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
                 self.state.best_model_checkpoint = str(target)
                 if self.args.should_save:
                     self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint
     finally:
+        self.state.best_model_checkpoint = best
         vars(self).pop("_get_output_dir", None)
         self.args.push_to_hub = push
     if push:
         self._push_from_checkpoint(str(target))
     if self.args.should_save:
-        best = self.state.best_model_checkpoint
         keep = {target} if best is None else {target, Path(best)}
         folders.rotate(run, self.args.save_total_limit, keep)
 
