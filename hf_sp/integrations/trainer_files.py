@@ -204,26 +204,22 @@ def load_rank0_rng(original: Patch, self: Any, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         return
-    folder = Path(checkpoint)
-    files = sorted(folder.glob("rng_state*.pth"))
-    own = (
-        "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
-    )
-    if len(files) == self.args.world_size and (folder / own).is_file():
-        original(self, checkpoint)
-        return
-    first = [f for f in files if f.name in ("rng_state.pth", "rng_state_0.pth")]
-    if not first:
-        return
-    saved = _read(first[0])
-    random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])
-    torch.random.set_rng_state(saved["cpu"])
-    if "cuda" in saved and torch.cuda.is_available():
-        device_states = saved["cuda"]
-        # One state of one process, or the list of all devices that it saw.
-        state = device_states if isinstance(device_states, Tensor) else device_states[0]
-        torch.cuda.set_rng_state(state)
+    folder, world = Path(checkpoint), self.args.world_size
+    files = {f.name: f for f in folder.glob("rng_state*.pth")}
+    own = "rng_state.pth" if world <= 1 else f"rng_state_{self.args.process_index}.pth"
+    first = files.get("rng_state.pth", files.get("rng_state_0.pth"))
+    with Together(ranks_of(self.model), "the random state cannot be read", folder):
+        if len(files) == world and own in files:
+            original(self, checkpoint)
+        elif first is not None:
+            saved = _read(first)
+            random.setstate(saved["python"])
+            np.random.set_state(saved["numpy"])
+            torch.random.set_rng_state(saved["cpu"])
+            if "cuda" in saved and torch.cuda.is_available():
+                # One state of one process, or the list of all devices that it saw.
+                states = saved["cuda"]
+                torch.cuda.set_rng_state(states if isinstance(states, Tensor) else states[0])
 
 
 @PATCHES.on(Trainer, "_issue_warnings_after_load")

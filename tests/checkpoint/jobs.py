@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import weakref
 from pathlib import Path
@@ -426,35 +427,58 @@ def fails_to_save(folder: str, rank: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "left": sorted(p.name for p in run.iterdir())}
 
 
-def limited(folder: str, kind: str) -> list[str]:
-    """A file that the system does not let grow, on the writing rank; then again without a limit."""
-    import resource
+@contextlib.contextmanager
+def small_files():
+    """On the writing rank the system lets no file of tensors grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def wrapped(original):
+        def call(*args, **kwargs):
+            # Not for longer: the rendezvous is a file too.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 0:
+            for owner, name in POINTS[:2]:
+                original = getattr(owner, name)
+                stack.callback(setattr, owner, name, original)
+                setattr(owner, name, wrapped(original))
+        yield
+
+
+def limited(folder: str, kind: str) -> list[str]:
+    """Saves of all kinds that the system cuts off, and with a file in the way; then good ones."""
+    optimizer = Path(folder) / "optimizer"
     with launched():
         trainer = trainer_of(Path(folder) / "run", kind, max_steps=1)
         trainer.train()
+        model = trainer.model
+        with small_files():
+            texts = [
+                refused(lambda: trainer._save_checkpoint(model, None)),
+                refused(lambda: trainer.save_model(f"{folder}/model")),
+                refused(lambda: model.save_pretrained(f"{folder}/plain")),
+                refused(lambda: save_optimizer(model, trainer.optimizer, optimizer)),
+            ]
         if dist.get_rank() == 0:
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
-        texts = [refused(lambda: trainer._save_checkpoint(trainer.model, None))]
-        texts.append(refused(lambda: trainer.save_model(f"{folder}/model")))
-        texts.append(refused(lambda: trainer.model.save_pretrained(f"{folder}/plain")))
-        optimizer = Path(folder) / "optimizer"
-        texts.append(refused(lambda: save_optimizer(trainer.model, trainer.optimizer, optimizer)))
-        if dist.get_rank() == 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             (Path(folder) / "file").write_text("in the way")
         dist.barrier()
-        texts.append(refused(lambda: trainer.model.save_pretrained(f"{folder}/file")))
-        texts.append(
-            refused(lambda: save_optimizer(trainer.model, trainer.optimizer, f"{folder}/file"))
-        )
-        trainer._save_checkpoint(trainer.model, None)
+        texts += [
+            refused(lambda: model.save_pretrained(f"{folder}/file")),
+            refused(lambda: save_optimizer(model, trainer.optimizer, f"{folder}/file")),
+        ]
+        trainer._save_checkpoint(model, None)
         trainer.save_model(f"{folder}/model")
-        save_optimizer(trainer.model, trainer.optimizer, optimizer)
-        load_optimizer(trainer.model, trainer.optimizer, optimizer)
-        ranks = ranks_of(trainer.model)
-        assert folders.faults(Path(folder) / "run" / "checkpoint-1", ranks, trainer.model) == []
+        save_optimizer(model, trainer.optimizer, optimizer)
+        load_optimizer(model, trainer.optimizer, optimizer)
+        ranks = ranks_of(model)
+        assert folders.faults(Path(folder) / "run" / "checkpoint-1", ranks, model) == []
     return texts
 
 
