@@ -185,7 +185,7 @@ def test_old_checkpoints_are_deleted_and_never_the_new_one(limit, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3_moe"])
 def test_one_file_is_in_memory(kind, tmp_path):
     """And, for experts that are written one by one, the packed tensor that is being cut."""
-    size = 120_000
+    size = 60_000
     first, second = pool(2).run(jobs.peak, folder=str(tmp_path), kind=kind, size=size)
     assert first["files"] >= 4
     assert first["peak"] <= size + (first["largest"] if kind == "qwen3_moe" else 0)
