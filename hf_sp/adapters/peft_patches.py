@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -20,7 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.adapters.adopt import adopt
 from hf_sp.adapters.checks import check_config, check_new_adapter
-from hf_sp.checkpoint.weights import gather_state_dict, install_load_hook, meet
+from hf_sp.checkpoint.gather import gather_state_dict
+from hf_sp.checkpoint.ranks import Together, meet, ranks_of
+from hf_sp.checkpoint.weights import install_load_hook
 from hf_sp.errors import ConfigError
 from hf_sp.model.head import VocabParallelHead
 from hf_sp.model.linear import ParallelLinear
@@ -150,7 +151,6 @@ def save_adapters_alone(
             wanted |= set(picked.values())
     chosen = {name: value for name, value in everything.items() if name in wanted}
     whole = gather_state_dict(self, chosen, keep=writes)
-    if writes:
-        original(self, save_directory, state_dict=whole, **kwargs)
-    if state.tp > 1:
-        dist.barrier(group=state.group)
+    with Together(ranks_of(self), "the adapters could not be saved", save_directory):
+        if writes:
+            original(self, save_directory, state_dict=whole, **kwargs)

@@ -28,7 +28,12 @@ def install(model: nn.Module) -> None:
 
     from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
 
-    tables = [saving.PATCHES, accelerate_patches.PATCHES, accelerate_patches.STATE_PATCHES]
+    tables = [
+        saving.PATCHES,
+        saving.FILE_PATCHES,
+        accelerate_patches.PATCHES,
+        accelerate_patches.STATE_PATCHES,
+    ]
     tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches

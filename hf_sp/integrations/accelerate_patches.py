@@ -25,7 +25,7 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_sp.checkpoint.weights import gather_state_dict
+from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.errors import ConfigError
 from hf_sp.integrations.accelerate_mesh import adopt, check_optimizer, current_is_ours
 from hf_sp.model.compile import compile_layers

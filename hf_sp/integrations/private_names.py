@@ -70,8 +70,13 @@ NAMES: tuple[Name, ...] = (
         (
             "self.save_model(output_dir, _internal_call=True)",
             "self._save_optimizer_and_scheduler(output_dir)",
+            "self._get_output_dir(trial=trial)",
+            "self._push_from_checkpoint(output_dir)",
         ),
     ),
+    Name(_TRAINER + "_get_output_dir", "(self, trial)"),
+    Name(_TRAINER + "_push_from_checkpoint", "(self, checkpoint_folder)"),
+    Name(_TRAINER + "train", None, ("get_last_checkpoint(args.output_dir)",)),
     Name(
         _TRAINER + "_save_optimizer_and_scheduler",
         "(self, output_dir)",
@@ -96,7 +101,23 @@ NAMES: tuple[Name, ...] = (
             "self.gather_sharded_state_dict_for_save(",
             "self.should_save_on_this_rank(is_main_process)",
             "self.barrier_after_gathered_checkpoint_save(distributed_config)",
+            "tensor = state_dict.pop(tensor_name)",
+            "safe_save_file(shard_state_dict, filename, metadata=metadata)",
         ),
+    ),
+    Name("transformers.modeling_utils:safe_save_file"),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel.gather_sharded_state_dict_for_save",
+        "(self, model_to_save, state_dict, distributed_config, *, save_on_this_rank=True)",
+    ),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel.barrier_after_gathered_checkpoint_save",
+        "(self, distributed_config)",
+    ),
+    Name(
+        "transformers.modeling_utils:remove_tied_weights_from_state_dict",
+        None,
+        ("model.get_parameter_or_buffer(name)",),
     ),
     Name(
         "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
@@ -105,11 +126,11 @@ NAMES: tuple[Name, ...] = (
     # transformers: used
     Name(
         _TRAINER + "_load_from_checkpoint",
-        None,
+        "(self, resume_from_checkpoint, model=None)",
         ("model.load_state_dict(state_dict, False)", "self._issue_warnings_after_load"),
     ),
     Name(_TRAINER + "_build_accelerator_args", None, ('"] = self.args.parallelism_config',)),
-    Name(_TRAINER + "_load_best_model", None, ("model.load_state_dict(state_dict, False)",)),
+    Name(_TRAINER + "_load_best_model", "(self)", ("model.load_state_dict(state_dict, False)",)),
     Name(_TRAINER + "get_tp_size", None, ('getattr(self.model, "_tp_size", None)',)),
     Name("transformers.modeling_utils:PreTrainedModel.tp_size", None, ("self._tp_size",)),
     Name(

@@ -1,32 +1,35 @@
 """The stock ``Trainer``: what it writes, and what it reads again, with a parallelized model.
 
-Every rank enters, one writes; the optimizer's shards go where each rank finds its own.
+Every rank enters, one writes; the optimizer's shards go where each rank finds its own. A checkpoint
+is written aside, and read when it is whole (``hf_sp.checkpoint.folder``).
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
+from hf_sp.checkpoint import folder as folders
+from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.checkpoint.optimizer import (
     OPTIMIZER_DIRECTORY,
     load_full_optimizer,
-    load_optimizer,
-    save_optimizer,
+    read_optimizer,
+    write_optimizer,
 )
-from hf_sp.checkpoint.weights import gather_state_dict
+from hf_sp.checkpoint.ranks import Together, listing, ranks_of
 from hf_sp.errors import CheckpointError
-from hf_sp.integrations.trainer import state_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
@@ -39,6 +42,38 @@ PATCHES = Patches(lambda trainer: parallel_state(trainer.model) is not None)
 # --- saving -------------------------------------------------------------------------------------
 
 
+@PATCHES.on(Trainer, "_save_checkpoint")
+def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
+    """Trainer writes file by file into the checkpoint's place, and deletes older ones by date.
+
+    A kill would leave a half or a mixed checkpoint there; it pushes and deletes when all is done.
+    """
+    run = Path(self._get_output_dir(trial=trial))
+    step = self.state.global_step
+    target = run / f"checkpoint-{step}"
+    entries = {"step": step, **folders.about(self.model)}
+    push, self.args.push_to_hub = self.args.push_to_hub, False
+    best = self.state.best_model_checkpoint
+    try:
+        with folders.replacing(target, ranks_of(self.model), entries) as aside:
+            vars(self)["_get_output_dir"] = lambda trial=None: str(aside.parent)
+            original(self, model, trial)
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(target)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint
+    finally:
+        self.state.best_model_checkpoint = best
+        vars(self).pop("_get_output_dir", None)
+        self.args.push_to_hub = push
+    if push:
+        self._push_from_checkpoint(str(target))
+    if self.args.should_save:
+        keep = {target} if best is None else {target, Path(best)}
+        folders.rotate(run, self.args.save_total_limit, keep)
+
+
 @PATCHES.on(Trainer, "save_model")
 def save_on_all_ranks(
     original: Patch,
@@ -47,10 +82,11 @@ def save_on_all_ranks(
     _internal_call: bool = False,
 ) -> None:
     """Trainer 5.17 calls ``_save`` on the writing rank alone, which would gather alone."""
+    target = output_dir if output_dir is not None else self.args.output_dir
     if self.args.should_save:
         original(self, output_dir, _internal_call=_internal_call)
         return
-    self._save(output_dir if output_dir is not None else self.args.output_dir)
+    self._save(target)
     if self.args.push_to_hub and not _internal_call:
         self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -64,32 +100,83 @@ def gather_on_all_ranks(
 ) -> None:
     """Trainer returns at once on the other ranks (5.23), or writes its own files there (5.17)."""
     target = output_dir if output_dir is not None else self.args.output_dir
-    saves_itself = isinstance(self.model, PreTrainedModel) or hasattr(self.model, "peft_config")
-    if not saves_itself and state_dict is None:
-        state_dict = gather_state_dict(self.model, keep=self.args.should_save)
-    if self.args.should_save:
-        original(self, target, state_dict)
-    elif saves_itself:
-        self.model.save_pretrained(target, state_dict=state_dict, is_main_process=False)
-
-
-@PATCHES.on(Trainer, "_save_checkpoint")
-def barrier_after_checkpoint(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
-    """The first rank writes ``trainer_state.json`` last; another could resume before that."""
-    original(self, *args, **kwargs)
-    if state_of(self).tp > 1:
-        dist.barrier(group=state_of(self).group)
+    ranks = ranks_of(self.model)
+    failing = Together(ranks, "the model could not be saved", target)
+    with failing:
+        if self.args.should_save:
+            Path(target).mkdir(parents=True, exist_ok=True)
+    with failing:
+        saves_itself = isinstance(self.model, PreTrainedModel) or hasattr(self.model, "peft_config")
+        if not saves_itself and state_dict is None:
+            state_dict = gather_state_dict(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            original(self, target, state_dict)
+        elif saves_itself:
+            self.model.save_pretrained(target, state_dict=state_dict, is_main_process=False)
 
 
 @PATCHES.on(Trainer, "_save_optimizer_and_scheduler")
 def save_optimizer_shards(original: Patch, self: Any, output_dir: str) -> None:
     """Trainer writes the first rank's optimizer state, and gives it to every rank on resume."""
-    save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
+    write_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
     if self.args.should_save:
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
 
 # --- resuming -----------------------------------------------------------------------------------
+
+
+@PATCHES.on(Trainer, "train")
+def resume_from_complete(
+    original: Patch, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Trainer takes the greatest step whatever is in the folder, and reads it file by file."""
+    ranks = ranks_of(self.model)
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = str(folders.last_complete(self.args.output_dir, ranks, self.model))
+    elif resume_from_checkpoint:
+        folders.check(resume_from_checkpoint, ranks, self.model)
+    return original(self, resume_from_checkpoint, *args, **kwargs)
+
+
+@PATCHES.on(Trainer, "_load_best_model")
+def check_best_model(original: Patch, self: Any) -> None:
+    """As ``resume_from_complete``."""
+    folders.check(self.state.best_model_checkpoint, ranks_of(self.model), self.model)
+    original(self)
+
+
+@PATCHES.on(Trainer, "_load_from_checkpoint")
+def refuse_missing_adapters(
+    original: Patch, self: Any, resume_from_checkpoint: str, model: Any = None
+) -> None:
+    """Trainer does not look at what PEFT missed, and trains on with fresh factors."""
+    target = self.model if model is None else model
+    results: list[Any] = []
+    if hasattr(target, "peft_config"):
+        load = target.load_adapter
+        vars(target)["load_adapter"] = lambda *a, **k: results.append(load(*a, **k))
+    try:
+        original(self, resume_from_checkpoint, model)
+    finally:
+        vars(target).pop("load_adapter", None)
+    if missing := [name for result in results for name in result.missing_keys]:
+        raise _missing(missing)
+
+
+def _read(path: Path) -> Any:
+    """A file of stock Trainer's: plain data and tensors, nothing that executes."""
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            "a file of the checkpoint cannot be read",
+            where=str(path),
+            got=type(error).__name__,
+            rule="tensors and plain data, as Trainer wrote them; nothing else is unpickled",
+            remedy="resume from another checkpoint",
+        ) from error
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")
@@ -100,15 +187,13 @@ def load_optimizer_shards(original: Patch, self: Any, checkpoint: str | None) ->
     folder = Path(checkpoint)
     ours, stock = folder / OPTIMIZER_DIRECTORY, folder / OPTIMIZER_NAME
     if ours.is_dir():
-        load_optimizer(self.model, self.optimizer, ours)
+        read_optimizer(self.model, self.optimizer, ours)
     elif stock.is_file():
-        whole = torch.load(stock, map_location="cpu", weights_only=True)
-        load_full_optimizer(self.model, self.optimizer, whole)
+        load_full_optimizer(self.model, self.optimizer, _read(stock))
     else:
-        logger.warning("No optimizer state in %s: the optimizer starts anew.", checkpoint)
+        logger.warning("No optimizer state in %s: optimizer and schedule start anew.", checkpoint)
         return
-    if (folder / SCHEDULER_NAME).is_file():
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+    self.lr_scheduler.load_state_dict(_read(folder / SCHEDULER_NAME))
 
 
 @PATCHES.on(Trainer, "_load_rng_state")
@@ -119,27 +204,22 @@ def load_rank0_rng(original: Patch, self: Any, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         return
-    folder = Path(checkpoint)
-    files = sorted(folder.glob("rng_state*.pth"))
-    own = (
-        "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
-    )
-    if len(files) == self.args.world_size and (folder / own).is_file():
-        original(self, checkpoint)
-        return
-    first = [f for f in files if f.name in ("rng_state.pth", "rng_state_0.pth")]
-    if not first:
-        return
-    with safe_globals():
-        saved = torch.load(first[0], weights_only=True)
-    random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])
-    torch.random.set_rng_state(saved["cpu"])
-    if "cuda" in saved and torch.cuda.is_available():
-        device_states = saved["cuda"]
-        # One state of one process, or the list of all devices that it saw.
-        state = device_states if isinstance(device_states, Tensor) else device_states[0]
-        torch.cuda.set_rng_state(state)
+    folder, world = Path(checkpoint), self.args.world_size
+    files = {f.name: f for f in folder.glob("rng_state*.pth")}
+    own = "rng_state.pth" if world <= 1 else f"rng_state_{self.args.process_index}.pth"
+    first = files.get("rng_state.pth", files.get("rng_state_0.pth"))
+    with Together(ranks_of(self.model), "the random state cannot be read", folder):
+        if len(files) == world and own in files:
+            original(self, checkpoint)
+        elif first is not None:
+            saved = _read(first)
+            random.setstate(saved["python"])
+            np.random.set_state(saved["numpy"])
+            torch.random.set_rng_state(saved["cpu"])
+            if "cuda" in saved and torch.cuda.is_available():
+                # One state of one process, or the list of all devices that it saw.
+                states = saved["cuda"]
+                torch.cuda.set_rng_state(states if isinstance(states, Tensor) else states[0])
 
 
 @PATCHES.on(Trainer, "_issue_warnings_after_load")
@@ -155,11 +235,15 @@ def refuse_missing_weights(original: Patch, self: Any, load_result: Any) -> None
         if names - missing:
             missing -= names
     if missing:
-        raise CheckpointError(
-            "the checkpoint lacks weights of the model",
-            where="resume_from_checkpoint / load_best_model_at_end",
-            got=", ".join(sorted(missing)[:8]) + (" ..." if len(missing) > 8 else ""),
-            rule="a resumed model has all its weights from the checkpoint",
-            remedy="resume from a checkpoint of this model",
-        )
+        raise _missing(missing)
     original(self, load_result)
+
+
+def _missing(names: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint lacks weights of the model",
+        where="resume_from_checkpoint / load_best_model_at_end",
+        got=listing(sorted(names)),
+        rule="a resumed model has all its weights from the checkpoint",
+        remedy="resume from a checkpoint of this model",
+    )

@@ -1,0 +1,175 @@
+"""Tensors that are spread over ranks, in safetensors files, with an index in JSON.
+
+Each rank writes the rectangles that it owns; a reader of any number of ranks reads the slices that
+it needs. Nothing is unpickled. Knows torch only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_sp.checkpoint.folder import inside
+from hf_sp.checkpoint.ranks import Ranks, Together
+from hf_sp.comm.shard import merge_gate_up, split_gate_up
+from hf_sp.errors import CheckpointError
+
+INDEX = "index.json"
+_FILE_BYTES = 1 << 30
+"""A file is closed when it has that many; a rank keeps one of them in memory."""
+
+
+def _rectangles(parts: tuple[Tensor, ...], dim: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Where this rank's part of each tensor starts in them joined along ``dim``, and the part."""
+    for number, x in enumerate(parts):
+        local, starts = x, [0] * x.dim()
+        if isinstance(x, DTensor):
+            (chunk,) = x.__create_chunk_list__()
+            local, starts = x.to_local(), list(chunk.offsets)
+        if len(parts) > 1:
+            starts[dim] += number * x.shape[dim]
+        yield starts, local
+
+
+def _owned(x: Tensor, ranks: Ranks) -> bool:
+    """Whether this rank writes its part: it is not empty, and no earlier rank has the same."""
+    if not isinstance(x, DTensor):
+        return ranks.first
+    where = x.device_mesh.get_coordinate() or ()
+    copies = [at for at, p in zip(where, x.placements, strict=True) if p.is_replicate()]
+    return not any(copies) and x.to_local().numel() > 0
+
+
+def save_shards(
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, int],
+    folder: Path,
+    ranks: Ranks,
+    more: Mapping[str, Any],
+) -> None:
+    """Write tensors, DTensors by their parts, and an index. To be called on every rank.
+
+    Args:
+        tensors: the same names on every rank.
+        packed: names of those whose halves are sharded -> the dim that holds the halves.
+        folder: made if need be.
+        ranks: who writes.
+        more: other entries of the index; plain data, the same on every rank.
+    """
+    pieces: dict[str, list[Any]] = {}
+    batch: dict[str, Tensor] = {}
+    failing = Together(ranks, "tensors could not be written", folder)
+    with failing:
+        folder.mkdir(parents=True, exist_ok=True)
+        owned = [key for key, x in tensors.items() if _owned(x, ranks)]
+        number = 0
+        for key in owned:
+            x, dim = tensors[key].detach(), packed.get(key, 0)
+            file = f"rank-{ranks.rank:05d}-{number:05d}.safetensors"
+            parts = split_gate_up(x, dim) if key in packed else (x,)
+            for i, (starts, local) in enumerate(_rectangles(parts, dim)):
+                batch[f"{key}/{i}"] = local.cpu().contiguous()
+                pieces.setdefault(key, []).append([file, f"{key}/{i}", starts, list(local.shape)])
+            if key == owned[-1] or sum(x.nbytes for x in batch.values()) >= _FILE_BYTES:
+                save_file(batch, folder / file)
+                batch, number = {}, number + 1
+    everyone = ranks.gather(pieces)
+    with failing:
+        if ranks.first:
+            index: dict[str, Any] = {"tensors": {}, **more}
+            for key, x in tensors.items():
+                index["tensors"][key] = {
+                    "dtype": str(x.dtype).removeprefix("torch."),
+                    "shape": list(x.shape),
+                    "pieces": [piece for part in everyone for piece in part.get(key, ())],
+                }
+            (folder / INDEX).write_text(json.dumps(index))
+
+
+class Shards:
+    """What ``save_shards`` wrote, to be read in slices.
+
+    Args:
+        folder: its folder.
+
+    Raises:
+        CheckpointError: there is no index, or it is no such index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[Path, Any] = {}
+        try:
+            self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+            self.shapes = {k: tuple(t["shape"]) for k, t in self.index["tensors"].items()}
+            self.dtypes = {k: dtype_of(t["dtype"]) for k, t in self.index["tensors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(folder / INDEX, f"{type(error).__name__}: {error}") from error
+
+    def read(self, key: str, like: Tensor, packed: int | None = None) -> Tensor:
+        """A saved tensor, laid out as ``like``: this rank's part of it.
+
+        Args:
+            key: its name.
+            like: a tensor of its shape, split in any way; its dtype does not count.
+            packed: the dim that holds two halves which are sharded.
+
+        Raises:
+            CheckpointError: the pieces do not cover it, or cannot be read.
+        """
+        x, dim = torch.zeros_like(like, dtype=self.dtypes[key]), packed or 0
+        parts = (x,) if packed is None else split_gate_up(x, dim)
+        for starts, local in _rectangles(parts, dim):
+            self._fill(key, starts, local)
+        return x if packed is None else merge_gate_up(parts[0], parts[-1], dim, x)
+
+    def _fill(self, key: str, starts: list[int], local: Tensor) -> None:
+        filled, path = 0, self.folder / INDEX
+        try:
+            for file, name, other, sizes in self.index["tensors"][key]["pieces"]:
+                low = [max(a, b) for a, b in zip(starts, other, strict=True)]
+                ends = zip(starts, local.shape, other, sizes, strict=True)
+                high = [min(a + n, b + m) for a, n, b, m in ends]
+                if any(a >= b for a, b in zip(low, high, strict=True)):
+                    continue
+                path = inside(self.folder, file)
+                if path not in self._open:
+                    self._open[path] = safe_open(path, framework="pt")
+                theirs = tuple(
+                    slice(a - b, c - b) for a, b, c in zip(low, other, high, strict=True)
+                )
+                ours = tuple(slice(a - b, c - b) for a, b, c in zip(low, starts, high, strict=True))
+                opened = self._open[path]
+                values = opened.get_slice(name)[theirs] if theirs else opened.get_tensor(name)
+                local[ours] = values.to(local.device)
+                filled += values.numel()
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise _unreadable(path, f"{key}: {type(error).__name__}: {error}") from error
+        if filled != local.numel():
+            raise _unreadable(path, f"{key}: {filled} of {local.numel()} elements")
+
+
+def _unreadable(path: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        "a checkpoint's tensors cannot be read",
+        where=str(path),
+        got=got,
+        rule="files are as they were written, and cover what the index says",
+        remedy="resume from another checkpoint",
+    )
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name, and nothing else of torch's."""
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is not a dtype")
+    return found
