@@ -18,12 +18,11 @@ from integrations import (
     refusals,
     training,
 )
-from integrations.scene import Scene, launched
+from integrations.scene import Scene, freeze_imports, launched
 
 PLAIN = (
     training.train,
     training.variants,
-    training.compiled,
     evaluation.evaluate,
     evaluation.best,
     checkpoints.resume,
@@ -47,6 +46,7 @@ JOBS = {
         refusals.agreeing,
         refusals.others,
         refusals.refusals,
+        training.compiled,
     )
 }
 
@@ -63,6 +63,7 @@ def scene_of(mode: str, out: str):
     # Loader workers are children, which the children of a daemon cannot be.
     multiprocessing.current_process().daemon = False
     random.seed(0)
+    freeze_imports()
     rank, world = dist.get_rank(), dist.get_world_size()
     with launched(rank, world), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from integrations import jobs  # noqa: E402
-from integrations.scene import Scene, launched  # noqa: E402
+from integrations.scene import Scene, freeze_imports, launched  # noqa: E402
 
 ONE = ("resume", "save", "dropout_resume", "cross")
 
@@ -26,6 +26,7 @@ ONE = ("resume", "save", "dropout_resume", "cross")
 def run(scene, job):
     started = time.monotonic()
     random.seed(0)
+    freeze_imports()
     report = job(scene)
     print(f"{scene.mode} {job.__name__} {time.monotonic() - started:.1f} s", flush=True)
     return report

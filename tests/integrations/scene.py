@@ -7,6 +7,7 @@ added. What differs between two reports is what the integration got wrong.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from integrations.data import Rows, collate
 
@@ -152,6 +154,7 @@ def launched(rank, world):
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
         }
+    disable_progress_bar()
     reset_accelerate()
     try:
         yield
@@ -159,6 +162,12 @@ def launched(rank, world):
         reset_accelerate()
         os.environ.clear()
         os.environ.update(before)
+
+
+def freeze_imports():
+    """Spare collections and ``parallelize``'s walk over the live objects what is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def reset_accelerate():

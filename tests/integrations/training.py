@@ -28,6 +28,7 @@ def _summed(outputs, labels, num_items_in_batch=None):
 
 
 VARIANTS = {
+    "three_steps": {"max_steps": 3},
     "tokens_local": {"average_tokens_across_devices": False},
     "no_clipping": {"max_grad_norm": 0.0, "gradient_accumulation_steps": 3},
     "label_smoothing": {"label_smoothing_factor": 0.1},
@@ -69,23 +70,19 @@ def variants(scene):
 
 
 def compiled(scene):
-    """``torch_compile=True`` and the same run without it; and what was compiled."""
-    report = {}
-    for name, options in {
-        "eager": {},
-        "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-    }.items():
-        with _compiler():
-            trainer = scene.trainer(name, max_steps=3, **options)
-            report[name] = scene.train(trainer)
-            layers = trainer.model.model.layers
-            report[name] |= {
-                "layers": sum(layer._compiled_call_impl is not None for layer in layers),
-                "whole": type(trainer.model_wrapped).__name__,
-                "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-                "breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
-            }
-    return {"compiled": report}
+    """``torch_compile=True``, and what was compiled."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with _compiler() as counters:
+        trainer = scene.trainer("compiled", **VARIANTS["three_steps"], **options)
+        report = scene.train(trainer)
+        layers = trainer.model.model.layers
+        made = {
+            "layers": sum(layer._compiled_call_impl is not None for layer in layers),
+            "model": type(trainer.model_wrapped).__name__,
+            "graphs": counters["stats"]["unique_graphs"],
+            "breaks": sum(counters["graph_break"].values()),
+        }
+    return {"compiled": report, "made": made}
 
 
 @contextlib.contextmanager
@@ -96,7 +93,7 @@ def _compiler():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     try:
-        yield
+        yield torch._dynamo.utils.counters
     finally:
         os.environ.clear()
         os.environ.update(before)
