@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.trainer_callback import TrainerState
 
 from integrations.rows import PerRank, Raises, row
@@ -24,26 +25,27 @@ def _trained(scene, **options):
     return trainer
 
 
-# Whole tensors that a rank holds, in bytes, besides the one that is being gathered.
-@row("PreTrainedModel.save_pretrained", right=0, wrong=1)
-def held_by_the_rank_that_does_not_write(scene):
+# Whole tensors that a rank holds at a time: the writing one all 21, any other the one in work.
+@row("PreTrainedModel.save_pretrained", right=PerRank(21, 1), wrong=21)
+def held_while_saving(scene):
     model = scene.tiny()
-    kept = []
-    original = DTensor.full_tensor
+    storages, most, original = [], [0], DTensor.full_tensor
 
     def spy(self, **kwargs):
-        kept.append(original(self, **kwargs))
-        return kept[-1]
+        whole = original(self, **kwargs)
+        storages.append(StorageWeakRef(whole.untyped_storage()))
+        most.append(sum(not one.expired() for one in storages))
+        return whole
 
     with mock.patch.object(DTensor, "full_tensor", spy):
         model.save_pretrained(scene.fresh("held"))
-    return len(kept)
+    return max(most)
 
 
 @row(
     "PreTrainedModel.resize_token_embeddings",
     right=Raises("ConfigError", "cannot be resized"),
-    wrong=Raises("?", "?"),
+    wrong=Raises("RuntimeError", "got mixed torch.Tensor and DTensor"),
 )
 def resize(scene):
     return scene.tiny().resize_token_embeddings(70).weight.shape
@@ -90,7 +92,12 @@ def optimizer_files(scene):
     return sorted(p.name for p in folder.iterdir() if "optimizer" in p.name)
 
 
-@row("Trainer._load_optimizer_and_scheduler", right=21, wrong=0)
+# Trainer takes the directory for a sign that there is a file.
+@row(
+    "Trainer._load_optimizer_and_scheduler",
+    right=21,
+    wrong=Raises("FileNotFoundError", "optimizer.pt"),
+)
 def states_after_resume(scene):
     trainer = _trained(scene)
     folder = scene.fresh("resumed")
