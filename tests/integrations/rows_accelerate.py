@@ -41,7 +41,7 @@ def batches_of_a_loader_before_the_model(scene):
 @row(
     "Accelerator.prepare_model",
     right=["LlamaForCausalLM", "LlamaForCausalLM", 2],
-    wrong=["RuntimeError: Cannot flatten unevenly sharded", "OptimizedModule", 0],
+    wrong=["RuntimeError: Cannot flatten unevenly sharde", "OptimizedModule", 0],
 )
 def prepared_and_compiled(scene):
     try:

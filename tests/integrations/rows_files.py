@@ -25,8 +25,9 @@ def _trained(scene, **options):
     return trainer
 
 
-# Whole tensors that a rank holds at a time: the writing one all 21, any other the one in work.
-@row("PreTrainedModel.save_pretrained", right=PerRank(21, 1), wrong=21)
+# Whole tensors that a rank holds at a time: the writing one all 21, any other the one in work, and
+# its own five norms.
+@row("PreTrainedModel.save_pretrained", right=PerRank(21, 6), wrong=21)
 def held_while_saving(scene):
     model = scene.tiny()
     storages, most, original = [], [0], DTensor.full_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import ParallelismConfig
 
-from integrations.data import even_rows, noisy_collate
+from integrations.data import collate, even_rows, noisy_collate
 from integrations.refusals import others
 from integrations.rows import Raises, row
 from integrations.scene import logits_made
@@ -86,10 +86,10 @@ def tokens_seen(scene):
 
 @row("Trainer.store_flos", right=1.0, wrong=2.0)
 def flos(scene):
-    """Those of a step, of those of one process."""
-    whole = scene.tiny(parallel=False)
-    alone = whole.floating_point_ops({"input_ids": torch.zeros(4, 6)})
-    return _step(scene).state.total_flos / alone
+    """Those of a step of two micro-batches, of those of a Trainer over the unsharded model."""
+    plain = scene.trainer("probe", scene.tiny(parallel=False))
+    alone = plain.floating_point_ops(collate([even_rows(2)[i] for i in range(2)]))
+    return _step(scene).state.total_flos / (2 * alone)
 
 
 # Seven rows in batches of two.
