@@ -60,11 +60,25 @@ def on_rank(job: str, mode: str, out: str, **kwargs):
 @contextlib.contextmanager
 def scene_of(mode: str, out: str):
     """This rank of a pool, as a process that torchrun has started."""
-    # Loader workers are children, which the children of a daemon cannot be.
-    multiprocessing.current_process().daemon = False
     random.seed(0)
     freeze_imports()
     rank, world = dist.get_rank(), dist.get_world_size()
-    with launched(rank, world), warnings.catch_warnings():
+    with launched(rank, world), _forking(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield Scene(mode, Path(out), rank, world)
+
+
+@contextlib.contextmanager
+def _forking():
+    """Loader workers are children, which a daemon cannot have, and forked in most processes.
+
+    The ranks of a pool are spawned, and would spawn: six seconds of imports for each worker.
+    """
+    process, method = multiprocessing.current_process(), multiprocessing.get_start_method()
+    process.daemon = False
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        process.daemon = True
+        multiprocessing.set_start_method(method, force=True)
