@@ -52,37 +52,42 @@ def environment():
 class Runs:
     """Reports of jobs, each run once, when a test first asks for it.
 
-    The plain process works from the start, beside the ranks: ask for theirs first.
+    The plain process starts with the first job of the ranks and works beside them: ask for theirs
+    first.
     """
 
     def __init__(self, out):
         self.out = out
-        self._log = (out / "plain.log").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(PLAIN), str(out)],
-            env=environment(),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._process = None
 
     def tp(self, job, mode="tp", world=2, **kwargs):
         """The report of every rank. With another mode, it must not write where one has written."""
+        self._start()
         known = {"job": job.__name__, "mode": mode, "out": str(self.out), **kwargs}
         return run_once(world, jobs.on_rank, timeout=TIMEOUT_S, **known)
 
     def alone(self, side):
         """What the plain process reports of ``plain``, or of ``one`` (tp=1, without torchrun)."""
+        self._start()
         if self._process.wait(TIMEOUT_S):
-            self._log.seek(0)
-            pytest.fail(f"the plain process failed\n{self._log.read()[-6000:]}")
+            pytest.fail(f"the plain process failed\n{(self.out / 'plain.log').read_text()[-6000:]}")
         return json.loads((self.out / "plain.json").read_text())[side]
+
+    def _start(self):
+        if self._process is None:
+            with (self.out / "plain.log").open("w") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(PLAIN), str(self.out)],
+                    env=environment(),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
 
     def close(self):
         """End the plain process."""
-        if self._process.poll() is None:
+        if self._process is not None:
             self._process.kill()
-        self._process.wait()
-        self._log.close()
+            self._process.wait()
 
 
 @pytest.fixture(scope="session")
