@@ -43,6 +43,15 @@ def _problems(expected, outcome):
     return differences(expected, outcome["value"])
 
 
+def test_an_unrelated_crash_is_no_match():
+    crash = {"raised": "RuntimeError", "text": "out of memory"}
+    assert problems(2, [crash, crash])
+    assert problems(Raises("RuntimeError", "got mixed"), [crash, crash])
+    assert problems(Raises("ValueError", "out of memory"), [crash, crash])
+    assert problems(PerRank(2, 1), [{"value": 2}, {"value": 2}]) == ["rank 1: : 1 2"]
+    assert problems(Raises("RuntimeError", "of memory"), [crash, crash]) == []
+
+
 def test_every_patch_has_a_row():
     assert sorted(ENTRIES) == sorted(ROWS)
 
