@@ -32,8 +32,7 @@ class Row:
         probe: what is done on every rank; returns a value that can be compared.
         right: the value with the patch, or what it raises.
         wrong: the same without the patch.
-        newest: without the patch and with the newest tested transformers, where that has mended
-            what an older one that is tested still does wrong.
+        newest: likewise, where the newest tested transformers does other than the oldest.
     """
 
     patch: str

@@ -52,6 +52,7 @@ def resize(scene):
     return scene.tiny().resize_token_embeddings(70).weight.shape
 
 
+# 5.17 calls ``_save`` on the writing rank alone.
 @row("Trainer.save_model", right=True, wrong=PerRank(LONE, False), newest=True)
 def written_by_save_model(scene):
     trainer = scene.trainer("probe")
@@ -60,7 +61,8 @@ def written_by_save_model(scene):
     return (folder / "model.safetensors").exists()
 
 
-@row("Trainer._save", right=True, wrong=PerRank(LONE, False))
+# In 5.17 all ranks come to ``save_pretrained``, if they come here.
+@row("Trainer._save", right=True, wrong=True, newest=PerRank(LONE, False))
 def written_by_save(scene):
     trainer = scene.trainer("probe")
     folder = scene.fresh("save")

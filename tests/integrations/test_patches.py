@@ -65,6 +65,11 @@ def reports(runs):
     return run_once(2, without.on_rank, timeout=TIMEOUT_S, out=str(runs.out))
 
 
+def test_every_row_has_a_fault_on_one_end():
+    idle = [r.patch for r in ROWS.values() if r.wrong == r.right and r.newest in (None, r.right)]
+    assert idle == []
+
+
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 @pytest.mark.slow
 @pytest.mark.timeout(1200)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import time
 
 from integrations import (  # noqa: F401  (they fill ROWS)
     rows_accelerate,
@@ -49,13 +48,10 @@ def both(name, scene):
     right = outcome(probe, scene)
     patched = inspect.getattr_static(owner, attribute)
     setattr(owner, attribute, _bare(patched.__hf_sp_original__))
-    started = time.monotonic()
     try:
         wrong = outcome(probe, scene)
     finally:
         setattr(owner, attribute, patched)
-    if os.environ.get("HF_SP_TEST_TRACE"):
-        print(scene.rank, name, right, wrong, f"{time.monotonic() - started:.2f}", flush=True)
     return {"right": right, "wrong": wrong}
 
 
