@@ -7,19 +7,12 @@ import inspect
 
 import pytest
 
-from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
 from hf_sp.integrations.private_names import NAMES
 from hf_sp.patching import Name, Patches
+from integrations.tables import tables
 
-TABLES = [
-    accelerate_patches.PATCHES,
-    accelerate_patches.STATE_PATCHES,
-    saving.PATCHES,
-    saving.FILE_PATCHES,
-    trainer.PATCHES,
-    trainer.ALL_PATCHES,
-    trainer_files.PATCHES,
-]
+# PEFT's and TRL's are in tests/adapters.
+TABLES = {n: t for n, t in tables().items() if "peft" not in n and "trl" not in n}
 
 
 def found(name: Name):
@@ -50,7 +43,7 @@ def test_name_is_as_it_was(name):
     check(name)
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_every_patched_method_is_listed(table):
     listed = [name.path.split(":")[1] for name in NAMES]
     patched = [
@@ -62,7 +55,7 @@ def test_every_patched_method_is_listed(table):
 
 
 def test_every_patch_says_what_it_is_for():
-    silent = [p.__name__ for table in TABLES for _, _, p in table.entries if not p.__doc__]
+    silent = [p.__name__ for table in TABLES.values() for _, _, p in table.entries if not p.__doc__]
     assert silent == []
 
 
