@@ -28,7 +28,7 @@ def outcome(probe, scene):
         return {"raised": type(error).__name__, "text": str(error)}
     finally:
         # Ranks of which one has failed meet again.
-        scene.after_lone_save()
+        scene.everywhere(None)
         reset_accelerate()
 
 
