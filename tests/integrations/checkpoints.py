@@ -145,4 +145,5 @@ def misuse(scene):
         report = refused(lambda: model.save_pretrained(scene.folder("misuse")))
         report["written"] = scene.folder("misuse").exists()
     dist.barrier()
+    scene.after_lone_save()
     return report

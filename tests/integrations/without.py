@@ -28,7 +28,7 @@ def outcome(probe, scene):
         return {"raised": type(error).__name__, "text": str(error)}
     finally:
         # Ranks of which one has failed meet again.
-        scene.everywhere(None)
+        scene.after_lone_save()
         reset_accelerate()
 
 
