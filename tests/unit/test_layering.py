@@ -13,8 +13,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
 # Longer today; the list may only get shorter, and so may the files.
 LONGER = {}
-# The package in all: 11,741 before checkpoints had a manifest. Then the attributes that it leaves on
-# modules and tensors of others.
+# The package in all (11,741 before checkpoints had a manifest), and the attributes that it leaves
+# on modules and tensors of others.
 MAX_LINES_OF_ALL = 12_500
 MAX_ATTRIBUTES = 8
 
