@@ -78,7 +78,7 @@ def make_one_file(original: Patch, tensors: dict[str, Any], *args: Any, **kwargs
 def gather_nothing(
     original: Patch, self: PreTrainedModel, model: Any, state_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Transformers 5.17 to 5.24 would make every stand-in at once."""
+    """Transformers 5.17 to 5.24 copies every tensor to the CPU, stand-ins too."""
     return state_dict
 
 
