@@ -48,10 +48,15 @@ def agreeing(scene):
     return trainer.state.global_step
 
 
-def others(scene):
-    """A Trainer of ours, one over a plain model, one of ours, with one set of arguments."""
+def others(scene, train=True):
+    """A Trainer of ours, one over a plain model, one of ours, with one set of arguments.
+
+    The tp sizes that the two later ones see.
+    """
     shared = scene.arguments("shared", max_steps=1)
-    _trainer(scene.tiny(), shared).train()
+    first = _trainer(scene.tiny(), shared)
+    if train:
+        first.train()
     found = []
     for parallel in (False, True):
         accelerator = _trainer(scene.tiny(parallel=parallel), shared).accelerator
