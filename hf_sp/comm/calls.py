@@ -1,7 +1,6 @@
 """Are all ranks in the same call? A few numbers of each, told before what would hang or mix.
 
-One form of message for every place that asks, so that ranks which have parted meet here and say
-so, instead of each waiting in a collective of its own.
+One form for all who ask, so that ranks which have parted meet here and say so.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ CALLS = (
     "generate",
     "Trainer between two batches",
 )
-"""What a rank can be in."""
-
 _WORDS = 4
 _MAGIC = 0x6866_7370_0000  # in the first word, so that another collective's data is known as such
 
@@ -29,34 +26,26 @@ _MAGIC = 0x6866_7370_0000  # in the first word, so that another collective's dat
 def exchange(
     group: dist.ProcessGroup, device: torch.device | str, call: str, words: Sequence[float]
 ) -> list[list[float]]:
-    """Every rank's words, in rank order.
+    """Every rank's words (up to 4 numbers, integers below 2^53), in rank order.
+
+    ``call`` is one of ``CALLS``, ``device`` where the group's collectives run.
 
     Collectives: 1 all-gather of 5 float64 a rank; the host waits for it.
-
-    Args:
-        group: the ranks that must be in this call.
-        device: where the group's collectives run.
-        call: one of ``CALLS``.
-        words: up to 4 numbers, integers below 2^53.
 
     Raises:
         BatchMismatchError: on every rank, if they are in different calls.
     """
     told = [_MAGIC + CALLS.index(call), *words, *[0] * (_WORDS - len(words))]
-    size = dist.get_world_size(group)
     with torch.inference_mode(False), torch.no_grad():
         mine = torch.tensor(told, dtype=torch.float64, device=device)
-        everyone = mine.new_empty(size * len(told))
-        dist.all_gather_into_tensor(everyone, mine, group=group)
-        rows = everyone.view(size, -1).tolist()
+        everyone = mine.new_empty(dist.get_world_size(group), len(told))
+        dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+        rows = everyone.tolist()
     if any(row[0] != rows[0][0] for row in rows):
         names = {_MAGIC + i: name for i, name in enumerate(CALLS)}
         raise BatchMismatchError(
             "the ranks are in different calls",
-            where="\n".join(
-                f"rank {rank}: {names.get(row[0], 'another collective')}"
-                for rank, row in enumerate(rows)
-            ),
+            where="\n".join(f"rank {i}: {names.get(r[0], 'another')}" for i, r in enumerate(rows)),
             rule="every rank runs the same forwards, steps, evaluations and generations in turn",
             remedy="no forward, evaluation or generate inside an 'if rank == 0'; no step that one "
             "rank alone skips; the same accumulation on all ranks",

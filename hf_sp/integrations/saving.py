@@ -105,23 +105,19 @@ def refuse_resize(original: Patch, self: PreTrainedModel, *args: Any, **kwargs: 
 def draw_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks that are seeded apart would draw other tokens, and go on with other sequences.
 
-    Where the ranks' generators differ, those of the first rank's are used on all meanwhile.
+    Where the ranks' generators differ, the first rank's are used on all meanwhile.
 
-    Collectives: 1 all-gather of 40 bytes a rank, and 1 or 2 broadcasts where they differ; over
-    the tp ranks, once a call.
+    Collectives: 1 all-gather of 40 bytes a rank; a broadcast of each generator where they differ.
     """
     state = parallel_state(self)
     assert state is not None
     if state.tp == 1 or dist.get_backend(state.group) == "fake":
         return original(self, *args, **kwargs)
     device = state.mesh.device_type
-    modules: list[Any] = [torch]
-    if device != "cpu":
-        modules.append(torch.get_device_module(device))
+    modules: list[Any] = [torch, *([] if device == "cpu" else [torch.get_device_module(device)])]
     own = [module.get_rng_state() for module in modules]
     digests = [zlib.crc32(x.numpy().tobytes()) for x in own]
-    rows = exchange(state.group, device, "generate", digests)
-    if all(row == rows[0] for row in rows):
+    if len({tuple(r) for r in exchange(state.group, device, "generate", digests)}) == 1:
         return original(self, *args, **kwargs)
     for module, states in zip(modules, own, strict=True):
         first = states.to(device, copy=True)

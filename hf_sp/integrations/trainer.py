@@ -237,15 +237,11 @@ def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
 
 @PATCHES.on(Trainer, "log")
 def correct_evaluation_speed(
-    original: Patch,
-    self: Any,
-    logs: dict[str, Any],
-    start_time: float | None = None,
-    **kwargs: Any,
+    original: Patch, self: Any, logs: dict[str, Any], start_time: float | None = None
 ) -> None:
     """Trainer counts a step of evaluation as one batch on every process."""
     _correct_speed(self, logs)
-    original(self, logs, start_time, **kwargs)
+    original(self, logs, start_time)
     if start_time is not None:
         # Trainer's own, on all ranks: what a callback asks for in on_log is looked at next.
         trainer_ranks.agree_on_control(self.control, state_of(self))

@@ -18,48 +18,33 @@ from hf_sp.errors import HfSpError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
-_ALIKE = re.findall(
-    r"\w+",
-    """
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim
-    optim_args optim_target_modules weight_decay max_grad_norm adam_beta1 adam_beta2
-    adam_epsilon label_smoothing_factor neftune_noise_alpha max_steps num_train_epochs seed
-    data_seed full_determinism bf16 fp16 bf16_full_eval fp16_full_eval tf32 torch_compile
-    gradient_checkpointing logging_strategy logging_steps logging_first_step
-    logging_nan_inf_filter save_strategy save_steps save_only_model eval_strategy eval_steps
-    eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
-    prediction_loss_only batch_eval_metrics eval_accumulation_steps train_sampling_strategy
-    group_by_length dataloader_drop_last ignore_data_skip dataloader_num_workers
-    average_tokens_across_devices include_num_input_tokens_seen include_for_metrics
-    remove_unused_columns label_names auto_find_batch_size enable_jit_checkpoint
-    torch_empty_cache_steps accelerator_config
-    """,
-)
+_ALIKE = """
+per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate
+lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args
+optim_target_modules weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon
+label_smoothing_factor neftune_noise_alpha max_steps num_train_epochs seed data_seed
+full_determinism bf16 fp16 bf16_full_eval fp16_full_eval gradient_checkpointing logging_strategy
+logging_steps logging_first_step save_strategy save_steps save_only_model eval_strategy eval_steps
+eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
+prediction_loss_only batch_eval_metrics eval_accumulation_steps train_sampling_strategy
+group_by_length dataloader_drop_last ignore_data_skip dataloader_num_workers
+average_tokens_across_devices include_num_input_tokens_seen remove_unused_columns
+auto_find_batch_size enable_jit_checkpoint accelerator_config
+"""
 """Arguments by which ranks compute or decide; absent ones are those of another version."""
 
 
 def agree_on_arguments(
     args: TrainingArguments, state: ParallelState, problem: HfSpError | None
 ) -> None:
-    """Raise on every rank if one refuses its arguments, or if they differ over the ranks.
+    """Raise on every rank if one refuses its arguments (``problem``), or if they differ.
 
     Collectives: 1 all-gather of a text.
-
-    Raises:
-        HfSpError: this rank's own problem.
-        ConfigError: another rank's, or the first argument that differs with each rank's value.
     """
     # Functions among them have an address of their own on each rank.
-    mine = {n: re.sub(" at 0x[0-9a-f]+", "", repr(getattr(args, n, None))) for n in _ALIKE}
-    agree(
-        state.mesh,
-        problem,
-        mine,
-        what="the ranks have different TrainingArguments",
-        rule="the ranks train one model: its replicated parts would drift apart, or a rank would "
-        "wait for others that do something else",
-    )
+    mine = {n: re.sub(" at 0x[0-9a-f]+", "", repr(getattr(args, n, None))) for n in _ALIKE.split()}
+    rule = "what all ranks hold alike would drift apart, or a rank would wait for the others"
+    agree(state.mesh, problem, mine, "the ranks have different TrainingArguments", rule)
 
 
 PATCHES = Patches(lambda handler: parallel_state(handler.model) is not None)
@@ -91,7 +76,6 @@ def decide_together(
 ) -> Any:
     """A callback that asks on one rank alone would leave the others in a collective."""
     control = original(self, event, args, state, control, **kwargs)
-    parallel = parallel_state(self.model)
-    if event in _ASKED_AFTER and parallel is not None:
+    if event in _ASKED_AFTER and (parallel := parallel_state(self.model)):
         agree_on_control(control, parallel)
     return control

@@ -30,16 +30,14 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
 
     With data parallel groups all ranks learn of it if one group's batches differ; and that all
     groups train the same parameters: ids or embeddings, with or without labels. Their evaluations
-    are compared in the first forwards only, as groups may have different numbers of them.
-
-    Tensors of numbers are compared by a digest, floats by their sum to 1e-3; objects (a cache) not.
+    are compared in the first forwards only, as groups may have different numbers of them. Numbers
+    are compared by a digest, floats by their absolute sum to 1e-3; objects (a cache) are not.
 
     Collectives: 1 all-gather of 40 bytes a rank, which the host waits for, as for the inputs; none
     in decoding after its first forwards. While checks are left, 1 all-gather of an object too.
 
     Raises:
-        BatchMismatchError: on every rank, naming the inputs that differ, or the calls that the
-            ranks are in.
+        BatchMismatchError: on every rank, naming the inputs or the calls that differ.
         ConfigError: on every rank, if a parameter was added after ``parallelize``, or if dropout
             is active on replicated tensors and the ranks' generators are not in the same state
             (both asked while checks are left).
