@@ -26,9 +26,7 @@ _MAGIC = 0x6866_7370_0000  # in the first word, so that another collective's dat
 def exchange(
     group: dist.ProcessGroup, device: torch.device | str, call: str, words: Sequence[float]
 ) -> list[list[float]]:
-    """Every rank's words (up to 4 numbers, integers below 2^53), in rank order.
-
-    ``call`` is one of ``CALLS``, ``device`` where the group's collectives run.
+    """Every rank's words (up to 4, integers below 2^53); ``call`` is one of ``CALLS``.
 
     Collectives: 1 all-gather of 5 float64 a rank; the host waits for it.
 
