@@ -37,7 +37,7 @@ def exchange(
     with torch.inference_mode(False), torch.no_grad():
         mine = torch.tensor(told, dtype=torch.float64, device=device)
         everyone = mine.new_empty(dist.get_world_size(group), len(told))
-        dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+        dist.all_gather(list(everyone.unbind()), mine, group=group)
         rows = everyone.tolist()
     if any(row[0] != rows[0][0] for row in rows):
         names = {_MAGIC + i: name for i, name in enumerate(CALLS)}
