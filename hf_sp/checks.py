@@ -210,7 +210,13 @@ def describe_tensors(model: Any) -> dict[str, str]:
     }
 
 
-def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: dict[str, str]) -> None:
+def agree(
+    mesh: DeviceMesh | None,
+    problem: HfSpError | None,
+    settings: dict[str, str],
+    what: str = "the ranks were asked for different things",
+    rule: str = "every rank calls parallelize with the same model and arguments",
+) -> None:
     """Raise on every rank if one refuses, or if they were asked for different things.
 
     Collectives: 1 all-gather of a text over the ranks (none in a world of one).
@@ -231,15 +237,21 @@ def agree(mesh: DeviceMesh | None, problem: HfSpError | None, settings: dict[str
     for rank, (message, _) in enumerate(everyone):
         if message is not None:
             raise ConfigError(f"rank {rank} refused", got=message)
-    for rank, (_, other) in enumerate(everyone):
-        first = everyone[0][1]
-        different = [k for k in {**first, **other} if first.get(k) != other.get(k)]
-        if different:
-            name = different[0]
-            told = {0: first.get(name, "missing"), rank: other.get(name, "missing")}
-            raise ConfigError(
-                "the ranks were asked for different things",
-                where=name if len(different) == 1 else f"{name}, and {len(different) - 1} more",
-                got="\n".join(f"rank {r}: {text.splitlines()[0]}" for r, text in told.items()),
-                rule="every rank calls parallelize with the same model and arguments",
-            )
+    told = [settings for _, settings in everyone]
+    different = [n for n in dict.fromkeys(n for one in told for n in one) if _values(told, n)[1:]]
+    if different:
+        name, values = different[0], _values(told, different[0])
+        raise ConfigError(
+            what,
+            where=name if len(different) == 1 else f"{name}, and {len(different) - 1} more",
+            got="\n".join(f"rank {r}: {text.splitlines()[0]}" for text, r in values),
+            rule=rule,
+        )
+
+
+def _values(told: list[dict[str, str]], name: str) -> list[tuple[str, str]]:
+    """The values that a setting has, each with the ranks that have it."""
+    ranks: dict[str, list[str]] = {}
+    for rank, settings in enumerate(told):
+        ranks.setdefault(settings.get(name, "missing"), []).append(str(rank))
+    return [(value, ", ".join(having)) for value, having in ranks.items()]

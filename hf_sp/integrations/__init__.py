@@ -26,15 +26,11 @@ def install(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
+    from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files, trainer_ranks
 
-    tables = [
-        saving.PATCHES,
-        saving.FILE_PATCHES,
-        accelerate_patches.PATCHES,
-        accelerate_patches.STATE_PATCHES,
-    ]
-    tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES]
+    tables = [saving.PATCHES, saving.FILE_PATCHES]
+    tables += [accelerate_patches.PATCHES, accelerate_patches.STATE_PATCHES]
+    tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES, trainer_ranks.PATCHES]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches
 

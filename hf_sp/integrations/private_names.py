@@ -123,7 +123,14 @@ NAMES: tuple[Name, ...] = (
         "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
         "(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True)",
     ),
+    Name(
+        "transformers.trainer_callback:CallbackHandler.call_event",
+        "(self, event, args, state, control, **kwargs)",
+        ("control = result",),
+    ),
+    Name("transformers.generation.utils:GenerationMixin.generate"),
     # transformers: used
+    Name(_TRAINER + "_maybe_log_save_evaluate", None, ("self.log(logs, start_time)",)),
     Name(
         _TRAINER + "_load_from_checkpoint",
         "(self, resume_from_checkpoint, model=None)",

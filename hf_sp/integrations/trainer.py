@@ -19,8 +19,9 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import seed_worker
 
 import hf_sp.integrations.accelerate_mesh as accelerate_mesh
+import hf_sp.integrations.trainer_ranks as trainer_ranks
 import hf_sp.integrations.trl_patches as trl_patches
-from hf_sp.errors import ConfigError
+from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
 
@@ -36,7 +37,16 @@ def state_of(trainer: Any) -> ParallelState:
 
 
 def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
-    """Refuse (ConfigError) arguments under which a parallelized model would train wrongly."""
+    """Refuse (ConfigError, on all ranks) arguments that train a parallelized model wrongly."""
+    problem = None
+    try:
+        _check_own(args, state)
+    except HfSpError as error:
+        problem = error
+    trainer_ranks.agree_on_arguments(args, state, problem)
+
+
+def _check_own(args: TrainingArguments, state: ParallelState) -> None:
     where = "TrainingArguments"
     accelerate_mesh.check_world(state, "Trainer")
     if args.world_size != state.tp:
@@ -227,11 +237,14 @@ def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
 
 @PATCHES.on(Trainer, "log")
 def correct_evaluation_speed(
-    original: Patch, self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any
+    original: Patch, self: Any, logs: dict[str, Any], start_time: float | None = None
 ) -> None:
     """Trainer counts a step of evaluation as one batch on every process."""
     _correct_speed(self, logs)
-    original(self, logs, *args, **kwargs)
+    original(self, logs, start_time)
+    if start_time is not None:
+        # Trainer's own, on all ranks: what a callback asks for in on_log is looked at next.
+        trainer_ranks.agree_on_control(self.control, state_of(self))
 
 
 @PATCHES.on(Trainer, "predict")

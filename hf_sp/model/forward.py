@@ -106,7 +106,7 @@ class ModelBoundary(_Boundary):
         self.state = state
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Compare the inputs over the ranks (first forwards); the head may be lazy from here on."""
+        """Compare the inputs over the ranks; the head may be lazy from here on."""
         inputs = _bind(module, args, kwargs)
         check_forward(module, self.state, inputs)
         self.state.in_model = True

@@ -15,6 +15,7 @@ from integrations import (
     checkpoints,
     evaluation,
     optimizer_state,
+    ranks,
     refusals,
     training,
 )
@@ -43,6 +44,9 @@ JOBS = {
         checkpoints.tampered,
         evaluation.whole_logits,
         optimizer_state.optimizer_state,
+        ranks.lone_arguments,
+        ranks.lone_wishes,
+        ranks.parted,
         refusals.agreeing,
         refusals.others,
         refusals.refusals,

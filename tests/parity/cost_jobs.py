@@ -43,7 +43,7 @@ def collective_log(sp: bool) -> dict[str, Any]:
     def forward() -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    # The first forwards compare the batch over the ranks; a step's cost is without that.
+    # The first forwards compare all of the batch over the ranks, later ones a digest.
     while model._hf_sp_state.checks_left["training"]:
         forward()
     with _Log() as log:

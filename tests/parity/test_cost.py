@@ -266,4 +266,5 @@ def test_real_ranks_agree_with_the_fake_world():
     assert logs[0] == logs[1]
     fake = _step(LlamaConfig, GROUPED, 2, True, 2, batch=2, length=37)
     want = _calls(fake.forward) | {f"{k} backward": n for k, n in _calls(fake.backward).items()}
+    want["all_gather"] += 1  # digests of the inputs, which a world of one process does not compare
     assert logs[0]["calls"] == want
