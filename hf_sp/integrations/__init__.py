@@ -1,4 +1,4 @@
-"""What makes stock transformers and accelerate work with a parallelized model.
+"""What makes stock transformers, accelerate and torch's tools work with a parallelized model.
 
 The only importers of those packages' training code. ``install`` is called at the end of
 ``parallelize``; every patch acts on parallelized models alone. ``private_names`` lists what is
@@ -26,13 +26,23 @@ def install(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files
+    from hf_sp.integrations import (
+        accelerate_patches,
+        optimizers,
+        saving,
+        torch_checkpoint,
+        trainer,
+        trainer_files,
+    )
 
     tables = [
         saving.PATCHES,
         saving.FILE_PATCHES,
         accelerate_patches.PATCHES,
         accelerate_patches.STATE_PATCHES,
+        optimizers.PATCHES,
+        torch_checkpoint.PATCHES,
+        torch_checkpoint.WHOLE_PATCHES,
     ]
     tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES]
     if importlib.util.find_spec("peft") is not None:

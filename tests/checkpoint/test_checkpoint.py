@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness.pool import pool
 
-from checkpoint import jobs
+from checkpoint import jobs, torch_tools
 
 WAYS = {
     "llama": ("llama", {}),
@@ -197,6 +197,21 @@ def test_one_file_is_in_memory(kind, tmp_path):
     assert first["files"] >= 4
     assert first["peak"] <= size + (first["largest"] if kind == "qwen3_moe" else 0)
     assert second["peak"] <= first["largest"]
+
+
+# --- torch's own tools ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("qwen3_moe", {}), ("qwen3_moe", {"ep": 2})]
+)
+def test_torch_tools(family, options, tmp_path):
+    """They take a rank's part for one rectangle; of packed experts it is two."""
+    for found in pool(2).run(torch_tools.models, folder=str(tmp_path), family=family, **options):
+        assert not any(found.values()), found
+        assert len(found) >= 6
+    if family != "llama" and not options:
+        assert pool(2).run(torch_tools.optimizers, family=family) == [[], []]
 
 
 # --- the way back -------------------------------------------------------------------------------
