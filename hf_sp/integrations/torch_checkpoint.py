@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import _state_dict_utils
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import metadata, planner
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_sp.comm.shard import as_dtensor
@@ -29,10 +24,10 @@ def _packed(x: Any) -> bool:
     if not isinstance(x, DTensor):
         return False
     axes = zip(x.device_mesh.mesh_dim_names or (), x.placements, strict=False)
-    return any(axis == "tp" and is_packed(p) and p.split_factor == 2 for axis, p in axes)
+    return any(axis == "tp" and is_packed(p) for axis, p in axes)
 
 
-def _pieces(x: DTensor) -> list[tuple[ChunkStorageMetadata, Tensor]]:
+def _pieces(x: DTensor) -> list[tuple[metadata.ChunkStorageMetadata, Tensor]]:
     """The places of this rank's part of both halves, and views of them."""
     dim = next(p.dim for p in x.placements if is_packed(p))
     placed = [Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements]
@@ -41,9 +36,9 @@ def _pieces(x: DTensor) -> list[tuple[ChunkStorageMetadata, Tensor]]:
     found = []
     for number, part in enumerate(local_tensor(x).detach().chunk(2, dim)):
         (chunk,) = as_dtensor(part, x.device_mesh, placed, shape).__create_chunk_list__()
-        offsets = list(chunk.offsets)
-        offsets[dim] += number * shape[dim]
-        found.append((ChunkStorageMetadata(torch.Size(offsets), chunk.sizes), part))
+        starts = list(chunk.offsets)
+        starts[dim] += number * shape[dim]
+        found.append((metadata.ChunkStorageMetadata(torch.Size(starts), chunk.sizes), part))
     return found
 
 
@@ -52,38 +47,31 @@ PATCHES = Patches(_packed)
 
 
 @PATCHES.on(DTensor, "__create_write_items__")
-def write_halves(original: Patch, self: DTensor, fqn: str, object: Any) -> list[WriteItem]:
+def write_halves(original: Patch, self: DTensor, fqn: str, object: Any) -> list[planner.WriteItem]:
     """``dcp.save`` writes one rectangle a rank."""
-    return [
-        WriteItem(
-            index=MetadataIndex(fqn, chunk.offsets),
-            type=WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                chunk=chunk,
-                properties=TensorProperties.create_from_tensor(part),
-                size=self.size(),
-            ),
-        )
-        for chunk, part in _pieces(self)
-    ]
+    items = []
+    for chunk, part in _pieces(self):
+        properties = metadata.TensorProperties.create_from_tensor(part)
+        index = metadata.MetadataIndex(fqn, chunk.offsets)
+        data = planner.TensorWriteData(chunk, properties, self.size())
+        items.append(planner.WriteItem(index, planner.WriteItemType.SHARD, tensor_data=data))
+    return items
 
 
 @PATCHES.on(DTensor, "__create_chunk_list__")
-def list_halves(original: Patch, self: DTensor) -> list[ChunkStorageMetadata]:
+def list_halves(original: Patch, self: DTensor) -> list[metadata.ChunkStorageMetadata]:
     """``dcp.load`` reads one rectangle a rank."""
     return [chunk for chunk, _ in _pieces(self)]
 
 
 @PATCHES.on(DTensor, "__get_tensor_shard__")
-def half_at(original: Patch, self: DTensor, index: MetadataIndex) -> Tensor:
-    """Both take the local tensor for that rectangle."""
+def half_at(original: Patch, self: DTensor, index: metadata.MetadataIndex) -> Tensor:
+    """Both take the whole local tensor for that rectangle."""
     return next(part for chunk, part in _pieces(self) if chunk.offsets == index.offset)
 
 
-WHOLE_PATCHES = Patches(
-    lambda local: any(isinstance(x, tuple) and _packed(x[0]) for x in local.values())
-)
-"""Patches of what is given pairs (the local tensor, the whole one) by name."""
+WHOLE_PATCHES = Patches(lambda _: True)
+"""Patches of what is given pairs (the local tensor, the whole one) by name, and looks at them."""
 
 
 @WHOLE_PATCHES.on(_state_dict_utils, "_distribute_tensors")
@@ -93,12 +81,10 @@ def distribute_halves(
     """``set_model_state_dict`` and ``set_optimizer_state_dict`` from rank 0 copy one rectangle."""
     for key in keys:
         pair = local_state_dict.get(key)
-        if not isinstance(pair, tuple) or not _packed(pair[0]):
-            continue
-        like, whole = pair
-        own = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-        if not like.is_meta:
-            local_tensor(like).detach().copy_(local_tensor(own))
-            own = like
-        local_state_dict[key] = own
+        if isinstance(pair, tuple) and _packed(pair[0]):
+            like, whole = pair
+            own = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+            if not like.is_meta:
+                own = like.detach().copy_(own)
+            local_state_dict[key] = own
     original(local_state_dict, keys, *args, **kwargs)

@@ -66,6 +66,13 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
             rule="Liger replaces the forwards that hf_sp has taken over",
             legal="use_liger_kernel=False",
         )
+    if args.debug:
+        raise ConfigError(
+            "debug='underflow_overflow' cannot look into a parallelized model",
+            where=f"{where}(debug=...)",
+            rule="it prints weights as plain tensors, and ends the one rank that meets an overflow",
+            remedy="with torch.autograd.detect_anomaly(): trainer.train()",
+        )
     nodes = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     if args.save_on_each_node and nodes > 1:
         raise ConfigError(
@@ -90,6 +97,7 @@ def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
     """
     state = parallel_state(self.model)
     if state is None:
+        accelerate_mesh.check_wrapper(self.model, "Trainer(model=...)")
         accelerate_mesh.release()
         return original(self)
     check_arguments(self.args, state)

@@ -105,13 +105,8 @@ class BlockInput:
         """The block has run. What it was given keeps its ports, for as long as it lives itself."""
         gathered = self.gathered
         if gathered is not None and gathered.version is not None:
-            gathered.x.__dict__[_PORTS] = (
-                gathered.version,
-                gathered.batch_major,
-                gathered.parts,
-                gathered.ports,
-                gathered.sequence_major,
-            )
+            known = gathered.version, gathered.batch_major, gathered.parts, gathered.ports
+            gathered.x.__dict__[_PORTS] = (*known, gathered.sequence_major)
         self.gathered = self.partial = None
 
 
