@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_sp.errors import ConfigError
-from hf_sp.state import ATTRIBUTE, ParallelState
+from hf_sp.state import ATTRIBUTE, ParallelState, parallel_state
 
 _MARK = "_hf_sp"
 OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -102,9 +102,10 @@ def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
     accelerator.state.device_mesh = state.mesh
 
 
-def check_wrapper(model: Any, where: str) -> None:
+def check_holder(model: Any, where: str) -> None:
     """Refuse a module that holds a parallelized model where nobody looks for it."""
-    inside = model.named_modules() if isinstance(model, nn.Module) else ()
+    unseen = isinstance(model, nn.Module) and parallel_state(model) is None
+    inside = model.named_modules() if unseen else ()
     if (path := next((n for n, m in inside if ATTRIBUTE in m.__dict__), None)) is not None:
         raise ConfigError(
             "a parallelized model is inside of another module",

@@ -27,12 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.accelerate_mesh import (
-    adopt,
-    check_optimizer,
-    check_wrapper,
-    current_is_ours,
-)
+from hf_sp.integrations.accelerate_mesh import adopt, check_holder, check_optimizer, current_is_ours
 from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
@@ -76,8 +71,7 @@ def attach_mesh_before_prepare(
         optimizers = [o for o in args if isinstance(o, torch.optim.Optimizer)]
         check_optimizer(optimizers, prepared, "Accelerator.prepare")
     for thing in args:
-        if parallel_state(thing) is None:
-            check_wrapper(thing, "Accelerator.prepare")
+        check_holder(thing, "Accelerator.prepare")
     return original(self, *args, **kwargs)
 
 

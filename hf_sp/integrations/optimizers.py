@@ -1,7 +1,4 @@
-"""Optimizers that cannot step on sharded parameters: refused when they are made.
-
-torch.optim works on DTensors where each of its operations does; a table says which do not.
-"""
+"""Optimizers that cannot step on DTensors: a table of them, refused when they are made."""
 
 from __future__ import annotations
 
@@ -23,14 +20,11 @@ UNFIT = (
     ("torch.optim", "SGD", "fused", _FUSED),
     ("torch.optim", "Adagrad", "fused", _FUSED),
     ("transformers.optimization", "Adafactor", "", "its row and column means are plain tensors"),
-    ("bitsandbytes", "", "", _RAW),
-    ("apex", "", "", _RAW),
-    ("deepspeed", "", "", _RAW),
+    *((package, "", "", _RAW) for package in ("bitsandbytes", "apex", "deepspeed")),
 )
 
 
 PATCHES = Patches(lambda _: True)
-"""Patches of optimizers, which look whether they are given DTensors."""
 
 
 @PATCHES.on(Optimizer, "add_param_group")

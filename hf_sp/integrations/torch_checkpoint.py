@@ -1,7 +1,7 @@
 """torch's own checkpoint tools (``torch.distributed.checkpoint``) and packed expert weights.
 
-Gate and up are packed in one tensor and each is split, so that a rank's part is two rectangles of
-the whole. torch's tools know one rectangle a rank, and would write and read others' rows.
+A rank's part of packed gate and up is two rectangles of the whole. These tools know one a rank, and
+would write and read others' rows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from hf_sp.torch_private import is_packed, local_tensor
 
 def _packed(x: Any) -> bool:
     """Whether tp has split both halves of x; FSDP's strided shards are of other axes."""
-    if not isinstance(x, DTensor):
-        return False
-    axes = zip(x.device_mesh.mesh_dim_names or (), x.placements, strict=False)
+    named = isinstance(x, DTensor) and x.device_mesh.mesh_dim_names
+    axes = zip(named, x.placements, strict=True) if named else ()
     return any(axis == "tp" and is_packed(p) for axis, p in axes)
 
 
@@ -33,7 +32,7 @@ def _pieces(x: DTensor) -> list[tuple[metadata.ChunkStorageMetadata, Tensor]]:
     placed = [Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements]
     shape = list(x.shape)
     shape[dim] //= 2
-    found = []
+    found: list[Any] = []
     for number, part in enumerate(local_tensor(x).detach().chunk(2, dim)):
         (chunk,) = as_dtensor(part, x.device_mesh, placed, shape).__create_chunk_list__()
         starts = list(chunk.offsets)
@@ -43,7 +42,6 @@ def _pieces(x: DTensor) -> list[tuple[metadata.ChunkStorageMetadata, Tensor]]:
 
 
 PATCHES = Patches(_packed)
-"""Patches of DTensors that hold packed halves."""
 
 
 @PATCHES.on(DTensor, "__create_write_items__")
@@ -71,7 +69,6 @@ def half_at(original: Patch, self: DTensor, index: metadata.MetadataIndex) -> Te
 
 
 WHOLE_PATCHES = Patches(lambda _: True)
-"""Patches of what is given pairs (the local tensor, the whole one) by name, and looks at them."""
 
 
 @WHOLE_PATCHES.on(_state_dict_utils, "_distribute_tensors")
@@ -83,8 +80,6 @@ def distribute_halves(
         pair = local_state_dict.get(key)
         if isinstance(pair, tuple) and _packed(pair[0]):
             like, whole = pair
-            own = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-            if not like.is_meta:
-                own = like.detach().copy_(own)
-            local_state_dict[key] = own
+            split = like.device_mesh, like.placements
+            local_state_dict[key] = distribute_tensor(whole, *split, src_data_rank=None)
     original(local_state_dict, keys, *args, **kwargs)

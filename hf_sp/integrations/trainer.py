@@ -69,7 +69,6 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
     if args.debug:
         raise ConfigError(
             "debug='underflow_overflow' cannot look into a parallelized model",
-            where=f"{where}(debug=...)",
             rule="it prints weights as plain tensors, and ends the one rank that meets an overflow",
             remedy="with torch.autograd.detect_anomaly(): trainer.train()",
         )
@@ -97,7 +96,7 @@ def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
     """
     state = parallel_state(self.model)
     if state is None:
-        accelerate_mesh.check_wrapper(self.model, "Trainer(model=...)")
+        accelerate_mesh.check_holder(self.model, "Trainer(model=...)")
         accelerate_mesh.release()
         return original(self)
     check_arguments(self.args, state)

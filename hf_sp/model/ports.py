@@ -111,10 +111,7 @@ class BlockInput:
 
 
 def gathered_before(x: Tensor) -> GatheredInput | None:
-    """A gathered input that is read again after its block has run: by a checkpoint inside it.
-
-    The recomputation has to save what the forward saved, and finds the same ports.
-    """
+    """Of x that a checkpoint in its block reads again in backward: it saves what it saved before."""
     known = x.__dict__.get(_PORTS)
     return None if known is None else GatheredInput(x, *known)
 

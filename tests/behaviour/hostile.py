@@ -107,6 +107,12 @@ def mlp_by_tiles(model: nn.Module, batch: Batch) -> None:
 
 
 @use
+def anomaly_mode(model: nn.Module, batch: Batch) -> None:
+    with torch.autograd.detect_anomaly():
+        _logits_loss(model, batch)
+
+
+@use
 def no_counted_label(model: nn.Module, batch: Batch) -> None:
     batch["labels"] = torch.full_like(batch["labels"], -100)
     # transformers' own loss: nan, and gradients of exactly zero.

@@ -10,6 +10,7 @@ from integrations import (  # noqa: F401  (they fill ROWS)
     rows_accelerate,
     rows_files,
     rows_peft,
+    rows_torch,
     rows_trainer,
     rows_trl,
 )

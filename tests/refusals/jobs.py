@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from harness import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
@@ -158,7 +159,9 @@ class Raw(torch.optim.Optimizer):
 
 def _made(kind: str, parameters: Any, **options: Any) -> Any:
     kinds = {"transformers": Adafactor, "bitsandbytes": Raw}
-    return (kinds.get(kind) or getattr(torch.optim, kind))(parameters, **options)
+    # Muon is for matrices.
+    given = [p for p in parameters if kind != "Muon" or p.dim() == 2]
+    return (kinds.get(kind) or getattr(torch.optim, kind))(given, **options)
 
 
 def optimizer(kind: str, **options: Any) -> tuple[str | None, str | None]:
@@ -175,3 +178,28 @@ def optimizer_of_trainer(folder: str) -> str | None:
     model = parallelize(tiny.build("llama"))
     arguments = TrainingArguments(folder, optim="adafactor", use_cpu=True, report_to="none")
     return _message(Trainer(model, arguments).create_optimizer)
+
+
+class Around(torch.nn.Module):
+    """A user's wrapper."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.lm(**kwargs)
+
+
+def wrapped_or_debugged(folder: str) -> list[str | None]:
+    """A module around the model, given to Trainer and to accelerate; Trainer's debug option."""
+    model = parallelize(tiny.build("llama"))
+
+    def train(given: torch.nn.Module, **options: Any) -> Any:
+        return Trainer(given, TrainingArguments(folder, use_cpu=True, report_to="none", **options))
+
+    return [
+        _message(lambda: train(Around(model))),
+        _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
+        _message(lambda: train(model, debug="underflow_overflow")),
+    ]

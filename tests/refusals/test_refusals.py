@@ -121,7 +121,7 @@ def test_resized_later():
 @pytest.mark.parametrize(
     ("kind", "options", "parts"),
     [
-        ("Adafactor", {}, ["Adafactor cannot step", "torch.optim._adafactor", "AdamW (fused"]),
+        ("Adafactor", {}, ["Adafactor cannot step", "torch.optim.Adafactor", "AdamW (fused"]),
         ("transformers", {}, ["Adafactor cannot step", "transformers.optimization"]),
         ("LBFGS", {}, ["LBFGS cannot step", "one vector"]),
         ("Rprop", {}, ["Rprop cannot step", "masks"]),
@@ -146,6 +146,13 @@ def test_optimizers(kind, options, parts):
 def test_optimizer_of_trainer(tmp_path):
     for message in pool(2).run(jobs.optimizer_of_trainer, folder=str(tmp_path)):
         assert "Adafactor cannot step on shards" in message
+
+
+def test_wrapped_or_debugged(tmp_path):
+    for trainer, accelerator, debug in pool(2).run(jobs.wrapped_or_debugged, folder=str(tmp_path)):
+        assert "Trainer(model=...): Around.lm" in trainer
+        assert "Accelerator.prepare: Around.lm" in accelerator
+        assert "debug='underflow_overflow' cannot look" in debug
 
 
 def test_model_on_a_device_of_another_backend():
