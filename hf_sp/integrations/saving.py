@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, modeling_utils
 
@@ -57,9 +58,11 @@ def save_whole_tensors(
             for name, value in gatherer.values.items()
         }
         if getattr(self, "_hf_peft_config_loaded", False):
-            # Adapters loaded in place: their names in the file are not the model's.
-            kept = {id(x) for x in self.get_adapter_state_dict(state_dict=dict(values)).values()}
-            values = {n: x.made() for n, x in values.items() if id(x) in kept}
+            # Adapters loaded in place, whose names in the file are not the model's. PEFT may copy.
+            names = list(values)
+            marks = {name: torch.tensor(i) for i, name in enumerate(names)}
+            kept = {names[int(i)] for i in self.get_adapter_state_dict(state_dict=marks).values()}
+            values = {n: gatherer(n) for n in names if n in kept}
         return original(self, save_directory, state_dict=values, **kwargs)
 
 
@@ -75,7 +78,7 @@ def make_one_file(original: Patch, tensors: dict[str, Any], *args: Any, **kwargs
 def gather_nothing(
     original: Patch, self: PreTrainedModel, model: Any, state_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Transformers 5.17 to 5.24 would make every stand-in at once."""
+    """Transformers 5.17 to 5.24 copies every tensor to the CPU, stand-ins too."""
     return state_dict
 
 

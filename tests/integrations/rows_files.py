@@ -3,31 +3,60 @@
 from __future__ import annotations
 
 import random
-import time
+import shutil
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.trainer_callback import TrainerState
 
+from hf_sp.checkpoint.optimizer import OPTIMIZER_DIRECTORY
+from hf_sp.errors import CheckpointError
 from integrations.rows import PerRank, Raises, row
+from integrations.rows_peft import adapted
+from integrations.scene import refused, same, weights
 
 LONE = Raises("CheckpointError", "no call from ranks [1]")
+# Stand-ins of tensors were taken for tensors.
+NO_VALUES = Raises("CheckpointError", "Cannot copy out of meta tensor")
 
 
 def _trained(scene, **options):
-    trainer = scene.trainer("probe", max_steps=1, gradient_accumulation_steps=1, **options)
+    options = {"max_steps": 1, "gradient_accumulation_steps": 1, **options}
+    trainer = scene.trainer("probe", **options)
     trainer.train()
     return trainer
 
 
-# Whole tensors that a rank holds at a time: the writing one all 21, any other the one in work, and
-# its own five norms.
-@row("PreTrainedModel.save_pretrained", right=PerRank(21, 6), wrong=21)
+def _checkpoints(scene, name, steps=1):
+    """A Trainer that has written a checkpoint after every step, and their folder."""
+    runs = scene.fresh(name)
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(runs)}
+    return _trained(scene, max_steps=steps, **options), runs
+
+
+def _change(scene, path, change):
+    """Change a file of tensors."""
+    if scene.rank == 0:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+    dist.barrier()
+
+
+# Whole tensors that a rank holds at a time: the writing one all 21 of its file, of which the
+# embedding is a copy without padding; any other the one in work, and its own five norms. Without
+# the patch transformers takes shards for tensors.
+@row(
+    "PreTrainedModel.save_pretrained",
+    right=PerRank(20, 6),
+    wrong=PerRank(Raises("RuntimeError", "an invalid python storage"), 0),
+)
 def held_while_saving(scene):
     model = scene.tiny()
     storages, most, original = [], [0], DTensor.full_tensor
@@ -43,22 +72,42 @@ def held_while_saving(scene):
     return max(most)
 
 
+@row("PreTrainedModel.gather_sharded_state_dict_for_save", right=True, wrong=NO_VALUES)
+@row("transformers.modeling_utils.safe_save_file", right=True, wrong=NO_VALUES)
+def saved_bit_for_bit(scene):
+    model = scene.tiny()
+    folder = scene.fresh("whole")
+    model.save_pretrained(folder)
+    return same(load_file(folder / "model.safetensors"), weights(model))
+
+
+# Barriers of a rank, which nobody waits in here. One that the writing rank enters alone hangs.
+@row("PreTrainedModel.barrier_after_gathered_checkpoint_save", right=0, wrong=PerRank(1, 0))
+def barriers_of_a_save(scene):
+    model = scene.tiny()
+    folder = scene.fresh("barrier")
+    with mock.patch.object(dist, "barrier") as barrier:
+        model.save_pretrained(folder)
+    return barrier.call_count
+
+
 @row(
     "PreTrainedModel.resize_token_embeddings",
     right=Raises("ConfigError", "cannot be resized"),
     wrong=Raises("RuntimeError", "got mixed torch.Tensor and DTensor"),
 )
 def resize(scene):
-    return scene.tiny().resize_token_embeddings(70).weight.shape
+    return scene.tiny().resize_token_embeddings(70, mean_resizing=False).weight.shape
 
 
-# 5.17 calls ``_save`` on the writing rank alone.
-@row("Trainer.save_model", right=True, wrong=PerRank(LONE, False), newest=True)
-def written_by_save_model(scene):
+# 5.17 calls ``_save`` on the writing rank alone, where it waits for the others.
+@row("Trainer.save_model", right=1, wrong=PerRank(1, 0), newest=1)
+def calls_of_save(scene):
     trainer = scene.trainer("probe")
-    folder = scene.fresh("model")
-    trainer.save_model(str(folder))
-    return (folder / "model.safetensors").exists()
+    calls = []
+    trainer._save = lambda *args, **kwargs: calls.append(1)
+    trainer.save_model(str(scene.fresh("model")))
+    return len(calls)
 
 
 # In 5.17 all ranks come to ``save_pretrained``, if they come here.
@@ -70,20 +119,23 @@ def written_by_save(scene):
     return (folder / "model.safetensors").exists()
 
 
-@row("Trainer._save_checkpoint", right=True, wrong=PerRank(True, False))
-def checkpoint_is_whole_when_a_rank_goes_on(scene):
-    trainer = _trained(scene)
-    trainer.args.output_dir = str(scene.fresh("race"))
-    original = TrainerState.save_to_json
-
-    def late(self, path):
-        time.sleep(0.5)
-        original(self, path)
-
-    with mock.patch.object(TrainerState, "save_to_json", late):
-        trainer._save_checkpoint(trainer.model, None)
-    folder = Path(trainer._get_output_dir(None))
-    return (folder / "checkpoint-1" / "trainer_state.json").exists()
+# What a rank raises, and whether half a checkpoint is there.
+@row(
+    "Trainer._save_checkpoint",
+    right=["CheckpointError", False],
+    wrong=PerRank(["OSError", True], [None, True]),
+)
+def checkpoint_that_cannot_be_written(scene):
+    trainer = _trained(scene, output_dir=str(scene.fresh("full")))
+    full = mock.Mock(side_effect=OSError("No space left on device"))
+    raised = None
+    with mock.patch.object(TrainerState, "save_to_json", full):
+        try:
+            trainer._save_checkpoint(trainer.model, None)
+        except (OSError, CheckpointError) as error:
+            raised = type(error).__name__
+    dist.barrier()
+    return [raised, (Path(trainer.args.output_dir) / "checkpoint-1").exists()]
 
 
 @row("Trainer._save_optimizer_and_scheduler", right=["optimizer_shards"], wrong=["optimizer.pt"])
@@ -110,6 +162,53 @@ def states_after_resume(scene):
     again.create_optimizer_and_scheduler(num_training_steps=2)
     again._load_optimizer_and_scheduler(str(folder))
     return len(again.optimizer.state)
+
+
+# AdamW's count after the third step, and what the checkpoint meets that lacks its optimizer.
+@row("Trainer.train", right=[3.0, "CheckpointError"], wrong=[1.0, None])
+def steps_of_a_run_whose_last_checkpoint_is_half(scene):
+    _, runs = _checkpoints(scene, "half", steps=2)
+    half = runs / "checkpoint-2"
+    if scene.rank == 0:
+        shutil.rmtree(half / OPTIMIZER_DIRECTORY)
+    dist.barrier()
+    options = {"max_steps": 3, "gradient_accumulation_steps": 1}
+    again = scene.trainer("probe", output_dir=str(runs), **options)
+    again.train(resume_from_checkpoint=True)
+    step = next(iter(again.optimizer.state.values()))["step"]
+    return [float(step), refused(lambda: again.train(resume_from_checkpoint=str(half)))["type"]]
+
+
+@row(
+    "Trainer._load_best_model",
+    right=Raises("CheckpointError", "its digest differs"),
+    wrong="taken",
+)
+def best_model_that_was_changed(scene):
+    trainer, runs = _checkpoints(scene, "best")
+    best = runs / "checkpoint-1"
+    _change(scene, best / "model.safetensors", lambda tensors: tensors["lm_head.weight"].zero_())
+    trainer.state.best_model_checkpoint = str(best)
+    trainer._load_best_model()
+    return "taken"
+
+
+@row(
+    "Trainer._load_from_checkpoint",
+    right=Raises("CheckpointError", "the checkpoint lacks weights of the model"),
+    wrong="taken",
+)
+def checkpoint_without_a_factor(scene):
+    model = adapted(scene)
+    folder = scene.fresh("factor")
+    model.save_pretrained(str(folder))
+    _change(
+        scene,
+        folder / "adapter_model.safetensors",
+        lambda tensors: tensors.pop(next(n for n in tensors if "lora_B" in n)),
+    )
+    scene.trainer("probe", model)._load_from_checkpoint(str(folder))
+    return "taken"
 
 
 # Kinds of draws after the resume.

@@ -135,14 +135,6 @@ class Scene:
             "weights": checksum(weights(trainer.model)),
         }
 
-    def after_lone_save(self):
-        """Ranks that have been refused for want of others count their saves alike again."""
-        from hf_sp.checkpoint.weights import _meetings
-
-        for counts in self.everywhere(dict(_meetings)):
-            for name, count in counts.items():
-                _meetings[name] = max(count, _meetings.get(name, 0))
-
     def everywhere(self, value):
         """The value of every rank, in rank order."""
         values = [None] * self.world

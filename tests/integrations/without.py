@@ -29,7 +29,7 @@ def outcome(probe, scene):
         return {"raised": type(error).__name__, "text": str(error)}
     finally:
         # Ranks of which one has failed meet again.
-        scene.after_lone_save()
+        scene.everywhere(None)
         reset_accelerate()
 
 
@@ -42,7 +42,7 @@ def on_rank(out):
 def both(name, scene):
     """The outcomes of a row with its patch and without it."""
     # What waits for a rank that does not come says so soon.
-    os.environ["HF_SP_SAVE_TIMEOUT"] = "1"
+    os.environ["HF_SP_SAVE_TIMEOUT"] = "3"
     table, owner, attribute, _ = entries()[name]
     table.apply()
     probe = ROWS[name].probe
