@@ -208,7 +208,7 @@ class ColumnLoraLinear(ParallelLora, LoraLinear):
         gathered = self.base_layer.block.gathered or gathered_before(x)
         port = None if gathered is None else gathered.port(self.lora_A[adapter], x)
         A, B = self._factors(adapter)
-        if port is not None:
+        if gathered is not None and port is not None:
             u = low_rank_column(x, port, gathered) * self.scaling[adapter]
         else:
             # Changed on the way: an ordinary linear, which each rank has a part of the gradient of.

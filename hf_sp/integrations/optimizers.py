@@ -35,8 +35,7 @@ def refuse_unfit(original: Patch, self: Optimizer, param_group: dict[str, Any]) 
     if not any(isinstance(p, DTensor) for p in group["params"]):
         return
     kinds = [(f"{cls.__module__}.", cls.__name__) for cls in kind.__mro__]
-    other = "AdamW (fused, foreach or neither), Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta,\n"
-    other += "ASGD, RMSprop, SGD or Muon of torch.optim; tp divides their state over the ranks"
+    other = "AdamW, SGD, or another of docs/trainer.md; tp divides their state over the ranks"
     for package, name, option, reason in UNFIT:
         unfit = any(m.startswith(f"{package}.") and name in ("", k) for m, k in kinds)
         if unfit and (not option or group.get(option)):

@@ -13,7 +13,6 @@ _TRAINER = "transformers.trainer:Trainer."
 _ACCELERATOR = "accelerate.accelerator:Accelerator."
 _CONFIG = "accelerate.parallelism_config:ParallelismConfig."
 _DTENSOR = "torch.distributed.tensor:DTensor."
-_DISTRIBUTE = "torch.distributed._state_dict_utils:_distribute_tensors"
 _DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
 
 NAMES: tuple[Name, ...] = (
@@ -187,7 +186,7 @@ NAMES: tuple[Name, ...] = (
     Name(_DTENSOR + "__create_write_items__", "(self, fqn, object)"),
     Name(_DTENSOR + "__create_chunk_list__", "(self)", ("return [_create_chunk_from_dtensor(",)),
     Name(_DTENSOR + "__get_tensor_shard__", "(self, index)", ("return self.to_local()",)),
-    Name(_DISTRIBUTE, "(local_state_dict, keys, device, pg=None)", ("torch.is_tensor(_local_st",)),
+    Name("torch.distributed._state_dict_utils:_distribute_tensors", None, ("torch.is_tensor(_l",)),
     # torch: used
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

@@ -1,7 +1,6 @@
 """torch's own checkpoint tools (``torch.distributed.checkpoint``) and packed expert weights.
 
-A rank's part of packed gate and up is two rectangles of the whole. These tools know one a rank, and
-would write and read others' rows.
+A rank's part of packed gate and up is two rectangles of the whole; these tools know one a rank.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed import _state_dict_utils
 from torch.distributed.checkpoint import metadata, planner
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
-from hf_sp.comm.shard import as_dtensor
+from hf_sp.comm.shard import as_dtensor, shard_like
 from hf_sp.patching import Patch, Patches
 from hf_sp.torch_private import is_packed, local_tensor
 
@@ -80,6 +79,5 @@ def distribute_halves(
         pair = local_state_dict.get(key)
         if isinstance(pair, tuple) and _packed(pair[0]):
             like, whole = pair
-            split = like.device_mesh, like.placements
-            local_state_dict[key] = distribute_tensor(whole, *split, src_data_rank=None)
+            local_state_dict[key] = shard_like(whole, like)
     original(local_state_dict, keys, *args, **kwargs)

@@ -111,7 +111,7 @@ class BlockInput:
 
 
 def gathered_before(x: Tensor) -> GatheredInput | None:
-    """Of x that a checkpoint in its block reads again in backward: it saves what it saved before."""
+    """Of x that a checkpoint in its block reads again in backward: it saves what it did before."""
     known = x.__dict__.get(_PORTS)
     return None if known is None else GatheredInput(x, *known)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from checkpoint.jobs import launched
 from harness import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
@@ -176,8 +177,9 @@ def optimizer(kind: str, **options: Any) -> tuple[str | None, str | None]:
 def optimizer_of_trainer(folder: str) -> str | None:
     """Trainer makes it when it trains, before the first step."""
     model = parallelize(tiny.build("llama"))
-    arguments = TrainingArguments(folder, optim="adafactor", use_cpu=True, report_to="none")
-    return _message(Trainer(model, arguments).create_optimizer)
+    with launched():
+        arguments = TrainingArguments(folder, optim="adafactor", use_cpu=True, report_to="none")
+        return _message(Trainer(model, arguments).create_optimizer)
 
 
 class Around(torch.nn.Module):
@@ -198,8 +200,9 @@ def wrapped_or_debugged(folder: str) -> list[str | None]:
     def train(given: torch.nn.Module, **options: Any) -> Any:
         return Trainer(given, TrainingArguments(folder, use_cpu=True, report_to="none", **options))
 
-    return [
-        _message(lambda: train(Around(model))),
-        _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
-        _message(lambda: train(model, debug="underflow_overflow")),
-    ]
+    with launched():
+        return [
+            _message(lambda: train(Around(model))),
+            _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
+            _message(lambda: train(model, debug="underflow_overflow")),
+        ]
