@@ -207,9 +207,6 @@ def skip_logits_for_loss(
         return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
 
-_SAMPLES = "_hf_sp_eval_samples"
-
-
 @PATCHES.on(Trainer, "evaluation_loop")
 def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks decide by their own metrics what to save and when to stop: they must be the same.
@@ -217,7 +214,7 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``compute_metrics`` is the user's and may be random.
     """
     output = original(self, *args, **kwargs)
-    setattr(self, _SAMPLES, output.num_samples)
+    state_of(self).eval_samples = output.num_samples
     told = [output.metrics]
     dist.broadcast_object_list(told, group=state_of(self).group, group_src=0)
     return output._replace(metrics=told[0])
@@ -225,7 +222,7 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
 
 def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
     suffix = "_steps_per_second"
-    samples = getattr(trainer, _SAMPLES, 0)
+    samples = state_of(trainer).eval_samples
     for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
         runtime = metrics.get(key.removesuffix(suffix) + "_runtime", 0)
         if runtime:
