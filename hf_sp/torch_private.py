@@ -8,6 +8,7 @@ Not listed: ``nn.Module._parameters`` and its kin, which every package that edit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
@@ -18,8 +19,9 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec as DTensorSpec
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -112,6 +114,13 @@ def packed_halves(dim: int) -> Placement:
 def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
     """Whether a placement is one of ``packed_halves``."""
     return isinstance(placement, _StridedShard)
+
+
+@functools.cache
+def allow_anomaly_mode() -> None:
+    """Let ``torch.autograd.detect_anomaly`` ask the gradient of a DTensor whether it has a nan."""
+    ask = register_sharding(torch.ops.aten._is_any_true.default)
+    ask(lambda x: [([Replicate()], [Replicate()])])
 
 
 def is_fake(x: Tensor) -> bool:

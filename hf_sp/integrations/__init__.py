@@ -1,4 +1,4 @@
-"""What makes stock transformers and accelerate work with a parallelized model.
+"""What makes stock transformers, accelerate and torch's tools work with a parallelized model.
 
 The only importers of those packages' training code. ``install`` is called at the end of
 ``parallelize``; every patch acts on parallelized models alone. ``private_names`` lists what is
@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 
 from hf_sp.checkpoint.weights import install_load_hook
+from hf_sp.patching import Patches
 from hf_sp.state import parallel_state
+from hf_sp.torch_private import allow_anomaly_mode
 
 
 def install(model: nn.Module) -> None:
@@ -26,15 +28,23 @@ def install(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from hf_sp.integrations import accelerate_patches, saving, trainer, trainer_files, trainer_ranks
+    from hf_sp.integrations import accelerate_patches as accelerate
+    from hf_sp.integrations import (
+        optimizers,
+        saving,
+        torch_checkpoint,
+        trainer,
+        trainer_files,
+        trainer_ranks,
+    )
 
-    tables = [saving.PATCHES, saving.FILE_PATCHES]
-    tables += [accelerate_patches.PATCHES, accelerate_patches.STATE_PATCHES]
-    tables += [trainer.PATCHES, trainer.ALL_PATCHES, trainer_files.PATCHES, trainer_ranks.PATCHES]
+    modules = [accelerate, optimizers, saving, torch_checkpoint]
+    modules += [trainer, trainer_files, trainer_ranks]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches
 
-        tables += [peft_patches.LAYER_PATCHES, peft_patches.PATCHES]
+        modules.append(peft_patches)
+    tables = [x for module in modules for x in vars(module).values() if isinstance(x, Patches)]
     for patches in tables:
         patches.apply()
     if isinstance(model, PreTrainedModel):
@@ -46,6 +56,7 @@ def install(model: nn.Module) -> None:
         model._tp_size = state.tp  # type: ignore[assignment]
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
     install_load_hook(model)
+    allow_anomaly_mode()
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ our mark. The patches in ``accelerate_patches`` act where that mark is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_sp.errors import ConfigError
-from hf_sp.state import ParallelState
+from hf_sp.state import ATTRIBUTE, ParallelState, parallel_state
 
 _MARK = "_hf_sp"
 OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -99,6 +100,19 @@ def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
         )
     accelerator.state.parallelism_config = config_for(state, current, where)
     accelerator.state.device_mesh = state.mesh
+
+
+def check_holder(model: Any, where: str) -> None:
+    """Refuse a module that holds a parallelized model where nobody looks for it."""
+    unseen = isinstance(model, nn.Module) and parallel_state(model) is None
+    inside = model.named_modules() if unseen else ()
+    if (path := next((n for n, m in inside if ATTRIBUTE in m.__dict__), None)) is not None:
+        raise ConfigError(
+            "a parallelized model is inside of another module",
+            where=f"{where}: {type(model).__name__}.{path}",
+            rule="each rank would be taken for one with a batch of its own, and write its shards",
+            remedy="pass the parallelized model itself; what is around it can go into compute_loss",
+        )
 
 
 def release() -> None:

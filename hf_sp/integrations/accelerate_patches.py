@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.accelerate_mesh import adopt, check_optimizer, current_is_ours
+from hf_sp.integrations.accelerate_mesh import adopt, check_holder, check_optimizer, current_is_ours
 from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
@@ -70,6 +70,8 @@ def attach_mesh_before_prepare(
         prepared = [m for m in (*args, *self._models) if isinstance(m, nn.Module)]
         optimizers = [o for o in args if isinstance(o, torch.optim.Optimizer)]
         check_optimizer(optimizers, prepared, "Accelerator.prepare")
+    for thing in args:
+        check_holder(thing, "Accelerator.prepare")
     return original(self, *args, **kwargs)
 
 

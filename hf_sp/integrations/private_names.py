@@ -12,6 +12,7 @@ from hf_sp.patching import Name
 _TRAINER = "transformers.trainer:Trainer."
 _ACCELERATOR = "accelerate.accelerator:Accelerator."
 _CONFIG = "accelerate.parallelism_config:ParallelismConfig."
+_DTENSOR = "torch.distributed.tensor:DTensor."
 _DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
 
 NAMES: tuple[Name, ...] = (
@@ -187,6 +188,12 @@ NAMES: tuple[Name, ...] = (
     ),
     Name("accelerate.data_loader:DataLoaderShard", None, ("self.rng_types = rng_types",)),
     Name(_DISPATCHER + "_fetch_batches", None, ("self.submesh_tp",)),
-    # torch
+    # torch: replaced methods
+    Name("torch.optim:Optimizer.add_param_group", "(self, param_group)"),
+    Name(_DTENSOR + "__create_write_items__", "(self, fqn, object)"),
+    Name(_DTENSOR + "__create_chunk_list__", "(self)", ("return [_create_chunk_from_dtensor(",)),
+    Name(_DTENSOR + "__get_tensor_shard__", "(self, index)", ("return self.to_local()",)),
+    Name("torch.distributed._state_dict_utils:_distribute_tensors", None, ("torch.is_tensor(_l",)),
+    # torch: used
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

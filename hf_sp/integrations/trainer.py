@@ -76,6 +76,12 @@ def _check_own(args: TrainingArguments, state: ParallelState) -> None:
             rule="Liger replaces the forwards that hf_sp has taken over",
             legal="use_liger_kernel=False",
         )
+    if args.debug:
+        raise ConfigError(
+            "debug='underflow_overflow' cannot look into a parallelized model",
+            rule="it prints weights as plain tensors, and ends the one rank that meets an overflow",
+            remedy="with torch.autograd.detect_anomaly(): trainer.train()",
+        )
     nodes = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     if args.save_on_each_node and nodes > 1:
         raise ConfigError(
@@ -100,6 +106,7 @@ def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
     """
     state = parallel_state(self.model)
     if state is None:
+        accelerate_mesh.check_holder(self.model, "Trainer(model=...)")
         accelerate_mesh.release()
         return original(self)
     check_arguments(self.args, state)
@@ -210,9 +217,6 @@ def skip_logits_for_loss(
         return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
 
-_SAMPLES = "_hf_sp_eval_samples"
-
-
 @PATCHES.on(Trainer, "evaluation_loop")
 def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks decide by their own metrics what to save and when to stop: they must be the same.
@@ -220,7 +224,7 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``compute_metrics`` is the user's and may be random.
     """
     output = original(self, *args, **kwargs)
-    setattr(self, _SAMPLES, output.num_samples)
+    state_of(self).eval_samples = output.num_samples
     told = [output.metrics]
     dist.broadcast_object_list(told, group=state_of(self).group, group_src=0)
     return output._replace(metrics=told[0])
@@ -228,7 +232,7 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
 
 def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
     suffix = "_steps_per_second"
-    samples = getattr(trainer, _SAMPLES, 0)
+    samples = state_of(trainer).eval_samples
     for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
         runtime = metrics.get(key.removesuffix(suffix) + "_runtime", 0)
         if runtime:

@@ -18,7 +18,7 @@ from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.model.local import autocast_dtype, cast_for_autocast, check_gathered, local
-from hf_sp.model.ports import BlockInput, column_linear
+from hf_sp.model.ports import BlockInput, column_linear, gathered_before
 from hf_sp.model.recompute import recompute_of
 from hf_sp.torch_private import has_gradient_hooks, pack, unpack
 
@@ -90,7 +90,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        gathered = self.block.gathered
+        gathered = self.block.gathered or gathered_before(x)
         port = None if gathered is None else gathered.port(self, x)
         if gathered is None or port is None:
             weight, bias = self.local_parameters(x)
@@ -138,8 +138,10 @@ class RowParallelLinear(ParallelLinear):
             return y
         if height == x.shape[1]:
             return y.transpose(0, 1)
-        self.block.partial = y[: x.shape[1]].transpose(0, 1), y
-        return self.block.partial[0]
+        z = y[: x.shape[1]].transpose(0, 1)
+        if self.block.gathered is not None:
+            self.block.partial = z, y
+        return z
 
 
 class RowLinear(Node):

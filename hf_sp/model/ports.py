@@ -19,6 +19,8 @@ from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.model.dropout import Dropout
 from hf_sp.torch_private import has_gradient_hooks, version
 
+_PORTS = "_hf_sp_ports"
+
 
 class Port(NamedTuple):
     """Where a reader of the gathered input sends its gradient, and its local weight and bias."""
@@ -100,8 +102,18 @@ class BlockInput:
     partial: tuple[Tensor, Tensor] | None = None
 
     def close(self) -> None:
-        """The block has run."""
+        """The block has run. What it was given keeps its ports, for as long as it lives itself."""
+        gathered = self.gathered
+        if gathered is not None and gathered.version is not None:
+            known = gathered.version, gathered.batch_major, gathered.parts, gathered.ports
+            gathered.x.__dict__[_PORTS] = (*known, gathered.sequence_major)
         self.gathered = self.partial = None
+
+
+def gathered_before(x: Tensor) -> GatheredInput | None:
+    """Of x that a checkpoint in its block reads again in backward: it saves what it did before."""
+    known = x.__dict__.get(_PORTS)
+    return None if known is None else GatheredInput(x, *known)
 
 
 def column_linear(x: Tensor, port: Port, batch_major: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -45,6 +46,70 @@ def compare(name: str, sp: bool) -> Report:
     ):
         report.problems.append("gradients are not finite")
     return report
+
+
+def _again(model: nn.Module, path: str) -> None:
+    """Recompute one module of each layer in backward, below its hooks."""
+    for layer in model.model.layers:
+        module: Any = layer.get_submodule(path)
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _logits_loss(model: nn.Module, batch: Batch) -> None:
+    model(input_ids=batch["input_ids"]).logits.square().mean().backward()
+
+
+@use
+def mlp_recomputed(model: nn.Module, batch: Batch) -> None:
+    _again(model, "mlp")
+    _logits_loss(model, batch)
+
+
+@use
+def attention_recomputed(model: nn.Module, batch: Batch) -> None:
+    _again(model, "self_attn")
+    _logits_loss(model, batch)
+
+
+@use
+def norm_and_linears_recomputed(model: nn.Module, batch: Batch) -> None:
+    for path in ("input_layernorm", "self_attn.q_proj", "mlp.gate_proj"):
+        _again(model, path)
+    _logits_loss(model, batch)
+
+
+@use
+def rows_recomputed(model: nn.Module, batch: Batch) -> None:
+    for path in ("self_attn.o_proj", "mlp.down_proj"):
+        _again(model, path)
+    _logits_loss(model, batch)
+
+
+@use
+def mlp_recomputed_over_two_forwards(model: nn.Module, batch: Batch) -> None:
+    _again(model, "mlp")
+    first = model(input_ids=batch["input_ids"]).logits.square().mean()
+    second = model(input_ids=batch["input_ids"][:, :9]).logits.square().mean()
+    (first + second).backward()
+
+
+@use
+def mlp_by_tiles(model: nn.Module, batch: Batch) -> None:
+    for layer in model.model.layers:
+
+        def tiles(x: Tensor, forward: Any = layer.mlp.forward) -> Tensor:
+            return torch.cat(
+                [checkpoint(forward, part, use_reentrant=False) for part in x.split(5, 1)], 1
+            )
+
+        layer.mlp.forward = tiles
+    _logits_loss(model, batch)
+
+
+@use
+def anomaly_mode(model: nn.Module, batch: Batch) -> None:
+    with torch.autograd.detect_anomaly():
+        _logits_loss(model, batch)
 
 
 @use

@@ -240,3 +240,38 @@ def no_logits() -> tuple[bool, bool, bool]:
             without = model(**batch)
             inside = model(input_ids=batch["input_ids"]).logits
     return tuple(usual.shape) == (2, 17, 61), without.logits is None, inside is not None
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"fused": True},
+    "Adam": {"foreach": True, "amsgrad": True},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"centered": True},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adamax": {},
+    "ASGD": {},
+}
+
+
+def optimizers() -> list[Report]:
+    """Three steps of each on shards, some of which are uneven, and on whole weights."""
+    batch = batches.plain(2, 17, 61)
+    reports = []
+    for name, options in OPTIMIZERS.items():
+        report = _report(name)
+        model, parallel = pair(Case("llama_odd_vocab"))
+        for one in (model, parallel):
+            # The default of 1.0 is Adadelta's own.
+            rate = {} if name == "Adadelta" else {"lr": 1e-2}
+            optimizer = getattr(torch.optim, name)(one.parameters(), **rate, **options)
+            for _ in range(3):
+                optimizer.zero_grad()
+                one(input_ids=batch["input_ids"]).logits.logsumexp(-1).mean().backward()
+                optimizer.step()
+        for key, p in model.named_parameters():
+            report.compare(key, whole(parallel.get_parameter(key)), p)
+        reports.append(report)
+    return reports

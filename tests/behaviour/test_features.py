@@ -69,3 +69,8 @@ def test_attention_dropout(checkpoint):
 
 def test_logits_that_nobody_reads():
     assert pool(2).run(jobs.no_logits) == [(True, True, True)] * 2
+
+
+def test_optimizers():
+    for reports in zip(*pool(2).run(jobs.optimizers), strict=True):
+        assert_parity(list(reports))

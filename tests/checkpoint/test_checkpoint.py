@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness.pool import pool
 
-from checkpoint import jobs
+from checkpoint import jobs, torch_tools
 
 WAYS = {
     "llama": ("llama", {}),
@@ -197,6 +197,22 @@ def test_one_file_is_in_memory(kind, tmp_path):
     assert first["files"] >= 4
     assert first["peak"] <= size + (first["largest"] if kind == "qwen3_moe" else 0)
     assert second["peak"] <= first["largest"]
+
+
+# --- torch's own tools ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("qwen3_moe", {}), ("qwen3_moe", {"ep": 2})]
+)
+def test_torch_tools(family, options, tmp_path):
+    """They take a rank's part for one rectangle; of packed experts it is two."""
+    ranks = pool(2).run(torch_tools.models, folder=str(tmp_path), family=family, **options)
+    assert [name for found in ranks for name, wrong in found.items() if wrong] == []
+    # The first rank alone is given the whole, and reads the one file.
+    assert [len(found) for found in ranks] == [7, 5]
+    if family != "llama" and not options:
+        assert pool(2).run(torch_tools.optimizers, family=family) == [[], []]
 
 
 # --- the way back -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from integrations import (  # noqa: F401  (they fill ROWS)
     rows_files,
     rows_peft,
     rows_ranks,
+    rows_torch,
     rows_trainer,
     rows_trl,
 )

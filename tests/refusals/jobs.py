@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from checkpoint.jobs import launched
 from harness import tiny
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
+from transformers.optimization import Adafactor
 
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
@@ -144,3 +147,62 @@ def deep_copy_works() -> bool:
     alone = all(p.grad is None for p in model.parameters())
     trained = all(p.grad is not None for p in other.parameters())
     return bool(first.loss == second.loss) and alone and trained
+
+
+class Raw(torch.optim.Optimizer):
+    """Stands for an optimizer with kernels of its own."""
+
+    __module__ = "bitsandbytes.optim.adamw"
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+
+def _made(kind: str, parameters: Any, **options: Any) -> Any:
+    kinds = {"transformers": Adafactor, "bitsandbytes": Raw}
+    # Muon is for matrices.
+    given = [p for p in parameters if kind != "Muon" or p.dim() == 2]
+    return (kinds.get(kind) or getattr(torch.optim, kind))(given, **options)
+
+
+def optimizer(kind: str, **options: Any) -> tuple[str | None, str | None]:
+    """What is said when an optimizer is made: over a parallel model, and over a plain one."""
+    model, plain = parallelize(tiny.build("llama")), tiny.build("llama")
+    return (
+        _message(lambda: _made(kind, model.parameters(), **options)),
+        _message(lambda: _made(kind, plain.parameters(), **options)),
+    )
+
+
+def optimizer_of_trainer(folder: str) -> str | None:
+    """Trainer makes it when it trains, before the first step."""
+    model = parallelize(tiny.build("llama"))
+    with launched():
+        arguments = TrainingArguments(folder, optim="adafactor", use_cpu=True, report_to="none")
+        return _message(Trainer(model, arguments).create_optimizer)
+
+
+class Around(torch.nn.Module):
+    """A user's wrapper."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.lm(**kwargs)
+
+
+def wrapped_or_debugged(folder: str) -> list[str | None]:
+    """A module around the model, given to Trainer and to accelerate; Trainer's debug option."""
+    model = parallelize(tiny.build("llama"))
+
+    def train(given: torch.nn.Module, **options: Any) -> Any:
+        return Trainer(given, TrainingArguments(folder, use_cpu=True, report_to="none", **options))
+
+    with launched():
+        return [
+            _message(lambda: train(Around(model))),
+            _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
+            _message(lambda: train(model, debug="underflow_overflow")),
+        ]

@@ -118,6 +118,43 @@ def test_resized_later():
         assert looked is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "parts"),
+    [
+        ("Adafactor", {}, ["Adafactor cannot step", "torch.optim.Adafactor", "AdamW, SGD"]),
+        ("transformers", {}, ["Adafactor cannot step", "transformers.optimization"]),
+        ("LBFGS", {}, ["LBFGS cannot step", "one vector"]),
+        ("Rprop", {}, ["Rprop cannot step", "masks"]),
+        ("SGD", {"fused": True}, ["fused=True of SGD", "leave fused=True out"]),
+        ("Adagrad", {"fused": True}, ["fused=True of Adagrad", "leave fused=True out"]),
+        ("bitsandbytes", {}, ["bitsandbytes.optim.adamw.Raw", "whole tensors"]),
+        ("Muon", {}, None),
+        ("SGD", {"foreach": True}, None),
+        ("AdamW", {"fused": True}, None),
+    ],
+    ids=str,
+)
+def test_optimizers(kind, options, parts):
+    for message, plain in pool(2).run(jobs.optimizer, kind=kind, **options):
+        assert plain is None
+        if parts is None:
+            assert message is None
+        else:
+            assert all(part in message for part in parts), message
+
+
+def test_optimizer_of_trainer(tmp_path):
+    for message in pool(2).run(jobs.optimizer_of_trainer, folder=str(tmp_path)):
+        assert "Adafactor cannot step on shards" in message
+
+
+def test_wrapped_or_debugged(tmp_path):
+    for trainer, accelerator, debug in pool(2).run(jobs.wrapped_or_debugged, folder=str(tmp_path)):
+        assert "Trainer(model=...): Around.lm" in trainer
+        assert "Accelerator.prepare: Around.lm" in accelerator
+        assert "debug='underflow_overflow' cannot look" in debug
+
+
 def test_model_on_a_device_of_another_backend():
     model = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     with fake_world(2) as mesh, pytest.raises(ConfigError, match="the model is on cuda"):

@@ -1,0 +1,83 @@
+"""torch's own checkpoint tools (``torch.distributed.checkpoint``) and packed expert weights.
+
+A rank's part of packed gate and up is two rectangles of the whole; these tools know one a rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import _state_dict_utils
+from torch.distributed.checkpoint import metadata, planner
+from torch.distributed.tensor import DTensor, Shard
+
+from hf_sp.comm.shard import as_dtensor, shard_like
+from hf_sp.patching import Patch, Patches
+from hf_sp.torch_private import is_packed, local_tensor
+
+
+def _packed(x: Any) -> bool:
+    """Whether tp has split both halves of x; FSDP's strided shards are of other axes."""
+    named = isinstance(x, DTensor) and x.device_mesh.mesh_dim_names
+    axes = zip(named, x.placements, strict=True) if named else ()
+    return any(axis == "tp" and is_packed(p) for axis, p in axes)
+
+
+def _pieces(x: DTensor) -> list[tuple[metadata.ChunkStorageMetadata, Tensor]]:
+    """The places of this rank's part of both halves, and views of them."""
+    dim = next(p.dim for p in x.placements if is_packed(p))
+    placed = [Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements]
+    shape = list(x.shape)
+    shape[dim] //= 2
+    found: list[Any] = []
+    for number, part in enumerate(local_tensor(x).detach().chunk(2, dim)):
+        (chunk,) = as_dtensor(part, x.device_mesh, placed, shape).__create_chunk_list__()
+        starts = list(chunk.offsets)
+        starts[dim] += number * shape[dim]
+        found.append((metadata.ChunkStorageMetadata(torch.Size(starts), chunk.sizes), part))
+    return found
+
+
+PATCHES = Patches(_packed)
+
+
+@PATCHES.on(DTensor, "__create_write_items__")
+def write_halves(original: Patch, self: DTensor, fqn: str, object: Any) -> list[planner.WriteItem]:
+    """``dcp.save`` writes one rectangle a rank."""
+    items = []
+    for chunk, part in _pieces(self):
+        properties = metadata.TensorProperties.create_from_tensor(part)
+        index = metadata.MetadataIndex(fqn, chunk.offsets)
+        data = planner.TensorWriteData(chunk, properties, self.size())
+        items.append(planner.WriteItem(index, planner.WriteItemType.SHARD, tensor_data=data))
+    return items
+
+
+@PATCHES.on(DTensor, "__create_chunk_list__")
+def list_halves(original: Patch, self: DTensor) -> list[metadata.ChunkStorageMetadata]:
+    """``dcp.load`` reads one rectangle a rank."""
+    return [chunk for chunk, _ in _pieces(self)]
+
+
+@PATCHES.on(DTensor, "__get_tensor_shard__")
+def half_at(original: Patch, self: DTensor, index: metadata.MetadataIndex) -> Tensor:
+    """Both take the whole local tensor for that rectangle."""
+    return next(part for chunk, part in _pieces(self) if chunk.offsets == index.offset)
+
+
+WHOLE_PATCHES = Patches(lambda _: True)
+
+
+@WHOLE_PATCHES.on(_state_dict_utils, "_distribute_tensors")
+def distribute_halves(
+    original: Patch, local_state_dict: dict[str, Any], keys: list[str], *args: Any, **kwargs: Any
+) -> None:
+    """``set_model_state_dict`` and ``set_optimizer_state_dict`` from rank 0 copy one rectangle."""
+    for key in keys:
+        pair = local_state_dict.get(key)
+        if isinstance(pair, tuple) and _packed(pair[0]):
+            like, whole = pair
+            local_state_dict[key] = shard_like(whole, like)
+    original(local_state_dict, keys, *args, **kwargs)
