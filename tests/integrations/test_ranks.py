@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
         ("should_training_stop-on_step_end", 2, [], []),
         ("should_training_stop-on_substep_end", 2, [], []),
         ("should_training_stop-on_log", 2, [], []),
-        ("should_epoch_stop-on_step_end", 4, [], []),
+        ("should_epoch_stop-on_step_end", 2, [], []),  # of the only epoch
         ("should_save-on_log", 4, ["checkpoint-2", "checkpoint-3", "checkpoint-4"], []),
         ("should_evaluate-on_step_end", 4, [], [2, 3, 4]),
     ],
