@@ -296,10 +296,6 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
             "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30)
         )
         dist.barrier()
-        # What is imported stays: every later collection, and every walk over the live objects, is
-        # spared it.
-        gc.collect()
-        gc.freeze()
         answer = Answer(True, None)
     except Exception:  # the boundary of the process: whatever it was goes to the parent as text
         answer = Answer(False, traceback.format_exc())
@@ -325,6 +321,7 @@ def _answer(
     import torch
 
     sys.path.extend(entry for entry in search_path if entry not in sys.path)
+    _freeze_imports()
     try:
         module, name = path.split(":")
         function = getattr(importlib.import_module(module), name)
@@ -336,6 +333,21 @@ def _answer(
         return Answer(True, value)
     except Exception:  # the boundary of the process: whatever it was goes to the parent as text
         return Answer(False, traceback.format_exc())
+
+
+def _freeze_imports() -> None:
+    """What is imported stays: spare later collections, and walks over the live objects, of it.
+
+    Again when a job has imported more: ``parallelize`` looks for optimizers among all objects.
+    """
+    global _frozen
+    if len(sys.modules) != _frozen:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
+
+
+_frozen = 0
 
 
 def _check_clean(world: int, sequence: int) -> None:
