@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -57,6 +58,17 @@ def graph_task() -> int:
 def process_group(name: str) -> ProcessGroup:
     """The process group of that name; functional collectives know groups by name."""
     return _resolve_process_group(cast(Any, name))
+
+
+def default_store() -> dist.Store:
+    """The store that the ranks met at: the only way to learn of a rank without a collective."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def collectives_launched() -> int:
+    """How many collectives this rank has launched so far, of all process groups."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def device_assert(holds: Tensor, message: str) -> None:

@@ -1,9 +1,6 @@
 """Ranks that write and read files together: who is here, and that they fail together.
 
 Knows torch only.
-
-Private API: ``distributed_c10d._get_default_store``, the only way to learn that a rank is absent
-without a collective that would hang. Held by tests/integrations/test_names.py.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import CheckpointError, HfSpError
 from hf_sp.state import parallel_state
+from hf_sp.torch_private import default_store
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +143,7 @@ def meet(group: dist.ProcessGroup | None, what: str) -> None:
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1 or dist.get_backend(group) == "fake":
         return
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     rank = dist.get_rank()
     name = f"hf_sp/{what}/{ranks[0]}-{ranks[-1]}"
     count = _meetings.get(name, 0) + 1

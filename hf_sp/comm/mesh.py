@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.watch import watch
 from hf_sp.errors import ConfigError
 from hf_sp.torch_private import flatten, real_tensors
 
@@ -194,6 +195,7 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
         with real_tensors():
             mesh = init_device_mesh(device, shape, mesh_dim_names=AXES[first:])
             flatten(mesh)
+    watch()
     names = [n for n in _sizes(mesh) if n in AXES[:2]]
     tp = mesh["tp"] if mesh.ndim > 1 else mesh
     if degrees.data == 1:

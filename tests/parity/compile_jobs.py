@@ -11,15 +11,15 @@ from harness.report import Report
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
-def lengths(case: Case, backend: str = "aot_eager") -> tuple[Report, int]:
-    """Batches of several lengths, as the unsharded model has them; and the graphs of a layer."""
+def lengths(case: Case, count: int, backend: str = "aot_eager") -> tuple[Report, int]:
+    """Batches of ``count`` lengths, as the unsharded model has them; and the graphs of a layer."""
     report = Report(str(case), dist.get_rank(), case.dtype)
     want, got = pair(case)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     for layer in got.model.layers:
         layer.compile(fullgraph=True, backend=counter)
-    for step, batch in enumerate(batches.micro_batches(4, want.config.vocab_size, seed=3)):
+    for step, batch in enumerate(batches.micro_batches(count, want.config.vocab_size, seed=3)):
         losses = []
         for model in (want, got):
             model.zero_grad()

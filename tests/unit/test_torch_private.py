@@ -19,7 +19,7 @@ PACKAGE = Path(private.__file__).parent
 # Private names of others that may stand outside torch_private.py: each with the file that uses it.
 # integrations/ and adapters/ have tables and tests of their own for what they stand on.
 ELSEWHERE = {
-    "checkpoint/ranks.py": {"_get_default_store"},
+    "comm/watch.py": {"_current_frames", "_exit"},
     "checks.py": {"_hf_hook"},
     "estimate/accounting.py": {
         "_c10d_functional",
