@@ -3,6 +3,9 @@
 #
 #   scripts/test.sh                        all stages, then a table of seconds
 #   scripts/test.sh tests/unit -k plan     arguments go to pytest (paths from the root); only it runs
+#
+# All tests are shared by two workers, file by file: half of them run in one process, and would leave
+# a core idle.
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 # shellcheck source=scripts/_env.sh
@@ -32,7 +35,7 @@ stage() {
 stage lint ruff check .
 stage format ruff format --check .
 stage types mypy
-stage tests python -m pytest
+stage tests python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 printf '\n== summary\n'
 printf '%s\n' "${rows[@]}"

@@ -21,6 +21,21 @@ from harness.pool import close_all, pool  # noqa: E402 (needs the path above)
 torch.set_num_threads(1)
 
 
+# Two workers share the files (scripts/test.sh): who gets a long one last works alone at the end.
+_LONG = ("recipes/", "adapters/test_trl", "parity/test_cost", "parity/test_compile", "behaviour/")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Put the files that take minutes first."""
+
+    def turn(item):
+        path = item.path.relative_to(_TESTS).as_posix()
+        return next((i for i, name in enumerate(_LONG) if path.startswith(name)), len(_LONG))
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(world)`: the pool of that many persistent gloo ranks (see harness/pool.py)."""

@@ -287,7 +287,6 @@ def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connecti
     try:
         import torch
         import torch.distributed as dist
-        import transformers  # noqa: F401 (paid once, here)
 
         torch.set_num_threads(1)
         store = dist.FileStore(str(Path(folder) / "rendezvous"), world)

@@ -18,24 +18,6 @@ PLAIN = Path(__file__).with_name("plain.py")
 TIMEOUT_S = 600
 
 
-def start(mode, out, ranks=None, timeout=TIMEOUT_S, *, worker):
-    """Run a script under torchrun; its report of every rank."""
-    launcher = [sys.executable]
-    if ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*launcher, str(worker), mode, str(out)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        pytest.fail(f"worker {mode} failed\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return [json.loads((out / f"{mode}-{r}.json").read_text()) for r in range(ranks or 1)]
-
-
 def environment():
     path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
     return {

@@ -20,7 +20,7 @@ from parity import compile_jobs
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
-# Every graph is traced on each rank: many lengths and two layers once, the other forms of a layer in
+# Every graph is traced on each rank: many lengths and two layers once, other forms of a layer in
 # the two lengths that make a second graph.
 ONE_LAYER = (("num_hidden_layers", 1),)
 

@@ -77,25 +77,28 @@ def _calls(counts):
     return {kind: count.calls for kind, count in counts.items() if count.calls}
 
 
-SHAPES = pytest.mark.parametrize(
-    ("shape", "tp", "batch", "length"),
+SHAPES = [
+    (SMALL, 2, 1, 256),
+    (SMALL, 2, 3, 256),
+    (SMALL, 4, 2, 256),
+    (GROUPED, 2, 2, 256),
+    (LLAMA_8B, 2, 1, 8192),
+    (LLAMA_8B, 4, 1, 8192),
+    (LLAMA_8B, 8, 1, 8192),
+    (LLAMA_8B, 8, 2, 4096),
+    (LLAMA_70B, 8, 1, 8192),
+]
+AT = ("shape", "tp", "batch", "length")
+
+
+@pytest.mark.parametrize(
+    (*AT, "recompute"),
     [
-        (SMALL, 2, 1, 256),
-        (SMALL, 2, 3, 256),
-        (SMALL, 4, 2, 256),
-        (GROUPED, 2, 2, 256),
-        (LLAMA_8B, 2, 1, 8192),
-        (LLAMA_8B, 4, 1, 8192),
-        (LLAMA_8B, 8, 1, 8192),
-        (LLAMA_8B, 8, 2, 4096),
-        (LLAMA_70B, 8, 1, 8192),
+        *((*shape, "norm+act") for shape in SHAPES),
+        *((*shape, way) for shape in SHAPES[1::4] for way in ("none", "norm")),
     ],
     ids=str,
 )
-
-
-@SHAPES
-@pytest.mark.parametrize("recompute", ["none", "norm", "norm+act"])
 def test_the_frontier(shape, tp, batch, length, recompute):
     """Row d2 of the published accounting and the two before it, to the byte; the bar is 3 %."""
     options = {"batch": batch, "length": length, "recompute": recompute}
@@ -122,7 +125,7 @@ def test_recompute_issues_no_collective_more(recompute):
     assert _calls(layer.collectives) == {"all_gather": 6, "reduce_scatter": 4, "all_reduce": 1}
 
 
-@SHAPES
+@pytest.mark.parametrize(AT, SHAPES, ids=str)
 def test_only_shards_are_saved(shape, tp, batch, length):
     """With HF's own norms and activations too, to the byte."""
     options = {"batch": batch, "length": length, "kernels": False}

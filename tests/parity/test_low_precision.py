@@ -12,8 +12,6 @@ there. A fault (sum for mean, a lost partial) is an error of 0.3 or more where t
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from harness import tiny
 from harness.noise import noise
@@ -22,10 +20,9 @@ from harness.pool import pool
 
 pytestmark = pytest.mark.slow
 
-CELLS = [
-    *itertools.product(tiny.FAMILIES, (2, 4), (True,)),
-    *itertools.product(("llama_bias", "qwen3_tied"), (2, 4), (False,)),
-]
+# Each family at one degree in bfloat16 and at the other under autocast.
+CELLS = [(family, (2, 4)[i % 2], True) for i, family in enumerate(tiny.FAMILIES)]
+CELLS += [("llama_bias", 2, False), ("qwen3_tied", 4, False)]
 
 
 def _check(found: dict[str, float]) -> None:
@@ -40,7 +37,7 @@ def test_bfloat16_gradients(family, tp, sp):
         _check(found)
 
 
-@pytest.mark.parametrize(("family", "tp", "sp"), CELLS)
+@pytest.mark.parametrize(("family", "tp", "sp"), [(f, 6 - tp, sp) for f, tp, sp in CELLS])
 def test_autocast_gradients(family, tp, sp):
     """float32 weights under bfloat16 autocast: linears round, norms and residuals do not."""
     for found in pool(tp).run(noise, case=Case(family, sp, "float32"), autocast=True):

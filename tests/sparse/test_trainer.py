@@ -6,22 +6,26 @@ another, over four clipped Adam steps of 1e-3: 1e-5 of a loss, 1e-4 of a weight.
 
 from __future__ import annotations
 
-from pathlib import Path
+import warnings
 
 import pytest
-from integrations.conftest import start
+from harness.pool import run_on_ranks
+from integrations.scene import launched
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+from sparse import trainer_jobs
 
-WORKER = Path(__file__).with_name("worker.py")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("sparse")
-    ranks = {"one": None, "split": 2, "whole": 2, "back": 2}
-    reports = {mode: start(mode, out, n, worker=WORKER) for mode, n in ranks.items()}
+    with launched(0, 1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reports = {"one": [trainer_jobs.train("one", out)]}
+    for mode in ("split", "whole", "back"):
+        reports[mode] = run_on_ranks(2, trainer_jobs.on_rank, mode=mode, out=str(out))
     return out, reports
 
 

@@ -1,30 +1,28 @@
-"""A sparse model in the stock Trainer, as a script: ``worker.py MODE FOLDER``, report as JSON.
+"""A sparse model in the stock Trainer: in one process, or as a rank function for a pool.
 
-Modes: ``one`` (one process), ``split`` (experts split by features), ``whole`` (whole experts),
-``back`` (split, resumed from the middle of ``whole``).
+Modes: ``one`` (the unmodified model), ``split`` (experts split by features), ``whole`` (whole
+experts), ``back`` (split, resumed from the middle of ``whole``).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import torch
-from transformers import (
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from integrations.jobs import scene_of
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
 from hf_sp import parallel_state, parallelize
 
 
-def main(mode: str, out: Path) -> None:
-    set_seed(0)
+def on_rank(mode: str, out: str) -> dict:
+    """Losses and norms by step and the load per expert, of this rank."""
+    with scene_of(mode, out):
+        return train(mode, Path(out))
+
+
+def train(mode: str, out: Path) -> dict:
+    torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=61,
         hidden_size=64,
@@ -68,12 +66,4 @@ def main(mode: str, out: Path) -> None:
     if mode != "one":
         report["load"] = {k: v.tolist() for k, v in parallel_state(model).expert_load().items()}
     trainer.save_model(str(out / mode / "final"))
-    rank = os.environ.get("RANK", "0")
-    (out / f"{mode}-{rank}.json").write_text(json.dumps(report))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    return report
