@@ -22,7 +22,7 @@ from hf_sp.model.logprobs import FIELDS, TokenStatistics, token_statistics
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
-SUPPORTED = ("SFTTrainer", "DPOTrainer")
+SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")
 """Trainers of TRL that are tested with parallelized models."""
 
 _REFUSED = {
@@ -44,7 +44,7 @@ def install(trainer: Any) -> None:
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
     if not names:
         return
-    # The nearest one: TRL derives others from these two, a user's own class may too.
+    # The nearest one: TRL derives others from these, a user's own class may too.
     if names[0] not in SUPPORTED:
         raise ConfigError(
             f"{names[0]} is not supported for a parallelized model",
@@ -66,13 +66,16 @@ def install(trainer: Any) -> None:
 @functools.cache
 def patches() -> Patches:
     """The patches, made once TRL is there."""
-    from trl.trainer import dpo_trainer, sft_trainer
+    from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 
     table = Patches(
         lambda x: parallel_state(x if isinstance(x, nn.Module) else x.model) is not None
     )
-    for module, trainer in zip((sft_trainer, dpo_trainer), SUPPORTED, strict=True):
-        table.on(module, "add_fused_lm_head")(add_parallel_head)
+    modules = (sft_trainer, dpo_trainer, kto_trainer, reward_trainer)
+    for module, trainer in zip(modules, SUPPORTED, strict=True):
+        # Reward models have no LM head.
+        if hasattr(module, "add_fused_lm_head"):
+            table.on(module, "add_fused_lm_head")(add_parallel_head)
         table.on(getattr(module, trainer), "compute_loss")(count_tokens_once)
     return table
 
@@ -97,23 +100,23 @@ def add_parallel_head(
             return plain(*args, **kwargs)
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         items = kwargs.pop("num_items_in_batch", None)
-        if getattr(self.config.get_text_config(), "output_router_logits", False):
-            raise ConfigError(
-                "router losses are not supported for a parallelized model",
-                where="config.output_router_logits",
-                legal="False",
-            )
         state = parallel_state(self)
         assert state is not None
         state.final_hidden = final_hidden(self, state, kwargs, head_alone=True)
-        logits = plain(*args, **{**kwargs, "use_cache": False, "return_dict": True}).logits
+        made = plain(*args, **{**kwargs, "use_cache": False, "return_dict": True})
         targets = shifted
         if targets is None:
             # The last position has no next token.
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORE)
         fields = tuple(f for f in FIELDS if f in outputs)
-        found = _score(logits, targets, temperature, cast_lm_head_to_fp32, fields)
-        return _output(found, targets, items, drop_last=shifted is None)
+        found = _score(made.logits, targets, temperature, cast_lm_head_to_fp32, fields)
+        output = _output(found, targets, items, drop_last=shifted is None)
+        # Of a mixture of experts that is asked for its router's logits.
+        if made.get("aux_loss") is not None:
+            coefficient = getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0)
+            output["aux_loss"] = made.aux_loss
+            output["loss"] = output.loss + coefficient * made.aux_loss
+        return output
 
     model.forward = types.MethodType(forward, model)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer on two ranks against the same script in one process.
+"""TRL's trainers on two ranks against the same script in one process.
 
 The model is in float64; TRL's own fused head computes in float32 (eps 6e-8, of log-probabilities of
 about 4) where ours takes the model's dtype. Three or four AdamW steps pass such an error on at most
@@ -10,18 +10,18 @@ here), 1e-5 * 0.2 * 15 absolutely.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from harness.pool import run_on_ranks
+from integrations.conftest import environment
 from safetensors.torch import load_file
+
+from adapters import trl_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-WORKER = Path(__file__).with_name("worker.py")
-ROOT = WORKER.parents[2]
 TOLERANCE = 1e-5
 SFT = [
     "lora",
@@ -35,44 +35,32 @@ SFT = [
     "saved_modules",
     "before",
 ]
-DPO = ["dpo_lora", "dpo_full"]
-
-
-def start(mode, out, ranks=None):
-    launcher = [sys.executable]
-    if ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(out / f"cache-{mode}"),
-    }
-    done = subprocess.run(
-        [*launcher, str(WORKER), mode, str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    if done.returncode:
-        pytest.fail(f"worker {mode} failed\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return [json.loads((out / f"{mode}-{r}.json").read_text()) for r in range(ranks or 1)]
+MOE = ["moe_qwen3", "moe_mixtral", "dpo_moe"]
+OTHERS = ["dpo_lora", "dpo_full", "kto_lora", "kto_full", "reward"]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
+    """Of the plain process, which works beside the ranks, and of every rank."""
     out = tmp_path_factory.mktemp("trl")
+    log = out / "plain.log"
+    with log.open("w") as file:
+        plain = subprocess.Popen(
+            [sys.executable, "-m", "adapters.trl_jobs", str(out)],
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        tp = run_on_ranks(2, trl_jobs.on_rank, mode="tp", out=str(out), timeout=600)
+        assert plain.wait(600) == 0, log.read_text()[-6000:]
+    finally:
+        plain.kill()
     return {
         "out": out,
-        "plain": start("plain", out),
-        "tp": start("tp", out, ranks=2),
-        "back": start("back", out),
+        "plain": [json.loads((out / "plain.json").read_text())],
+        "tp": tp,
+        "back": run_on_ranks(1, trl_jobs.on_rank, mode="back", out=str(out)),
     }
 
 
@@ -84,13 +72,15 @@ def differences(a, b, path=""):
         return [d for i, (x, y) in pairs for d in differences(x, y, f"{path}[{i}]")]
     if isinstance(a, float) and isinstance(b, float):
         close = abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
-        if "dpo" in path and ("rewards" in path or "logits" in path):
+        if path.startswith(("dpo", "kto")) and any(
+            word in path for word in ("rewards", "logits", "kl")
+        ):
             close = close or abs(a - b) < TOLERANCE * 0.2 * 15
         return [] if close else [f"{path}: {a} {b}"]
     return [] if a == b else [f"{path}: {a} {b}"]
 
 
-@pytest.mark.parametrize("name", [*SFT, *DPO])
+@pytest.mark.parametrize("name", [*SFT, *MOE, *OTHERS])
 def test_training_is_that_of_one_process(name, reports):
     """Loss, grad_norm, entropy, token accuracy, token count of every step; the trained weights."""
     plain, tp = reports["plain"][0][name], reports["tp"][0][name]
@@ -99,11 +89,17 @@ def test_training_is_that_of_one_process(name, reports):
     assert differences(plain, tp, name) == []
 
 
-@pytest.mark.parametrize("name", [*SFT, *DPO])
+@pytest.mark.parametrize("name", [*SFT, *MOE, *OTHERS])
 def test_ranks_agree(name, reports):
     first, second = (r[name] for r in reports["tp"])
     assert first == second
     assert first["replicas"]
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_the_auxiliary_loss_is_there(name, reports):
+    steps = reports["tp"][0][name]["history"]
+    assert all(step["aux_loss"] > 0.5 for step in steps)
 
 
 def test_clipping_was_active(reports):
@@ -158,7 +154,10 @@ def test_saved_adapter_is_that_of_one_process(reports):
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("activation_offloading", "activation_offloading=False"), ("other", "SFTTrainer, DPOTrainer")],
+    [
+        ("activation_offloading", "activation_offloading=False"),
+        ("other", "SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer"),
+    ],
 )
 def test_refused_on_every_rank_alike(case, words, reports):
     first, second = (r["refusals"][case] for r in reports["tp"])

@@ -8,7 +8,7 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from integrations.rows import Raises, row
 
@@ -29,8 +29,11 @@ def _step(scene, kind):
     if kind is SFTTrainer:
         config, row, more = SFTConfig, {"text": text}, {}
     else:
-        config, more = DPOConfig, {"ref_model": scene.tiny(seed=4)}
+        config = DPOConfig if kind is DPOTrainer else KTOConfig
+        more = {"ref_model": scene.tiny(seed=4)}
         row = {"prompt": text + " ", "chosen": "w7 w8", "rejected": "w9 w10"}
+        if kind is KTOTrainer:
+            row = {"prompt": row["prompt"], "completion": "w7 w8", "label": True}
     arguments = config(
         output_dir=str(scene.out / "trl"),
         use_cpu=True,
@@ -74,6 +77,11 @@ def whole_heads_of_sft(scene):
 @row("trl.trainer.dpo_trainer.add_fused_lm_head", right=0, wrong=SHARD)
 def whole_heads_of_dpo(scene):
     return _step(scene, DPOTrainer)[0]
+
+
+@row("trl.trainer.kto_trainer.add_fused_lm_head", right=0, wrong=SHARD)
+def whole_heads_of_kto(scene):
+    return _step(scene, KTOTrainer)[0]
 
 
 # Two rows of five words and an end.

@@ -1,4 +1,4 @@
-"""The script that the TRL tests start: plain in one process, or on several ranks. Reports JSON.
+"""TRL's trainers, plain in one process or on the ranks of a pool: one report of all runs.
 
 What differs between the reports of ``plain`` and ``tp`` is what the integration got wrong. B is
 random from the start; the ranks' seeds differ, and rank 0 draws what the plain run draws.
@@ -8,47 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import time
 import warnings
 from pathlib import Path
 from unittest import mock
 
-warnings.filterwarnings("ignore")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+import torch.distributed as dist
+from datasets import Dataset, disable_progress_bars
+from integrations.jobs import scene_of
+from integrations.scene import Scene, launched, refused
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
+from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Trainer,
 )
-from trl import (  # noqa: E402
+from trl import (
     DPOConfig,
     DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
 
-MODE = sys.argv[1]
-OUT = Path(sys.argv[2])
-RANK = int(os.environ.get("RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+# Of the run that goes on in this process; set by `run_all`.
+MODE, OUT, RANK, WORLD = "plain", Path(), 0, 1
 REPORT: dict = {}
-
-if MODE != "plain":
-    from hf_sp import parallelize
-    from hf_sp.errors import HfSpError
 
 WORDS = [f"w{i}" for i in range(58)]
 KEYS = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate")
@@ -63,30 +61,46 @@ def tokenizer():
     )
 
 
-def tiny(seed=0, tie=False, parallel=True):
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def tiny(seed=0, parallel=True, kind=LlamaForCausalLM, config=LlamaConfig, **fields):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tie,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).to(torch.float64)
+    model = kind(config(**SIZES, **fields)).to(torch.float64)
+    # transformers' grouped products have no float64.
+    model.set_experts_implementation("eager")
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2.0)
     return shard(model) if parallel else model
 
 
+def qwen3_moe(seed=0):
+    """With the configuration's own coefficient of the auxiliary loss: TRL asks for it by itself."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
+    return tiny(seed, kind=Qwen3MoeForCausalLM, config=Qwen3MoeConfig, **sizes)
+
+
+def mixtral(seed=0):
+    return tiny(seed, kind=MixtralForCausalLM, config=MixtralConfig, num_local_experts=4)
+
+
 def shard(model):
     if MODE != "plain":
+        # Not at the top: the plain process must not have seen it.
+        from hf_sp import parallelize
+
         model = parallelize(model, tp=WORLD)
     torch.manual_seed(1000 + RANK)
     return model
@@ -212,7 +226,7 @@ def job_sft():
     again = sft("lora", peft_config=lora(), max_steps=4)
     run("lora_resumed", again, resume_from_checkpoint=str(OUT / MODE / "lora" / "checkpoint-2"))
     run("full", sft("full"))
-    run("tied", sft("tied", tiny(tie=True), max_steps=2))
+    run("tied", sft("tied", tiny(tie_word_embeddings=True), max_steps=2))
     run("packed", sft("packed", peft_config=lora(), packing=True, max_length=24))
     free = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
     run("padding_free", sft("free", peft_config=lora(use_rslora=True), **free))
@@ -250,24 +264,52 @@ def job_cross():
         }
 
 
+def preference(name, kind, arguments_kind, data, model=None, ref=None, config=None):
+    """A run of DPO or KTO."""
+    trainer = kind(
+        model=tiny() if model is None else model,
+        ref_model=ref,
+        args=arguments(arguments_kind, name, max_length=24, beta=0.2),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    run(name, trainer)
+    both = [f"{a}/{b}" for a in ("rewards", "logps", "logits") for b in ("chosen", "rejected")]
+    more = ("rewards/margins", "rewards/accuracies", "kl", "aux_loss")
+    REPORT[name]["history"] = history(trainer, (*KEYS, *both, *more))
+
+
 def job_dpo():
-    keys = (*KEYS, "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
-            "logps/rejected", "logits/chosen", "logits/rejected", "rewards/accuracies")  # fmt: skip
-    for name, config, reference in (
-        ("dpo_lora", lora(), None),
-        ("dpo_full", None, tiny(seed=4)),
-    ):
-        trainer = DPOTrainer(
-            model=tiny(),
-            ref_model=reference,
-            args=arguments(DPOConfig, name, max_length=24, beta=0.2),
-            train_dataset=pairs(),
-            processing_class=tokenizer(),
-            peft_config=config,
-        )
-        trainer.remove_callback(PrinterCallback)
+    preference("dpo_lora", DPOTrainer, DPOConfig, pairs(), config=lora())
+    preference("dpo_full", DPOTrainer, DPOConfig, pairs(), ref=tiny(seed=4))
+
+
+def job_moe():
+    """The auxiliary loss, which TRL turns on for what has a coefficient of it."""
+    for name, make in (("moe_qwen3", qwen3_moe), ("moe_mixtral", mixtral)):
+        trainer = sft(name, make(), router_aux_loss_coef=0.5 if name == "moe_mixtral" else None)
         run(name, trainer)
-        REPORT[name]["history"] = history(trainer, keys)
+        REPORT[name]["history"] = history(trainer, (*KEYS, "aux_loss"))
+    preference("dpo_moe", DPOTrainer, DPOConfig, pairs(), model=qwen3_moe(), ref=qwen3_moe(4))
+
+
+def job_more():
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs()]
+    labelled = Dataset.from_list([{**r, "label": i % 3 > 0} for i, r in enumerate(rows)])
+    preference("kto_lora", KTOTrainer, KTOConfig, labelled, config=lora())
+    preference("kto_full", KTOTrainer, KTOConfig, labelled, ref=tiny(4))
+    trainer = RewardTrainer(
+        model=tiny(kind=LlamaForSequenceClassification, num_labels=1),
+        args=arguments(RewardConfig, "reward", center_rewards_coefficient=0.1),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    run("reward", trainer)
+    keys = (*KEYS, "accuracy", "margin", "mean_reward", "min_reward", "max_reward")
+    REPORT["reward"]["history"] = history(trainer, keys)
 
 
 @contextlib.contextmanager
@@ -294,13 +336,6 @@ class Other(SFTTrainer):
 
 
 def job_refusals():
-    def refused(function):
-        try:
-            function()
-        except HfSpError as error:
-            return {"type": type(error).__name__, "message": str(error)}
-        return None
-
     cases = {
         "activation_offloading": lambda: sft("r1", activation_offloading=True),
         "other": lambda: Other(model=tiny(), args=arguments(SFTConfig, "r2")),
@@ -308,23 +343,33 @@ def job_refusals():
     REPORT["refusals"] = {name: refused(function) for name, function in cases.items()}
 
 
-def main():
-    for job in JOBS[MODE]:
-        if sys.argv[3:] and job.__name__ not in sys.argv[3:]:
-            continue
-        started = time.monotonic()
-        job()
-        print(f"rank {RANK}: {job.__name__} {time.monotonic() - started:.1f} s", flush=True)
-    (OUT / f"{MODE}-{RANK}.json").write_text(json.dumps(REPORT))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 JOBS = {
-    "plain": [job_sft, job_dpo],
-    "tp": [job_sft, job_dpo, job_cross, job_refusals],
+    "plain": [job_sft, job_dpo, job_moe, job_more],
+    "tp": [job_sft, job_dpo, job_moe, job_more, job_cross, job_refusals],
     "back": [job_cross],
 }
 
+
+def run_all(scene):
+    """Every job of the scene's mode; the report."""
+    global MODE, OUT, RANK, WORLD
+    MODE, OUT, RANK, WORLD = scene.mode, scene.out, scene.rank, scene.world
+    REPORT.clear()
+    disable_progress_bars()
+    for job in JOBS[MODE]:
+        job()
+    return json.loads(json.dumps(REPORT))
+
+
+def on_rank(mode, out):
+    """A rank's report."""
+    with scene_of(mode, out) as scene:
+        return run_all(scene)
+
+
 if __name__ == "__main__":
-    main()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with launched(0, 1):
+        report = run_all(Scene("plain", Path(sys.argv[1])))
+    Path(sys.argv[1], "plain.json").write_text(json.dumps(report))
