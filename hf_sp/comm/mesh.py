@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import os
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from hf_sp.comm.collectives import Axis
 from hf_sp.comm.watch import watch
 from hf_sp.errors import ConfigError
 from hf_sp.torch_private import flatten, real_tensors
+
+logger = logging.getLogger(__name__)
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 
@@ -196,6 +199,7 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
             mesh = init_device_mesh(device, shape, mesh_dim_names=AXES[first:])
             flatten(mesh)
     watch()
+    _warn_of_nodes(degrees.tp)
     names = [n for n in _sizes(mesh) if n in AXES[:2]]
     tp = mesh["tp"] if mesh.ndim > 1 else mesh
     if degrees.data == 1:
@@ -207,6 +211,21 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
     whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
     return Mesh(tp, data, whole, everyone)
+
+
+def _warn_of_nodes(tp: int) -> None:
+    """Say so, once, if the ranks of a tp group are on several nodes."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if local and local < dist.get_world_size() and local % tp and dist.get_rank() == 0:
+        logger.warning(
+            "tp=%d puts a tensor-parallel group on several nodes of %d ranks: its collectives, 10 "
+            "a layer and step, go over the network. Take a tp that divides %d, and data parallel "
+            "groups over the nodes (dp_shard=%d).",
+            tp,
+            local,
+            local,
+            dist.get_world_size() // local,
+        )
 
 
 def _use_cuda() -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from hf_sp.errors import ConfigError
 from hf_sp.model.shard import spread_experts
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import graph_task
+from hf_sp.torch_private import graph_task, real_tensors
 
 
 def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) -> None:
@@ -40,7 +40,8 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
     # Resharded after the forward, the root too: left gathered by a forward without a backward (an
     # evaluation), its parameters would be others than the optimizer's until the next backward.
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=alone)
+        with real_tensors():  # FSDP joins meshes, and reads their tables of ranks
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=alone)
     for module in (model, *layers):
         # FSDP's buffers are made now: made in inference mode, training could not use them.
         assert isinstance(module, FSDPModule)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,6 +14,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
@@ -23,24 +26,33 @@ TRAIN = ["--train_file", "LICENSE", "--max_steps", "2", "--seq_length", "63", "-
 TRAIN += ["--report_to", "none", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def _run(command: list[str], times: int = 1) -> str:
+    """What it prints; ``times`` processes of it at once, as on that many nodes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(times)]
+    try:
+        printed = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0] * times, "\n".join(printed)
+    return "".join(printed)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_yaml(path):
     """accelerate takes the file, and tp makes up the number of processes."""
     config = ClusterConfig.from_yaml_file(str(path))
+    if config.num_machines > 1:
+        assert path.stem == f"nodes{config.num_machines}_tp{config.num_processes // 2}"
+        return
     tp = yaml.safe_load(path.read_text())["parallelism_config"]["parallelism_config_tp_size"]
     assert config.num_processes == tp
     assert path.stem.startswith(f"tp{tp}_sp")
@@ -104,19 +116,23 @@ def test_accelerate_loop(local, tmp_path):
 
 
 def test_torchrun_loop(local, tmp_path):
-    """Two groups of two ranks print what one process does that accumulates their batches.
+    """Two nodes of two ranks, a group each, print what one process does with all their batches.
 
-    float32 sums in another order: 1e-5; five and four places are printed.
+    The nodes are two launchers that meet at a port of this machine. float32 sums in another order:
+    1e-5; five and four places are printed.
     """
     own = ["--model_name_or_path", str(local / "model"), "--train_file", "LICENSE"]
     own += ["--seq_length", "33", "--max_steps", "3", "--learning_rate", "1e-2"]
     one = ["--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
     four = ["--tp", "2", "--dp_shard", "2", "--output_dir", str(tmp_path / "four")]
     script = "recipes/torchrun_loop.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    torchrun += ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_id", "nodes"]
+    torchrun += ["--rdzv_endpoint", f"127.0.0.1:{_free_port()}", script, *own, *four]
+    printed = [_run([sys.executable, script, *own, *one]), _run(torchrun, times=2)]
     found = []
-    for command in ([script, *own, *one], [*torchrun, script, *own, *four]):
-        lines = [x for x in _run([sys.executable, *command]).splitlines() if "grad norm" in x]
+    for text in printed:
+        lines = [x for x in text.splitlines() if "grad norm" in x]
         assert len(lines) == 3
         found.append([(float(x.split()[3]), float(x.split()[6])) for x in lines])
     for mine, theirs in zip(*found, strict=True):
@@ -128,6 +144,20 @@ def test_torchrun_loop(local, tmp_path):
         # AdamW's first steps are of the learning rate's size whatever the gradient's: where that
         # is rounding noise, the sign of a step may be another.
         assert ((p - q).abs() > 1e-3).float().mean() < 0.01, name
+
+
+def test_slurm():
+    """The shell takes it, and torchrun the options that it is given."""
+    path = ROOT / "recipes" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    call = re.search(r"\nsrun [^\n]* torchrun (.*)", path.read_text(), re.DOTALL)[1].replace(
+        "\\\n", " "
+    )
+    words = [x.strip('"') for x in call.split()]
+    given = get_args_parser().parse_args(
+        [*(x.replace("$SLURM_NNODES", "4").replace("${SLURM_GPUS_ON_NODE:-8}", "8") for x in words)]
+    )
+    assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("4", "8", "c10d")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
