@@ -1,7 +1,7 @@
 """``torch.compile`` of a parallelized model: each decoder layer by itself.
 
 The hooks around the model compare batches over the ranks, and the loss runs in chunks: both stay
-eager. A dense layer is one graph.
+eager. A dense layer's forward is one graph.
 """
 
 from __future__ import annotations
