@@ -74,14 +74,3 @@ def whole_heads_of_sft(scene):
 @row("trl.trainer.dpo_trainer.add_fused_lm_head", right=0, wrong=SHARD)
 def whole_heads_of_dpo(scene):
     return _step(scene, DPOTrainer)[0]
-
-
-# Two rows of five words and an end.
-@row("SFTTrainer.compute_loss", right=12, wrong=6)
-def tokens_of_sft(scene):
-    return _step(scene, SFTTrainer)[1]
-
-
-@row("DPOTrainer.compute_loss", right=32, wrong=16)
-def tokens_of_dpo(scene):
-    return _step(scene, DPOTrainer)[1]

@@ -1,0 +1,33 @@
+"""Stock Trainer over groups of tp ranks, against one process that is given all groups' batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from integrations import groups
+from integrations.differences import differences
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+EVALUATED = [f"{kind}_{rows}" for kind in ("eval", "predict", "loss") for rows in (7, 8, 9)]
+EVALUATED += ["accumulated", "stream", "smoothed", "dispatched"]
+SPLIT = {"mode": "dp", "world": 4, "groups": 2}
+
+
+def compare(name, job, runs, **degrees):
+    """The first rank against the plain process, and the ranks against each other."""
+    reports = [report[name] for report in runs.tp(job, **degrees)]
+    assert differences(runs.alone("grouped")[name], reports[0]) == []
+    assert all(report == reports[0] for report in reports)
+
+
+@pytest.mark.parametrize("name", groups.VARIANTS)
+def test_training_is_that_of_one_process(name, runs):
+    """Loss, norm, rate and epoch of every step, weights, flos, tokens, counts of steps."""
+    compare(name, groups.train, runs, **SPLIT)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_is_that_of_one_process(name, runs):
+    """Each row once, the last batch weighted right."""
+    compare(name, groups.evaluate, runs, **SPLIT)
