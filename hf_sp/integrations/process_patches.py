@@ -88,13 +88,19 @@ def gather_over_groups(original: Patch, tensor: Any) -> Any:
 
 @PATCHES.on(operations, "_gpu_gather_object")
 def gather_objects_over_groups(original: Patch, object: Any) -> Any:
-    """As ``gather_over_groups``."""
-    found = list(object)
+    """As ``gather_over_groups``; and accelerate makes lists of rows of tensors.
+
+    Trainer joins such lists row by row, and loses the rows that a shorter last one lacks.
+    """
+    found = [object]
     for group in _groups(_shown()):
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, found, group=group)
         found = [x for part in parts for x in part]
-    return found
+    if len(found) == 1:
+        return object
+    joined = all(isinstance(x, Tensor) and x.shape[1:] == found[0].shape[1:] for x in found)
+    return torch.cat(found) if joined else [row for x in found for row in x]
 
 
 @PATCHES.on(Accelerator, "reduce")

@@ -145,27 +145,30 @@ def count_flos_once(original: Patch, self: Any) -> None:
     original(self)
 
 
-def _without_repeated(trainer: Any, inputs: Any, *, whole_batch: bool) -> Any:
+def _counts_for_all(trainer: Any) -> bool:
+    """Whether a loss is a sum divided by the tokens of all groups, times their number."""
+    takes = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    return trainer.args.average_tokens_across_devices and takes
+
+
+def _without_repeated(trainer: Any, inputs: Any) -> Any:
     """A last batch whose rows beyond the data count for nothing: their labels are ignored.
 
     accelerate fills the last batch of all groups with rows from the beginning.
     """
     state, gradients = state_of(trainer), trainer.accelerator.gradient_state
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    known = state.data > 1 and gradients.end_of_dataloader and gradients.remainder > 0
-    if (
-        not known
-        or not isinstance(labels, Tensor)
-        or labels.dim() < 2
-        or labels.is_floating_point()
-    ):
+    if state.data == 1 or not gradients.end_of_dataloader or gradients.remainder < 1:
+        return inputs
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return inputs
     loader = gradients.active_dataloader
     dealers = (loader.batch_sampler, loader.dataset, getattr(loader, "state", None))
     # Another sampler (batch_rebalance) has dealt them out itself.
     dealt = any(getattr(dealer, "num_processes", 1) == state.data for dealer in dealers)
     own = gradients.remainder - processes.group_index(state) * len(labels)
-    if not dealt or own >= len(labels) or (own <= 0 and not whole_batch):
+    # A batch without any label has its part of a sum, and no mean.
+    if not dealt or own >= len(labels) or (own <= 0 and not _counts_for_all(trainer)):
         return inputs
     labels = labels.clone()
     labels[max(own, 0) :] = -100
@@ -177,14 +180,12 @@ def train_on_rows_once(
     original: Patch, self: Any, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Trainer trains twice on the rows that accelerate fills an epoch's last batch with."""
-    # A batch without any label has no mean; it has its part of a sum over all groups' tokens.
-    counted = self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs
-    batches = (_without_repeated(self, x, whole_batch=counted) for x in epoch_iterator)
+    batches = (_without_repeated(self, inputs) for inputs in epoch_iterator)
     return original(self, batches, *args, **kwargs)
 
 
 @PATCHES.on(Trainer, "prediction_step")
-def skip_logits_for_loss(
+def evaluate_rows_once(
     original: Patch,
     self: Any,
     model: Any,
@@ -193,15 +194,18 @@ def skip_logits_for_loss(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Logits of the whole vocabulary are made in eval; here nobody would read them.
+    """Logits of the whole vocabulary are made in eval; often nobody would read them.
 
-    A subclass that computes its own loss may read them (TRL does), so it gets them. And the mean
-    loss of a last batch has the rows that fill it.
+    A subclass that computes its own loss may read them (TRL does), so it gets them. And of a last
+    batch Trainer weighs the groups' losses, which are parts of one mean, by their numbers of rows.
     """
-    inputs = _without_repeated(self, inputs, whole_batch=False)
+    inputs = _without_repeated(self, inputs)
     wants = not prediction_loss_only or type(self).compute_loss is not Trainer.compute_loss
     with contextlib.nullcontext() if wants else state_of(self).no_logits():
-        return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+        found = original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+    if found[0] is None or state_of(self).data == 1 or not _counts_for_all(self):
+        return found
+    return (self.accelerator.reduce(found[0], "mean"), *found[1:])
 
 
 @PATCHES.on(Trainer, "_get_train_sampler")

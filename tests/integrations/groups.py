@@ -1,16 +1,11 @@
-"""Jobs: groups of tp ranks with batches of their own, against one process with all groups' batches.
-
-Evaluation has the same ``per_device_eval_batch_size`` on both sides: a loss is the mean over rows
-of the means of their batches.
-"""
+"""Jobs: groups of tp ranks with batches of their own; one process has the batches of all groups."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from integrations.data import Rows, SizedStream, Stream, even_rows
-from integrations.evaluation import metrics_of
-from integrations.scene import clean, weights
+from integrations.scene import checksum, clean, history, same, weights
 from integrations.training import VARIANTS as ONE_GROUP
 
 EVEN = {"train_dataset": even_rows(24)}
@@ -42,8 +37,17 @@ VARIANTS = {
 UNPADDED = ("even", "stream", "sized_stream", "dispatch")
 
 
+def _metrics_of(prediction):
+    """Of labelled tokens: how far a batch is padded is another matter in each group."""
+    logits, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    known = labels != -100
+    hit = (logits.argmax(-1) == labels)[known]
+    total = float(np.abs(logits[known]).sum())
+    return {"accuracy": float(hit.mean()), "rows": len(labels), "sum": total}
+
+
 def train(scene):
-    """Histories of runs; of the first also the weights."""
+    """Histories of runs, and an evaluation after one."""
     report = {}
     for name, options in VARIANTS.items():
         trainer = scene.trainer(name, **options)
@@ -53,9 +57,6 @@ def train(scene):
             # Counted with the padding.
             del report[name]["total_flos"]
         if name == "five_steps":
-            report[name]["whole"] = {
-                n: float(w.abs().sum()) for n, w in weights(trainer.model).items()
-            }
             report[name]["after"] = clean(trainer.evaluate())
     return report
 
@@ -64,27 +65,79 @@ def evaluate(scene):
     """Losses, metrics and predictions, before and without any training."""
     report = {}
     for rows in (7, 9, 8):
-        trainer = scene.trainer("eval", evaluation=rows, compute_metrics=metrics_of)
+        trainer = scene.trainer("eval", evaluation=rows, compute_metrics=_metrics_of)
         report[f"eval_{rows}"] = clean(trainer.evaluate())
         prediction = trainer.predict(Rows(rows, seed=8))
         report[f"predict_{rows}"] = {
             "rows": list(prediction.predictions.shape),
             "labels": prediction.label_ids.tolist(),
-            "sum": float(np.abs(prediction.predictions[prediction.predictions != -100]).sum()),
             "metrics": clean(prediction.metrics),
         }
         trainer.compute_metrics = None
         report[f"loss_{rows}"] = clean(trainer.evaluate())
     trainer.args.eval_accumulation_steps = 2
     report["accumulated"] = clean(trainer.evaluate(Rows(7, seed=8)))
-    report["stream"] = clean(trainer.evaluate(Stream(even_rows(7, seed=8))))
+    report["eval_stream"] = clean(trainer.evaluate(Stream(even_rows(7, seed=8))))
     trainer = scene.trainer("eval3", label_smoothing_factor=0.1, eval_use_gather_object=True)
     report["smoothed"] = clean(trainer.evaluate())
     trainer = scene.trainer(
         "eval4",
-        compute_metrics=metrics_of,
+        compute_metrics=_metrics_of,
         accelerator_config={"dispatch_batches": True},
         eval_dataset=even_rows(7, seed=8),
     )
     report["dispatched"] = clean(trainer.evaluate())
+    return report
+
+
+def resume(scene):
+    """Five steps that evaluate and save, the best kept; and again from the middle of an epoch."""
+    options = {
+        "train": 24,
+        "max_steps": 4,
+        "learning_rate": 0.05,
+        "compute_metrics": _metrics_of,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    trainer = scene.trainer("best", **options)
+    report = {"best": scene.train(trainer)}
+    folder = scene.out / scene.mode / "best"
+    report["best"] |= {
+        "losses": [r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r],
+        "step": trainer.state.best_global_step,
+        "after": clean(trainer.evaluate()),
+        "left": sorted(p.name for p in folder.iterdir() if p.is_dir()),
+    }
+    saved = scene.trainer("resume", train=24, max_steps=5, save_strategy="steps", save_steps=2)
+    report["saved"] = scene.train(saved)
+    for run in report.values():
+        # Counted with the padding.
+        del run["total_flos"]
+    again = scene.trainer("resume", scene.tiny(seed=5), train=24, max_steps=5)
+    again.train(resume_from_checkpoint=str(scene.out / scene.mode / "resume" / "checkpoint-2"))
+    report["resumed"] = {
+        "history": history(again),
+        "weights_equal": same(weights(again.model), weights(saved.model)),
+    }
+    return report
+
+
+def cross(scene, sources):
+    """Resumed from runs of other degrees: one process, or other groups."""
+    rows, report = 4 // scene.groups, {}
+    for source in sources:
+        options = {"train": 24, "max_steps": 5, "per_device_train_batch_size": rows}
+        trainer = scene.trainer("cross", scene.tiny(seed=6), **options)
+        trainer.train(resume_from_checkpoint=str(scene.out / source / "resume" / "checkpoint-2"))
+        report[source] = {
+            "history": history(trainer),
+            "weights": checksum(weights(trainer.model)),
+        }
     return report

@@ -38,7 +38,7 @@ PLAIN = (
 )
 """What one process does with the unmodified model, for comparison."""
 
-GROUPED = (groups.train, groups.evaluate)
+GROUPED = (groups.train, groups.evaluate, groups.resume)
 """Likewise, with the batches of two groups."""
 
 JOBS = {
@@ -46,6 +46,7 @@ JOBS = {
     for job in (
         *PLAIN,
         *GROUPED,
+        groups.cross,
         accelerate_loop.loader_first,
         checkpoints.cross,
         checkpoints.dropout_resume,

@@ -37,8 +37,7 @@ def batches_of_a_loader_before_the_model(scene):
     return len(loader)
 
 
-# DDP, into which the model goes otherwise, flattens DTensors; and accelerate compiles the model as a
-# whole.
+# DDP, into which the model goes otherwise, flattens DTensors; accelerate compiles the whole model.
 @row(
     "Accelerator.prepare_model",
     right=["LlamaForCausalLM", "LlamaForCausalLM", 2],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from integrations.data import collate, even_rows
@@ -52,12 +54,32 @@ def flos(scene):
     return _step(scene).state.total_flos / (2 * alone)
 
 
-# Seven rows in batches of two.
-@row("Trainer.prediction_step", right=0, wrong=4)
+# Seven rows in batches of two; and, over two groups, the losses of a last batch's three rows.
+@row("Trainer.prediction_step", right=[0, 1], wrong=[4, 2])
 def whole_logits_of_a_loss(scene):
     with logits_made() as made:
         scene.trainer("probe").evaluate()
-    return len(made)
+    trainer = replace(scene, groups=2).trainer("probe")
+    seen, gather = [], trainer.gather_function
+    trainer.gather_function = lambda x, **k: seen.append(gather(x, **k)) or seen[-1]
+    trainer.evaluate()
+    return [len(made), len(set(seen[-1].tolist()))]
+
+
+# Labelled tokens of an epoch of three rows, over two groups.
+@row("Trainer.get_batch_samples", right=15, wrong=20)
+def tokens_of_an_epoch(scene):
+    rows = even_rows(3, masked=False)
+    trainer = replace(scene, groups=2).trainer("probe", train_dataset=rows)
+    batches = iter(trainer.get_train_dataloader())
+    return float(trainer.get_batch_samples(batches, 1, torch.device("cpu"))[1])
+
+
+# Rows that are sorted by their length together: of two micro-batches of two groups.
+@row("Trainer._get_train_sampler", right=8, wrong=4)
+def batch_of_the_length_sampler(scene):
+    options = {"train_sampling_strategy": "group_by_length"}
+    return replace(scene, groups=2).trainer("probe", **options)._get_train_sampler().batch_size
 
 
 @row("Trainer.evaluation_loop", right=[0.0, 0.0], wrong=[0.0, 1.0])

@@ -105,7 +105,7 @@ class Scene:
             "disable_tqdm": True,
             "logging_steps": 1,
             "per_device_train_batch_size": 2 * (self.groups if self.plain else 1),
-            "per_device_eval_batch_size": 2,
+            "per_device_eval_batch_size": 2 * (self.groups if self.plain else 1),
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "weight_decay": 0.1,

@@ -10,7 +10,7 @@ from integrations.differences import differences
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EVALUATED = [f"{kind}_{rows}" for kind in ("eval", "predict", "loss") for rows in (7, 8, 9)]
-EVALUATED += ["accumulated", "stream", "smoothed", "dispatched"]
+EVALUATED += ["accumulated", "eval_stream", "smoothed", "dispatched"]
 SPLIT = {"mode": "dp", "world": 4, "groups": 2}
 
 
@@ -31,3 +31,32 @@ def test_training_is_that_of_one_process(name, runs):
 def test_evaluation_is_that_of_one_process(name, runs):
     """Each row once, the last batch weighted right."""
     compare(name, groups.evaluate, runs, **SPLIT)
+
+
+HYBRID = {"mode": "hybrid", "world": 4, "groups": 2, "replicas": 2}
+
+
+@pytest.mark.parametrize("degrees", [SPLIT, HYBRID], ids=["shard", "replicate"])
+@pytest.mark.parametrize("name", ["best", "saved", "resumed"])
+def test_files_are_those_of_one_process(name, degrees, runs):
+    """The best model at the end, the checkpoints left, a resume in the middle of an epoch."""
+    compare(name, groups.resume, runs, **degrees)
+
+
+DEGREES = {
+    "of one process": ("crossed", 2, "plain-grouped"),
+    "tp=4": ("tp4", 1, "dp"),
+    "tp=1, dp_shard=4": ("dp4", 4, "dp"),
+    "from replicas": ("crossed2", 2, "hybrid"),
+}
+
+
+@pytest.mark.parametrize("way", DEGREES)
+def test_resume_from_another_degree(way, runs):
+    mode, number, source = DEGREES[way]
+    for degrees in (SPLIT, HYBRID):
+        runs.tp(groups.resume, **degrees)
+    saved = runs.alone("grouped")["saved"]
+    for report in runs.tp(groups.cross, mode, 4, groups=number, sources=(source,)):
+        found = report[source]
+        assert differences({n: saved[n] for n in found}, found) == []
