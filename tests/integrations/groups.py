@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from integrations.data import Rows, SizedStream, Stream, even_rows
 from integrations.scene import checksum, clean, history, same, weights
 from integrations.training import VARIANTS as ONE_GROUP
 
+LINEARS = ("q_proj", "o_proj", "down_proj")
 EVEN = {"train_dataset": even_rows(24)}
 VARIANTS = {
     "five_steps": {"max_steps": 5, "include_num_input_tokens_seen": "non_padding"},
@@ -126,6 +130,39 @@ def resume(scene):
         "history": history(again),
         "weights_equal": same(weights(again.model), weights(saved.model)),
     }
+    return report
+
+
+def adapted(scene, order, seed=0):
+    """A model with adapters, which come before ``parallelize`` or after it."""
+    model = scene.tiny(seed, parallel=order == "after")
+    torch.manual_seed(seed + 5)
+    config = LoraConfig(r=3, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    if order == "before" and not scene.plain:
+        from hf_sp import parallelize
+
+        model = parallelize(model, **scene.degrees)
+    return model
+
+
+def lora(scene):
+    """Five steps on factors, an evaluation, and a resume in the middle of an epoch."""
+    report = {}
+    for order in ("before", "after"):
+        options = {"train": 24, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+        trainer = scene.trainer(f"lora-{order}", adapted(scene, order), **options)
+        report[f"lora_{order}"] = scene.train(trainer)
+        del report[f"lora_{order}"]["total_flos"]
+        folder = scene.out / scene.mode / f"lora-{order}" / "checkpoint-2"
+        again = scene.trainer(f"lora-{order}", adapted(scene, order, seed=0), **options)
+        again.train(resume_from_checkpoint=str(folder))
+        report[f"lora_{order}"] |= {
+            "evaluation": clean(trainer.evaluate()),
+            "resumed": history(again),
+            "weights_equal": same(weights(again.model), weights(trainer.model)),
+            "saved": checksum(load_file(folder / "adapter_model.safetensors")),
+        }
     return report
 
 

@@ -38,7 +38,7 @@ PLAIN = (
 )
 """What one process does with the unmodified model, for comparison."""
 
-GROUPED = (groups.train, groups.evaluate, groups.resume)
+GROUPED = (groups.train, groups.evaluate, groups.resume, groups.lora)
 """Likewise, with the batches of two groups."""
 
 JOBS = {

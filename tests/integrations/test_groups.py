@@ -43,6 +43,16 @@ def test_files_are_those_of_one_process(name, degrees, runs):
     compare(name, groups.resume, runs, **degrees)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("degrees", [SPLIT, HYBRID], ids=["shard", "replicate"])
+def test_adapters_are_those_of_one_process(degrees, order, runs):
+    """Adapters before ``parallelize`` and after it; a resume is the uninterrupted run."""
+    compare(f"lora_{order}", groups.lora, runs, **degrees)
+    found = runs.tp(groups.lora, **degrees)[0][f"lora_{order}"]
+    assert found["weights_equal"]
+    assert found["resumed"] == found["history"]
+
+
 DEGREES = {
     "of one process": ("crossed", 2, "plain-grouped"),
     "tp=4": ("tp4", 1, "dp"),
