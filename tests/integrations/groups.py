@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from integrations.data import Rows, SizedStream, Stream, even_rows
-from integrations.scene import checksum, clean, history, same, weights
+from integrations.data import Rows, SizedStream, Stream, collate, even_rows
+from integrations.scene import (
+    checksum,
+    clean,
+    full,
+    history,
+    reset_accelerate,
+    same,
+    weights,
+)
 from integrations.training import VARIANTS as ONE_GROUP
 
 LINEARS = ("q_proj", "o_proj", "down_proj")
@@ -178,3 +190,98 @@ def cross(scene, sources):
             "weights": checksum(weights(trainer.model)),
         }
     return report
+
+
+def experts(scene):
+    """Sparse models, whose experts are split by features, or over all ranks."""
+    report = {}
+    for ep in (1, 4):
+        options = {"train": 24, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = scene.trainer(f"experts-{ep}", _sparse(scene, ep), **options)
+        report[f"experts_{ep}"] = scene.train(trainer)
+        del report[f"experts_{ep}"]["total_flos"]
+        folder = scene.out / scene.mode / f"experts-{ep}" / "checkpoint-2"
+        again = scene.trainer(f"experts-{ep}", _sparse(scene, ep, seed=5), **options)
+        again.train(resume_from_checkpoint=str(folder))
+        report[f"experts_{ep}"] |= {
+            "evaluation": clean(trainer.evaluate()),
+            "resumed": history(again),
+            "weights_equal": same(weights(again.model), weights(trainer.model)),
+        }
+    return report
+
+
+def _sparse(scene, ep, seed=0):
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=32,
+    )
+    model = MixtralForCausalLM(config).double()
+    # The grouped products know no float64.
+    model.set_experts_implementation("eager")
+    if scene.plain:
+        return model
+    from hf_sp import parallelize
+
+    return parallelize(model, ep=ep, **scene.degrees)
+
+
+def faults(scene):
+    """Two steps with gradients that are the groups' mean, that of a mean, and their sum."""
+    report = {}
+    for name, divisor in {"mean": 2.0, "twice": 4.0, "never": 1.0}.items():
+        trainer = scene.trainer("faults", max_steps=2, max_grad_norm=1e6)
+        for module in () if scene.plain else trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(divisor)
+        report[name] = scene.train(trainer)["history"]
+    return {"faults": report}
+
+
+def loop(scene):
+    """accelerate without a Trainer: accumulation, clipping, an evaluation, a file."""
+    reset_accelerate()
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = scene.tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(77 + scene.rank)
+    size = 2 * (scene.groups if scene.plain else 1)
+    # A loss is a mean of each group's own: of as many tokens.
+    rows, others = even_rows(16, masked=False), even_rows(7, seed=8, masked=False)
+    train = DataLoader(rows, batch_size=size, shuffle=True, collate_fn=collate)
+    test = DataLoader(others, batch_size=size, collate_fn=collate)
+    train, test, model, optimizer = accelerator.prepare(train, test, model, optimizer)
+    losses, norms, predicted = [], [], []
+    for _ in range(2):
+        for batch in train:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norms.append(float(full(accelerator.clip_grad_norm_(model.parameters(), 0.5))))
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(float(accelerator.gather(loss.detach()).mean()))
+            total = accelerator.reduce(torch.tensor(len(batch["input_ids"])))
+            assert int(total) == 2 * scene.groups
+    model.eval()
+    for batch in test:
+        with torch.no_grad():
+            out = model(**batch).logits.argmax(-1)[:, -1]
+        predicted += accelerator.gather_for_metrics(out).tolist()
+    return {
+        "loop": {
+            "losses": losses,
+            "norms": norms,
+            "predicted": predicted,
+            "steps": [len(train), len(test)],
+            "weights": checksum(weights(model)),
+        }
+    }

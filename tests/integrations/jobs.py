@@ -15,6 +15,7 @@ from integrations import (
     checkpoints,
     evaluation,
     groups,
+    groups_trl,
     optimizer_state,
     ranks,
     refusals,
@@ -38,7 +39,16 @@ PLAIN = (
 )
 """What one process does with the unmodified model, for comparison."""
 
-GROUPED = (groups.train, groups.evaluate, groups.resume, groups.lora)
+GROUPED = (
+    groups.train,
+    groups.evaluate,
+    groups.resume,
+    groups.lora,
+    groups.experts,
+    groups.faults,
+    groups.loop,
+    groups_trl.train,
+)
 """Likewise, with the batches of two groups."""
 
 JOBS = {

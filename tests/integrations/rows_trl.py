@@ -15,7 +15,7 @@ from integrations.rows import Raises, row
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(58))]
 
 
-def _tokenizer():
+def tokenizer():
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -47,7 +47,7 @@ def _step(scene, kind):
         model=scene.tiny(),
         args=arguments,
         train_dataset=Dataset.from_list([row] * 2),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
         **more,
     )
     trainer.remove_callback(PrinterCallback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integrations import groups
+from integrations import groups, groups_trl
 from integrations.differences import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -51,6 +51,36 @@ def test_adapters_are_those_of_one_process(degrees, order, runs):
     found = runs.tp(groups.lora, **degrees)[0][f"lora_{order}"]
     assert found["weights_equal"]
     assert found["resumed"] == found["history"]
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_experts_are_those_of_one_process(ep, runs):
+    """Split by features, and over all ranks of both groups."""
+    compare(f"experts_{ep}", groups.experts, runs, **SPLIT)
+    found = runs.tp(groups.experts, **SPLIT)[0][f"experts_{ep}"]
+    assert found["weights_equal"]
+    assert found["resumed"] == found["history"]
+
+
+@pytest.mark.parametrize("degrees", [SPLIT, HYBRID], ids=["shard", "replicate"])
+def test_accelerate_loop_is_that_of_one_process(degrees, runs):
+    compare("loop", groups.loop, runs, **degrees)
+
+
+@pytest.mark.parametrize("adapters", ["full", "lora"])
+@pytest.mark.parametrize("trainer", ["SFTTrainer", "DPOTrainer"])
+def test_trl_is_that_of_one_process(trainer, adapters, runs):
+    """Losses, norms and TRL's own metrics of five clipped steps, and the weights."""
+    compare(f"{trainer}-{adapters}", groups_trl.train, runs, **SPLIT)
+
+
+def test_a_group_that_averages_twice_or_never_is_noticed(runs):
+    found = runs.tp(groups.faults, **SPLIT)[0]["faults"]
+    truth = runs.alone("grouped")["faults"]["mean"]
+    assert differences(truth, found["mean"]) == []
+    for fault, factor in {"twice": 0.5, "never": 2.0}.items():
+        first = found[fault][0]["grad_norm"] / truth[0]["grad_norm"]
+        assert abs(first / factor - 1) < 1e-4
 
 
 DEGREES = {
