@@ -147,8 +147,9 @@ def parallelize(
         install(whole, state)
         setattr(whole, ATTRIBUTE, state)
         integrations.install(whole)
-        if ranks.data is not None:
-            shard_over_data(whole, state, ranks.data)
+    if ranks.data is not None:
+        # With the adapters, which are back.
+        shard_over_data(whole, state, ranks.data)
     if state.everyone.rank == 0:
         logger.info("%s", resolved)
         if taken:

@@ -132,12 +132,12 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     """Refuse what FSDP cannot take, or would not find."""
     if degrees.data == 1:
         return
-    if hasattr(model, "peft_config"):
-        raise no_adapters(type(model).__name__, degrees.data)
     experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
     alone = tuple(experts) if plan.ep > plan.tp else ()
     seen: dict[str, tuple[str, torch.dtype]] = {}
-    for name, p in model.named_parameters():
+    # Paths of the plan are the transformers model's.
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, p in base.named_parameters():
         if name.startswith(alone) or not p.requires_grad:
             continue
         layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
@@ -150,17 +150,6 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
                 rule="FSDP reduces a layer's gradients, and those of what surrounds, in one buffer",
                 remedy="model.to(torch.bfloat16), float32 under autocast, or freeze the odd ones",
             )
-
-
-def no_adapters(where: str, data: int) -> ConfigError:
-    """The refusal of adapters beside data parallel ranks, before or after ``parallelize``."""
-    return ConfigError(
-        "adapters are not built for data parallel ranks",
-        where=where,
-        got=f"{data} groups of tp ranks",
-        rule="FSDP would shard the factors again, or leave out those that come later",
-        legal="dp_shard=1, dp_replicate=1",
-    )
 
 
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:

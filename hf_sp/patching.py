@@ -37,8 +37,8 @@ class Patches:
     def on(self, owner: type | ModuleType, name: str) -> Callable[[Patch], Patch]:
         """Decorator: ``owner.name`` becomes this function, with the original as first argument.
 
-        The owner is a class, or a module whose function takes the instance first, by position or
-        by its name.
+        The owner is a class, whose method or property it is, or a module whose function takes the
+        instance first, by position or by its name.
         """
 
         def register(patch: Patch) -> Patch:
@@ -51,8 +51,10 @@ class Patches:
         """Put every patch in place. Can be called again."""
         for owner, name, patch in self.entries:
             current = inspect.getattr_static(owner, name)
-            if not hasattr(current, _ORIGINAL):
-                setattr(owner, name, self._wrapped(current, patch))
+            read = current.fget if isinstance(current, property) else current
+            if not hasattr(read, _ORIGINAL):
+                wrapped = self._wrapped(read, patch)
+                setattr(owner, name, property(wrapped) if read is not current else wrapped)
 
     def _wrapped(self, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         first = next(iter(inspect.signature(original).parameters))

@@ -61,8 +61,6 @@ class ParallelState:
     load: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     # The layer whose norms' gradients are summed next, and the ports their sums go to.
     delivered: tuple[Any, Any] = field(default=(None, None), init=False, repr=False)
-    # Rows of Trainer's latest evaluation.
-    eval_samples: int = field(default=0, init=False)
     # Whether anyone reads the logits of a forward with labels in eval.
     logits_wanted: bool = field(default=True, init=False)
 

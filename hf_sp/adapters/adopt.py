@@ -20,11 +20,13 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_sp.adapters.lora_linear import ParallelLora
 from hf_sp.adapters.lora_vocab import CLASSES
 from hf_sp.errors import ConfigError
+from hf_sp.model.fsdp import shard_blocks_over_data
 from hf_sp.model.shard import agree_on_weights, shard_parameter
 from hf_sp.state import ParallelState, parallel_state
 
@@ -83,9 +85,9 @@ def adopt(model: nn.Module) -> None:
     ]
     plain = [p for *_, c in copies for p in c.parameters() if not isinstance(p, DTensor)]
     compared = nn.ParameterList([*(own[3] for own in whole), *plain])
-    taken = agree_on_weights(compared, state.axis, state.mesh.device_type)
-    if taken and state.rank == 0:
-        message = "%d of %d adapter tensors differed; all ranks now have those of tp rank 0"
+    taken = agree_on_weights(compared, state.everyone, state.mesh.device_type)
+    if taken and state.everyone.rank == 0:
+        message = "%d of %d adapter tensors differed; all ranks now have those of rank 0"
         logger.warning(message, len(taken), len(compared))
     for layer in layers:
         kind = CLASSES.get((type(layer), type(layer.get_base_layer())))
@@ -101,6 +103,8 @@ def adopt(model: nn.Module) -> None:
     for layer, owner, key, p, which in whole:
         device = layer.get_base_layer().weight.device
         owner[key] = shard_parameter(p, layer.placements[which], state, device)
+    if isinstance(model, FSDPModule):
+        shard_blocks_over_data(model, state)
     for wrapper, name, copied in copies:
         wrapper.modules_to_save[name] = _shard_copy(wrapper.original_module, copied, state)
 

@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_sp.adapters.adopt import base_model
-from hf_sp.checks import no_adapters
 from hf_sp.errors import ConfigError
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
@@ -89,10 +89,8 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
         ConfigError: nothing has been changed then.
     """
     where = f"adapter {name!r}"
-    state = parallel_state(model)
-    if state is not None and state.data > 1:
-        raise no_adapters(where, state.data)
     check_config(config, where, after=True)
+    _check_groups(model, config, where)
     if low_cpu_mem_usage:
         raise _refuse(
             "low_cpu_mem_usage=True",
@@ -111,6 +109,33 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
         named = vocabulary and config.target_modules != "all-linear"
         if config.use_dora and named and check_target_module_exists(config, path):
             raise _refuse("DoRA on the embedding or the head", path, legal="DoRA on other linears")
+
+
+def _check_groups(model: nn.Module, config: Any, where: str) -> None:
+    """Refuse what FSDP, once it is there, is not told of: it takes one adapter, of the blocks."""
+    state = parallel_state(model)
+    if state is None or state.data == 1:
+        return
+    inside = tuple(f"{block.path}." for block in state.plan.blocks)
+    chosen = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and not path.startswith(inside)
+        if config.target_modules != "all-linear" and check_target_module_exists(config, path)
+    ]
+    has = any(isinstance(model.get_submodule(b.path), FSDPModule) for b in state.plan.blocks)
+    if what := (
+        "a second adapter" * has
+        or "an adapter outside of the attention and MLP blocks" * bool(chosen)
+        or "modules_to_save" * bool(getattr(config, "modules_to_save", None))
+    ):
+        raise ConfigError(
+            f"{what} cannot be added to a model with data parallel ranks",
+            where=where,
+            got=", ".join(chosen) or f"{state.data} groups of tp ranks",
+            rule="FSDP has sharded the model; it is given one more group for each block",
+            remedy="get_peft_model (and add_adapter) first, parallelize second",
+        )
 
 
 def _check_experts(model: Any, config: Any, where: str) -> None:

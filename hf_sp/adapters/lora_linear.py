@@ -139,7 +139,17 @@ class ParallelLora:
         Args:
             safe_merge: refuse, on every rank, a result that is not finite.
             adapter_names: which; the active ones if None.
+
+        Raises:
+            ConfigError: with data parallel ranks, where FSDP holds a part of a shard.
         """
+        if self.get_base_layer().weight.device_mesh.ndim > 1:
+            raise ConfigError(
+                "adapters cannot be merged into a model with data parallel ranks",
+                where=type(self).__name__,
+                rule="a rank's part of the product is that of its tp shard, which FSDP has split",
+                remedy="save_pretrained, and merge in one process",
+            )
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.scaling:
                 continue

@@ -17,7 +17,6 @@ _FUSED = (
     "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     ("weight.full_tensor()", "fused_lm_head=False, labels=None, shift_labels=None"),
 )
-_TOKENS = ("num_tokens_in_batch // self._tp_size",)
 
 NAMES: tuple[Name, ...] = (
     # peft: replaced
@@ -88,17 +87,13 @@ NAMES: tuple[Name, ...] = (
     # trl: replaced
     Name(_SFT + "add_fused_lm_head", *_FUSED),
     Name(_DPO + "add_fused_lm_head", *_FUSED),
-    Name(
-        _SFT + "SFTTrainer.compute_loss",
-        "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
-        (*_TOKENS, "outputs.entropy.detach()", "fused_lm_head=True"),
-    ),
-    Name(
-        _DPO + "DPOTrainer.compute_loss",
-        "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
-    ),
     # trl: used
     Name("trl.trainer.utils:FusedCausalLMOutput"),
-    Name(_SFT + "SFTTrainer.__init__", None, ("add_fused_lm_head(", "self._tp_size")),
-    Name(_DPO + "DPOTrainer.__init__", None, ("add_fused_lm_head(", "self._tp_size")),
+    Name(_SFT + "SFTTrainer.__init__", None, ("add_fused_lm_head(",)),
+    Name(
+        _SFT + "SFTTrainer.compute_loss",
+        None,
+        ("outputs.entropy.detach()", "fused_lm_head=True", "num_processes // self.get_tp_size()"),
+    ),
+    Name(_DPO + "DPOTrainer.__init__", None, ("add_fused_lm_head(",)),
 )

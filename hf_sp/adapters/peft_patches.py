@@ -121,9 +121,8 @@ def save_adapters_alone(
 
     Gathered here: what PEFT would write, one tensor at a time, for the rank that writes.
     """
-    state = parallel_state(self)
-    assert state is not None
-    meet(state.group, "PeftModel.save_pretrained")
+    ranks = ranks_of(self)
+    meet(ranks.group, "PeftModel.save_pretrained")
     given = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
     kwargs |= dict(zip(given, args, strict=False))
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:
@@ -133,7 +132,7 @@ def save_adapters_alone(
             rule="PEFT loads the initial adapter into the model, on the writing rank alone",
             remedy="save without it, and convert in one process",
         )
-    writes = bool(kwargs.get("is_main_process", True)) and state.rank == 0
+    writes = bool(kwargs.get("is_main_process", True)) and ranks.first
     everything = kwargs.pop("state_dict", None)
     everything = self.state_dict() if everything is None else everything
     wanted: set[str] = set()
@@ -151,6 +150,6 @@ def save_adapters_alone(
             wanted |= set(picked.values())
     chosen = {name: value for name, value in everything.items() if name in wanted}
     whole = gather_state_dict(self, chosen, keep=writes)
-    with Together(ranks_of(self), "the adapters could not be saved", save_directory):
+    with Together(ranks, "the adapters could not be saved", save_directory):
         if writes:
             original(self, save_directory, state_dict=whole, **kwargs)

@@ -31,6 +31,7 @@ def install(model: nn.Module) -> None:
     from hf_sp.integrations import accelerate_patches as accelerate
     from hf_sp.integrations import (
         optimizers,
+        process_patches,
         saving,
         torch_checkpoint,
         trainer,
@@ -38,7 +39,7 @@ def install(model: nn.Module) -> None:
         trainer_ranks,
     )
 
-    modules = [accelerate, optimizers, saving, torch_checkpoint]
+    modules = [accelerate, optimizers, process_patches, saving, torch_checkpoint]
     modules += [trainer, trainer_files, trainer_ranks]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches
@@ -48,12 +49,12 @@ def install(model: nn.Module) -> None:
     for patches in tables:
         patches.apply()
     if isinstance(model, PreTrainedModel):
-        # The light mark, no more. With ``_device_mesh`` PEFT would shard adapters again. With
+        # The light mark, no more. With ``_tp_size`` Trainer would count tp ranks as processes. With
+        # ``_device_mesh`` PEFT would shard adapters again. With
         # ``_is_distributed_loading_by_transformers`` Trainer would broadcast and average what is
         # not a DTensor, and refuse to save what can be resumed. Not written to config.json.
         state = parallel_state(model)
         assert state is not None
-        model._tp_size = state.tp  # type: ignore[assignment]
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
     install_load_hook(model)
     allow_anomaly_mode()

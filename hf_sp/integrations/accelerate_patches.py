@@ -1,20 +1,18 @@
-"""accelerate and a parallelized model: same batch on all tp ranks, no wrapper, no duplicates.
+"""accelerate and a parallelized model: the same batch on all tp ranks, no wrapper.
 
-The patches act where accelerate's state carries our mark (``accelerate_mesh``), or on arguments
+The patches act while accelerate is shown the groups of a model (``processes``), or on arguments
 that are parallelized models. Versions named here: accelerate 1.12 to 1.15.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.data_loader import DataLoaderShard
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
@@ -23,11 +21,11 @@ from accelerate.utils import (
 )
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.errors import ConfigError
-from hf_sp.integrations.accelerate_mesh import adopt, check_holder, check_optimizer, current_is_ours
+from hf_sp.integrations.processes import adopt, check_holder, check_optimizer, shown
 from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
 from hf_sp.patching import Patch, Patches
@@ -36,18 +34,19 @@ from hf_sp.state import ParallelState, parallel_state
 PATCHES = Patches(lambda _: True)
 """Patches that look at their arguments."""
 
-STATE_PATCHES = Patches(lambda _: current_is_ours())
-"""Patches that act while accelerate's state carries our mark."""
+STATE_PATCHES = Patches(lambda _: shown() is not None)
+"""Patches that act while accelerate is shown the groups of a model."""
 
 
 @PATCHES.on(ParallelismConfig, "_validate_accelerator")
 def allow_cpu_processes(original: Patch, self: ParallelismConfig, accelerator: Accelerator) -> None:
     """Accelerate 1.12 to 1.15 refuses every ParallelismConfig on several CPU processes.
 
-    One that makes all of them tensor parallel is let through: ours, or one that may become ours.
+    One that may become ours is let through.
     """
     cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
-    if not (cpu and self.tp_size == self.total_size == accelerator.num_processes):
+    ours = self.cp_size == self.sp_size == 1 and self.total_size == accelerator.num_processes
+    if not (cpu and ours):
         original(self, accelerator)
 
 
@@ -56,13 +55,10 @@ def _states(objects: Iterable[Any]) -> list[ParallelState]:
 
 
 @PATCHES.on(Accelerator, "prepare")
-def attach_mesh_before_prepare(
+def show_groups_before_prepare(
     original: Patch, self: Accelerator, *args: Any, **kwargs: Any
 ) -> Any:
-    """``Accelerator()`` knows nothing of the model: it would cut the batches over the tp ranks.
-
-    On several GPUs it would then raise (DTensor under DDP), on CPU wrap and train wrongly.
-    """
+    """``Accelerator()`` knows nothing of the model: it would cut the batches over the tp ranks."""
     states = _states(args)
     for state in states:
         adopt(self, state, "Accelerator.prepare")
@@ -76,35 +72,30 @@ def attach_mesh_before_prepare(
 
 
 @PATCHES.on(Accelerator, "prepare_model")
-def attach_mesh_before_prepare_model(
-    original: Patch, self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any
+def prepare_without_wrapper(
+    original: Patch,
+    self: Accelerator,
+    model: nn.Module,
+    device_placement: bool | None = None,
+    evaluation_mode: bool = False,
 ) -> Any:
-    """As ``prepare``, for those who call this directly; and ``torch_compile`` by layers.
+    """As ``prepare``, for those who call this directly; no DDP; and ``torch_compile`` by layers.
 
     accelerate compiles the model as a whole, whose hooks and loss talk to the host.
     """
     state, plugin = parallel_state(model), self.state.dynamo_plugin
-    if state is not None:
-        adopt(self, state, "Accelerator.prepare_model")
-    if state is None or plugin.backend == DynamoBackend.NO:
-        return original(self, model, *args, **kwargs)
+    if state is None:
+        return original(self, model, device_placement, evaluation_mode)
+    adopt(self, state, "Accelerator.prepare_model")
     backend, plugin.backend = plugin.backend, DynamoBackend.NO
     try:
-        prepared = original(self, model, *args, **kwargs)
+        # For evaluation a model is not wrapped, and otherwise prepared in the same way.
+        prepared = original(self, model, device_placement, evaluation_mode=True)
     finally:
         plugin.backend = backend
-    compile_layers(model, **plugin.to_kwargs())
+    if backend != DynamoBackend.NO:
+        compile_layers(model, **plugin.to_kwargs())
     return prepared
-
-
-@PATCHES.on(Accelerator, "_prepare_tp")
-def skip_param_remap(original: Patch, self: Accelerator, *args: Any) -> Any:
-    """Do not map the optimizer's parameters anew by their address.
-
-    accelerate 1.12 to 1.15 finds each by its local data pointer, which is 0 for all empty shards (a
-    vocabulary smaller than tp): the optimizer would be given one parameter several times.
-    """
-    return list(args) if _states(args) else original(self, *args)
 
 
 def _as_float(x: torch.Tensor) -> torch.Tensor:
@@ -129,59 +120,15 @@ def keep_logits_lazy(original: Patch, self: ConvertOutputsToFp32, *args: Any, **
 def sync_sampler_rng(
     original: Patch, self: Accelerator, data_loader: DataLoader, *args: Any, **kwargs: Any
 ) -> Any:
-    """Two ways to unequal batches that accelerate leaves open on tp ranks.
+    """Ranks whose CPU generators differ would shuffle, and collate, differently.
 
-    With the mesh, accelerate counts one process and so no longer synchronizes the sampler's random
-    state: ranks whose CPU generators differ shuffle differently. And ``split_batches`` with a
-    dispatched loader still cuts the batch over the ranks (it only logs a warning).
+    accelerate synchronizes a sampler's generator, and that in several processes only.
     """
-    dispatches = self.dispatch_batches
-    if dispatches is None:
-        dispatches = isinstance(data_loader.dataset, IterableDataset)
-    if self.split_batches and dispatches:
-        raise ConfigError(
-            "split_batches cannot be used with a dispatched data loader",
-            where="DataLoaderConfiguration / accelerator_config",
-            got="split_batches=True, with dispatch_batches=True or an IterableDataset",
-            rule="accelerate would give each tp rank a part of the batch; each needs the whole",
-            legal="split_batches=False, or dispatch_batches=False",
-        )
     synchronize_rng_states(["torch"])
     prepared = original(self, data_loader, *args, **kwargs)
     if type(prepared) is DataLoaderShard:
-        prepared.rng_types = ["torch"]
+        prepared.rng_types = sorted({"torch", *(prepared.rng_types or ())})
     return prepared
-
-
-@STATE_PATCHES.on(DataLoaderDispatcher, "__len__")
-def count_every_batch(original: Patch, self: DataLoaderDispatcher) -> int:
-    """Accelerate 1.12 to 1.15 divides by the number of processes though each batch goes to all."""
-    return len(self.base_dataloader)
-
-
-@STATE_PATCHES.on(Accelerator, "gather_for_metrics")
-def skip_gather_for_metrics(
-    original: Patch, self: Accelerator, input_data: Any, use_gather_object: bool = False
-) -> Any:
-    """Every tp rank already has all rows; gathering would repeat each one tp times.
-
-    transformers and accelerate drop repeated rows from the last batch only. What is left to do is
-    what they do in one process: cut what was repeated to fill the last batch.
-    """
-    state = self.gradient_state
-    if not state.end_of_dataloader or state.remainder < 1:
-        return input_data
-    remainder = state.remainder
-    if isinstance(state.active_dataloader, DataLoaderDispatcher):
-        # It counts the rows it sends to all ranks together.
-        remainder //= self.num_processes
-    if not use_gather_object:
-        # A number (TRL's counts of tokens) has no rows.
-        with contextlib.suppress(TypeError):
-            return recursively_apply(
-                lambda t: t[:remainder] if t.dim() else t, input_data, error_on_other_type=True
-            )
-    return input_data[:remainder]
 
 
 @STATE_PATCHES.on(Accelerator, "get_state_dict")
@@ -205,15 +152,3 @@ def refuse_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) 
         rule="it keeps the first rank's optimizer shard only and gives it to every rank",
         remedy="model.save_pretrained and hf_sp.optimizer_state.save_optimizer / load_optimizer",
     )
-
-
-@STATE_PATCHES.on(AcceleratedScheduler, "step")
-def step_scheduler_once(
-    original: Patch, self: AcceleratedScheduler, *args: Any, **kwargs: Any
-) -> Any:
-    """Accelerate steps the schedule once per process, counting tp ranks as data parallel."""
-    split, self.split_batches = self.split_batches, True
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        self.split_batches = split

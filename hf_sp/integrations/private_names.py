@@ -10,7 +10,9 @@ from __future__ import annotations
 from hf_sp.patching import Name
 
 _TRAINER = "transformers.trainer:Trainer."
+_ARGUMENTS = "transformers.training_args:TrainingArguments."
 _ACCELERATOR = "accelerate.accelerator:Accelerator."
+_OPERATIONS = "accelerate.utils.operations:"
 _CONFIG = "accelerate.parallelism_config:ParallelismConfig."
 _DTENSOR = "torch.distributed.tensor:DTensor."
 _DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
@@ -20,22 +22,11 @@ NAMES: tuple[Name, ...] = (
     Name(_TRAINER + "create_accelerator_and_postprocess", "(self)", ("self.accelerator = Acc",)),
     Name(_TRAINER + "_validate_args", "(self)"),
     Name(_TRAINER + "call_model_init", "(self, trial=None)"),
-    Name(_TRAINER + "_get_train_sampler", "(self, train_dataset=None)", ("dp_size=world_size",)),
+    Name(_TRAINER + "get_batch_samples", "(self, epoch_iterator, num_batches, device)"),
     Name(
-        _TRAINER + "_get_dataloader",
-        "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, "
-        "dataloader_key=None)",
-        ("rank=self.args.process_index",),
-    ),
-    Name(
-        _TRAINER + "_get_num_items_in_batch",
-        "(self, batch_samples, device)",
-        ("if self.args.average_tokens_across_devices:", "Divide by number of devices with the"),
-    ),
-    Name(
-        _TRAINER + "_track_num_input_tokens",
-        "(self, inputs)",
-        ("self.accelerator.gather(input_tokens).sum()",),
+        _TRAINER + "_get_train_sampler",
+        "(self, train_dataset=None)",
+        ("self.args.train_batch_size * self.args.gradient_accumulation_steps,",),
     ),
     Name(_TRAINER + "store_flos", "(self)", ("distributed_broadcast_scalars([self.current_flos]",)),
     Name(
@@ -50,11 +41,6 @@ NAMES: tuple[Name, ...] = (
         ("self.gather_function = self.accelerator.gather_for_metrics",),
     ),
     Name(_TRAINER + "log", "(self, logs, start_time=None)"),
-    Name(
-        _TRAINER + "predict",
-        "(self, test_dataset, ignore_keys=None, metric_key_prefix='test')",
-        ("self.args.eval_batch_size * self.args.world_size",),
-    ),
     Name(
         _TRAINER + "save_model",
         "(self, output_dir=None, _internal_call=False)",
@@ -82,6 +68,15 @@ NAMES: tuple[Name, ...] = (
         _TRAINER + "_save_optimizer_and_scheduler",
         "(self, output_dir)",
         ("elif self.args.should_save:",),
+    ),
+    Name(_TRAINER + "_save_rng_state", "(self, output_dir)", ("self.args.process_index",)),
+    Name(_TRAINER + "is_world_process_zero", "(self)", ("self.args.process_index == 0",)),
+    Name(_ARGUMENTS + "should_save", "(self)", ("self.process_index == 0",)),
+    Name(_ARGUMENTS + "should_log", "(self)", ("self.process_index == 0",)),
+    Name(
+        _ARGUMENTS + "main_process_first",
+        "(self, local=True, desc='work')",
+        ("self.world_size > 1",),
     ),
     Name(_TRAINER + "_load_optimizer_and_scheduler", "(self, checkpoint)"),
     Name(
@@ -139,13 +134,6 @@ NAMES: tuple[Name, ...] = (
     ),
     Name(_TRAINER + "_build_accelerator_args", None, ('"] = self.args.parallelism_config',)),
     Name(_TRAINER + "_load_best_model", "(self)", ("model.load_state_dict(state_dict, False)",)),
-    Name(_TRAINER + "get_tp_size", None, ('getattr(self.model, "_tp_size", None)',)),
-    Name("transformers.modeling_utils:PreTrainedModel.tp_size", None, ("self._tp_size",)),
-    Name(
-        "transformers.trainer_utils:seed_worker",
-        "(worker_id, num_workers, rank)",
-        ("num_workers * rank",),
-    ),
     # accelerate: replaced methods
     Name(_CONFIG + "_validate_accelerator", "(self, accelerator)", ("accelerator.multi_device",)),
     Name(_ACCELERATOR + "prepare", "(self, *args, device_placement=None)"),
@@ -153,41 +141,38 @@ NAMES: tuple[Name, ...] = (
         _ACCELERATOR + "prepare_model",
         "(self, model, device_placement=None, evaluation_mode=False)",
     ),
-    Name(_ACCELERATOR + "_prepare_tp", "(self, *args)", ("data_ptr()",)),
     Name(
         _ACCELERATOR + "prepare_data_loader",
         "(self, data_loader, device_placement=None, slice_fn_for_dispatch=None)",
-        ("torch_device_mesh=device_mesh",),
+        ("num_processes=self.num_processes", "process_index=self.process_index"),
     ),
+    Name(_ACCELERATOR + "reduce", "(self, tensor, reduction='sum', scale=1.0)"),
+    Name("accelerate.utils.operations:_gpu_gather", "(tensor)", ("all_gather(output_tensors",)),
     Name(
-        _ACCELERATOR + "gather_for_metrics",
-        "(self, input_data, use_gather_object=False)",
-        ("self.gradient_state.end_of_dataloader", "self.gradient_state.remainder"),
+        "accelerate.utils.operations:_gpu_gather_object", "(object)", ("for y in output_objects",)
+    ),
+    Name("accelerate.state:PartialState.is_main_process", "(self)", ("self.process_index == 0",)),
+    Name("accelerate.state:PartialState.use_distributed", "(self)", ("self.num_processes > 1",)),
+    Name(
+        _DISPATCHER + "__init__",
+        None,
+        ("self.state = PartialState()", "self.slice_fn = slice_tensors"),
     ),
     Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
     Name(_ACCELERATOR + "save_state"),
     Name(_ACCELERATOR + "load_state"),
-    Name(_DISPATCHER + "__len__", "(self)", ("whole_length / self.state.num_processes",)),
     Name(
-        "accelerate.scheduler:AcceleratedScheduler.step",
-        "(self, *args, **kwargs)",
-        ("if self.split_batches:", "for _ in range(num_processes)"),
-    ),
-    Name(
-        "accelerate.utils.operations:ConvertOutputsToFp32.__call__",
+        _OPERATIONS + "ConvertOutputsToFp32.__call__",
         "(self, *args, **kwargs)",
         ("convert_to_fp32(self.model_forward(*args, **kwargs))",),
     ),
     # accelerate: used
     Name("accelerate.state:AcceleratorState._shared_state"),
-    Name(_CONFIG + "get_device_mesh", None, ("if self.device_mesh is None:",)),
-    Name(
-        "accelerate.data_loader:prepare_data_loader",
-        None,
-        ("num_processes = submesh_fsdp_size * submesh_dp_size",),
-    ),
+    Name("accelerate.state:PartialState._shared_state"),
+    Name(_ARGUMENTS + "world_size", None, ("self.distributed_state.num_processes",)),
+    Name(_ARGUMENTS + "process_index", None, ("self.distributed_state.process_index",)),
+    Name(_DISPATCHER + "__iter__", None, ("slice(0, self.state.num_processes)", "data_slice,")),
     Name("accelerate.data_loader:DataLoaderShard", None, ("self.rng_types = rng_types",)),
-    Name(_DISPATCHER + "_fetch_batches", None, ("self.submesh_tp",)),
     # torch: replaced methods
     Name("torch.optim:Optimizer.add_param_group", "(self, param_group)"),
     Name(_DTENSOR + "__create_write_items__", "(self, fqn, object)"),

@@ -7,20 +7,18 @@ model, in transformers 5.17 to 5.24, is corrected here one method at a time.
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-import hf_sp.integrations.accelerate_mesh as accelerate_mesh
+import hf_sp.integrations.processes as processes
 import hf_sp.integrations.trainer_ranks as trainer_ranks
 import hf_sp.integrations.trl_patches as trl_patches
+from hf_sp.checkpoint.ranks import ranks_of
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
@@ -48,12 +46,11 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
 
 def _check_own(args: TrainingArguments, state: ParallelState) -> None:
     where = "TrainingArguments"
-    accelerate_mesh.check_world(state, "Trainer")
-    if args.world_size != state.tp:
+    if args.world_size != state.everyone.size:
         raise ConfigError(
             "Trainer does not see the processes that the model is sharded over",
             where=where,
-            got=f"args.world_size={args.world_size}, tp={state.tp}",
+            got=f"args.world_size={args.world_size}, the model is on {state.everyone.size} ranks",
             rule="every process would take itself for the only one, and write the checkpoint",
             remedy="start the script with torchrun or accelerate launch",
         )
@@ -65,10 +62,10 @@ def _check_own(args: TrainingArguments, state: ParallelState) -> None:
             rule="one process per GPU",
             remedy="start the script with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
         )
-    for engine in accelerate_mesh.OTHER_ENGINES:
+    for engine in processes.OTHER_ENGINES:
         option, flag = engine.lower(), f"ACCELERATE_USE_{engine}"
         if getattr(args, option, None) or os.environ.get(flag, "false").lower() == "true":
-            raise accelerate_mesh.refuse_engine(engine, f"{where}({option}=...) or {flag}")
+            raise processes.refuse_engine(engine, f"{where}({option}=...) or {flag}")
     if args.use_liger_kernel:
         raise ConfigError(
             "use_liger_kernel=True cannot be applied to a parallelized model",
@@ -82,7 +79,7 @@ def _check_own(args: TrainingArguments, state: ParallelState) -> None:
             rule="it prints weights as plain tensors, and ends the one rank that meets an overflow",
             remedy="with torch.autograd.detect_anomaly(): trainer.train()",
         )
-    nodes = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    nodes = state.everyone.size // int(os.environ.get("LOCAL_WORLD_SIZE", state.everyone.size))
     if args.save_on_each_node and nodes > 1:
         raise ConfigError(
             "save_on_each_node=True is not supported on several nodes",
@@ -98,37 +95,38 @@ ALL_PATCHES = Patches(lambda _: True)
 
 
 @ALL_PATCHES.on(Trainer, "create_accelerator_and_postprocess")
-def attach_mesh_at_construction(original: Patch, self: Any) -> Any:
-    """Trainer overwrites a given ParallelismConfig's sizes silently, and makes a mesh of its own.
+def show_groups_at_construction(original: Patch, self: Any) -> Any:
+    """Trainer would take each rank for a process with a batch of its own.
 
     accelerate's state outlives a Trainer: the next one with the same arguments, over a parallelized
-    model or over a plain one, would be given the mesh of the one before.
+    model or over a plain one, would be shown the groups of the one before.
     """
+    processes.release()
     state = parallel_state(self.model)
     if state is None:
-        accelerate_mesh.check_holder(self.model, "Trainer(model=...)")
-        accelerate_mesh.release()
+        processes.check_holder(self.model, "Trainer(model=...)")
         return original(self)
     check_arguments(self.args, state)
     trl_patches.install(self)
     given = self.args.parallelism_config
-    where = "TrainingArguments(parallelism_config=...)"
-    self.args.parallelism_config = accelerate_mesh.config_for(state, given, where)
+    processes.check_config(state, given, "TrainingArguments(parallelism_config=...)")
+    self.args.parallelism_config = None
     try:
         original(self)
     finally:
         self.args.parallelism_config = given
-    accelerate_mesh.adopt(self.accelerator, state, "Trainer")
+    processes.adopt(self.accelerator, state, "Trainer")
 
 
 @ALL_PATCHES.on(Trainer, "call_model_init")
-def attach_mesh_after_model_init(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+def show_groups_after_model_init(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """With ``model_init`` the accelerator is made before the model."""
     model = original(self, *args, **kwargs)
     state = parallel_state(model)
     if state is not None:
+        processes.release()
         check_arguments(self.args, state)
-        accelerate_mesh.adopt(self.accelerator, state, "Trainer(model_init=...)")
+        processes.adopt(self.accelerator, state, "Trainer(model_init=...)")
     return model
 
 
@@ -137,58 +135,7 @@ def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
     """``Trainer(optimizers=...)`` made before ``parallelize`` trains parameters nobody uses."""
     original(self)
     if self.optimizer is not None:
-        accelerate_mesh.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
-
-
-@PATCHES.on(Trainer, "_get_train_sampler")
-def rebalance_without_tp_ranks(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``batch_rebalance`` deals micro-batches out to all processes, tp ranks among them."""
-    sampler = original(self, *args, **kwargs)
-    if not isinstance(sampler, BatchRebalanceSampler):
-        return sampler
-    return BatchRebalanceSampler(
-        sampler.lengths,
-        sampler.effective_batch_size // sampler.dp_size,
-        dp_size=1,
-        grad_accum=sampler.grad_accum,
-        drop_last=sampler.drop_last,
-    )
-
-
-@PATCHES.on(Trainer, "_get_dataloader")
-def seed_workers_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) -> DataLoader:
-    """Trainer seeds loader workers by rank: a random collator would give each its own batch."""
-    loader = original(self, *args, **kwargs)
-    inner: Any = getattr(loader, "base_dataloader", loader)
-    seed = inner.worker_init_fn
-    if isinstance(seed, functools.partial) and seed.func is seed_worker:
-        inner.worker_init_fn = functools.partial(seed, rank=0)
-    return loader
-
-
-@PATCHES.on(Trainer, "_get_num_items_in_batch")
-def count_labels_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Trainer divides by tp what it gathered; not gathered, the loss is tp times too big.
-
-    ``average_tokens_across_devices=False`` skips the gather but not the division (5.17: a floor
-    division at that).
-    """
-    asked = self.args.average_tokens_across_devices
-    # The gather over equal batches and the division by tp give the local count.
-    self.args.average_tokens_across_devices = True
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        self.args.average_tokens_across_devices = asked
-
-
-@PATCHES.on(Trainer, "_track_num_input_tokens")
-def count_tokens_once(original: Patch, self: Any, inputs: Any) -> None:
-    """Trainer sums the tokens of all ranks, which are the same tokens."""
-    before = self.state.num_input_tokens_seen
-    original(self, inputs)
-    added = self.state.num_input_tokens_seen - before
-    self.state.num_input_tokens_seen = before + added // state_of(self).tp
+        processes.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
 
 
 @PATCHES.on(Trainer, "store_flos")
@@ -198,8 +145,47 @@ def count_flos_once(original: Patch, self: Any) -> None:
     original(self)
 
 
+def _counts_for_all(trainer: Any) -> bool:
+    """Whether a loss is a sum divided by the tokens of all groups, times their number."""
+    takes = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    return trainer.args.average_tokens_across_devices and takes
+
+
+def _without_repeated(trainer: Any, inputs: Any) -> Any:
+    """A last batch whose rows beyond the data count for nothing: their labels are ignored.
+
+    accelerate fills the last batch of all groups with rows from the beginning.
+    """
+    state, gradients = state_of(trainer), trainer.accelerator.gradient_state
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if state.data == 1 or not gradients.end_of_dataloader or gradients.remainder < 1:
+        return inputs
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return inputs
+    loader = gradients.active_dataloader
+    dealers = (loader.batch_sampler, loader.dataset, getattr(loader, "state", None))
+    # Another sampler (batch_rebalance) has dealt them out itself.
+    dealt = any(getattr(dealer, "num_processes", 1) == state.data for dealer in dealers)
+    own = gradients.remainder - processes.group_index(state) * len(labels)
+    # A batch without any label has its part of a sum, and no mean.
+    if not dealt or own >= len(labels) or (own <= 0 and not _counts_for_all(trainer)):
+        return inputs
+    labels = labels.clone()
+    labels[max(own, 0) :] = -100
+    return type(inputs)({**inputs, "labels": labels})
+
+
+@PATCHES.on(Trainer, "get_batch_samples")
+def train_on_rows_once(
+    original: Patch, self: Any, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Trainer trains twice on the rows that accelerate fills an epoch's last batch with."""
+    batches = (_without_repeated(self, inputs) for inputs in epoch_iterator)
+    return original(self, batches, *args, **kwargs)
+
+
 @PATCHES.on(Trainer, "prediction_step")
-def skip_logits_for_loss(
+def evaluate_rows_once(
     original: Patch,
     self: Any,
     model: Any,
@@ -208,13 +194,27 @@ def skip_logits_for_loss(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Logits of the whole vocabulary are made in eval; here nobody would read them.
+    """Logits of the whole vocabulary are made in eval; often nobody would read them.
 
-    A subclass that computes its own loss may read them (TRL does), so it gets them.
+    A subclass that computes its own loss may read them (TRL does), so it gets them. And of a last
+    batch Trainer weighs the groups' losses, which are parts of one mean, by their numbers of rows.
     """
+    inputs = _without_repeated(self, inputs)
     wants = not prediction_loss_only or type(self).compute_loss is not Trainer.compute_loss
     with contextlib.nullcontext() if wants else state_of(self).no_logits():
-        return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+        found = original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+    if found[0] is None or state_of(self).data == 1 or not _counts_for_all(self):
+        return found
+    return (self.accelerator.reduce(found[0], "mean"), *found[1:])
+
+
+@PATCHES.on(Trainer, "_get_train_sampler")
+def group_lengths_of_all_groups(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trainer sorts by length in batches of one process."""
+    sampler = original(self, *args, **kwargs)
+    if isinstance(sampler, LengthGroupedSampler):
+        sampler.batch_size *= state_of(self).data
+    return sampler
 
 
 @PATCHES.on(Trainer, "evaluation_loop")
@@ -224,36 +224,15 @@ def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> 
     ``compute_metrics`` is the user's and may be random.
     """
     output = original(self, *args, **kwargs)
-    state_of(self).eval_samples = output.num_samples
-    told = [output.metrics]
-    dist.broadcast_object_list(told, group=state_of(self).group, group_src=0)
-    return output._replace(metrics=told[0])
-
-
-def _correct_speed(trainer: Any, metrics: dict[str, Any]) -> None:
-    suffix = "_steps_per_second"
-    samples = state_of(trainer).eval_samples
-    for key in [k for k in metrics if k.endswith(suffix) and not k.startswith("train")]:
-        runtime = metrics.get(key.removesuffix(suffix) + "_runtime", 0)
-        if runtime:
-            metrics[key] = round(math.ceil(samples / trainer.args.eval_batch_size) / runtime, 3)
+    return output._replace(metrics=ranks_of(self.model).tell(output.metrics))
 
 
 @PATCHES.on(Trainer, "log")
-def correct_evaluation_speed(
+def agree_after_log(
     original: Patch, self: Any, logs: dict[str, Any], start_time: float | None = None
 ) -> None:
-    """Trainer counts a step of evaluation as one batch on every process."""
-    _correct_speed(self, logs)
+    """What a callback asks for in ``on_log`` on one rank alone is looked at next."""
     original(self, logs, start_time)
     if start_time is not None:
-        # Trainer's own, on all ranks: what a callback asks for in on_log is looked at next.
+        # Trainer's own, on all ranks: users log on one rank.
         trainer_ranks.agree_on_control(self.control, state_of(self))
-
-
-@PATCHES.on(Trainer, "predict")
-def correct_prediction_speed(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """As ``correct_evaluation_speed``."""
-    output = original(self, *args, **kwargs)
-    _correct_speed(self, output.metrics)
-    return output

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
+import hf_sp.integrations.processes as processes
 from hf_sp.checkpoint import folder as folders
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.checkpoint.optimizer import (
@@ -200,17 +201,18 @@ def load_optimizer_shards(original: Patch, self: Any, checkpoint: str | None) ->
 def load_rank0_rng(original: Patch, self: Any, checkpoint: str | None) -> None:
     """A checkpoint of another degree lacks some ranks' files, which Trainer passes over.
 
-    Tensor-parallel ranks share one random state, so the first rank's serves all.
+    All ranks share one random state, so the first rank's serves all.
     """
     if checkpoint is None:
         return
-    folder, world = Path(checkpoint), self.args.world_size
+    folder, ranks = Path(checkpoint), ranks_of(self.model)
     files = {f.name: f for f in folder.glob("rng_state*.pth")}
-    own = "rng_state.pth" if world <= 1 else f"rng_state_{self.args.process_index}.pth"
+    own = "rng_state.pth" if ranks.size == 1 else f"rng_state_{ranks.rank}.pth"
     first = files.get("rng_state.pth", files.get("rng_state_0.pth"))
-    with Together(ranks_of(self.model), "the random state cannot be read", folder):
-        if len(files) == world and own in files:
-            original(self, checkpoint)
+    with Together(ranks, "the random state cannot be read", folder):
+        if len(files) == ranks.size and own in files:
+            with processes.as_ranks():
+                original(self, checkpoint)
         elif first is not None:
             saved = _read(first)
             random.setstate(saved["python"])

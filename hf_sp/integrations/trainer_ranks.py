@@ -44,7 +44,7 @@ def agree_on_arguments(
     # Functions among them have an address of their own on each rank.
     mine = {n: re.sub(" at 0x[0-9a-f]+", "", repr(getattr(args, n, None))) for n in _ALIKE.split()}
     rule = "what all ranks hold alike would drift apart, or a rank would wait for the others"
-    agree(state.mesh, problem, mine, "the ranks have different TrainingArguments", rule)
+    agree(state.whole, problem, mine, "the ranks have different TrainingArguments", rule)
 
 
 PATCHES = Patches(lambda handler: parallel_state(handler.model) is not None)
@@ -58,13 +58,13 @@ _ASKED_AFTER = ("on_step_end", "on_substep_end", "on_epoch_end", "on_evaluate", 
 def agree_on_control(control: TrainerControl, state: ParallelState) -> None:
     """Let every rank do what any wants to: stop, save, evaluate, log.
 
-    Collectives: 1 all-gather of 40 bytes a rank; none at tp=1.
+    Collectives: 1 all-gather of 40 bytes a rank; none on one rank.
     """
-    if state.tp == 1:
+    if state.everyone.size == 1:
         return
     wanted = sum(bool(getattr(control, name)) << i for i, name in enumerate(_FLAGS))
     call = "Trainer between two batches"
-    for other, *_ in exchange(state.group, state.mesh.device_type, call, (wanted,)):
+    for other, *_ in exchange(state.all_ranks, state.mesh.device_type, call, (wanted,)):
         wanted |= int(other)
     for i, name in enumerate(_FLAGS):
         setattr(control, name, bool(wanted >> i & 1))

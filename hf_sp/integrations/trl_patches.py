@@ -66,17 +66,11 @@ def install(trainer: Any) -> None:
 @functools.cache
 def patches() -> Patches:
     """The patches, made once TRL is there."""
-    from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
+    from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 
-    table = Patches(
-        lambda x: parallel_state(x if isinstance(x, nn.Module) else x.model) is not None
-    )
-    modules = (sft_trainer, dpo_trainer, kto_trainer, reward_trainer)
-    for module, trainer in zip(modules, SUPPORTED, strict=True):
-        # Reward models have no LM head.
-        if hasattr(module, "add_fused_lm_head"):
-            table.on(module, "add_fused_lm_head")(add_parallel_head)
-        table.on(getattr(module, trainer), "compute_loss")(count_tokens_once)
+    table = Patches(lambda model: parallel_state(model) is not None)
+    for module in (sft_trainer, dpo_trainer, kto_trainer):  # reward models have no LM head
+        table.on(module, "add_fused_lm_head")(add_parallel_head)
     return table
 
 
@@ -159,12 +153,3 @@ def _output(found: TokenStatistics, targets: Tensor, items: Any, drop_last: bool
     count = mask.sum().clamp(min=1) if items is None else items
     loss = -found.log_probs.sum() / count
     return FusedCausalLMOutput(loss=loss, label_mask=mask, **found._asdict())
-
-
-def count_tokens_once(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """TRL divides its token count by tp, as it has summed it over the ranks.
-
-    For a parallelized model ``gather_for_metrics`` returns each rank's own, which are all.
-    """
-    self._tp_size = 1
-    return original(self, *args, **kwargs)

@@ -1,7 +1,8 @@
 """Data parallel ranks beside tp: FSDP2 over the shards.
 
-Each decoder layer is one FSDP group and what surrounds the layers another. A parameter that tp has
-split becomes a DTensor of all axes, and is this rank's tp shard again while its layer runs.
+Each decoder layer is one FSDP group and what surrounds the layers another; adapters that come later
+are one of each block. A parameter that tp has split becomes a DTensor of all axes, and is this
+rank's tp shard again while its layer runs.
 Gradients are the mean over the groups of ranks, as FSDP and DDP have it.
 
 Experts that are split over data parallel ranks too (``ep > tp``) are in no FSDP group.
@@ -10,14 +11,19 @@ Experts that are split over data parallel ranks too (``ep > tp``) are in no FSDP
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from hf_sp.errors import ConfigError
+from hf_sp.model.block import get_hidden_states
+from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.model.shard import spread_experts
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import graph_task, real_tensors
@@ -39,16 +45,63 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
     layers = [model.get_submodule(path) for path in state.plan.layers]
     # Resharded after the forward, the root too: left gathered by a forward without a backward (an
     # evaluation), its parameters would be others than the optimizer's until the next backward.
-    for module in (*layers, model):
+    _shard((*layers, model), mesh, alone)
+    for layer in layers:
+        layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
+
+
+def shard_blocks_over_data(model: nn.Module, state: ParallelState) -> None:
+    """Shard what is new in the blocks of a model that FSDP has sharded: adapters.
+
+    Collectives in a step: for each block as for a layer.
+    """
+    axes = [n for n in state.whole.mesh_dim_names or () if n != "tp"]
+    mesh = state.whole[tuple(axes)]
+    known = {p for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim > 1}
+    known |= set(spread_experts(model, state))
+    blocks = [model.get_submodule(block.path) for block in state.plan.blocks]
+    blocks = [block for block in blocks if set(block.parameters()) - known]
+    # A block's exit is a view, which a layer adds to the residual and does not write into.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
+    kept = [_KeptInput() for _ in blocks]
+    for block, hooks in zip(blocks, kept, strict=True):
+        block.register_forward_pre_hook(hooks.give_back, with_kwargs=True, prepend=True)
+    _shard(blocks, mesh, known)
+    for block, hooks in zip(blocks, kept, strict=True):
+        block.register_forward_pre_hook(hooks.note, with_kwargs=True, prepend=True)
+
+
+class _KeptInput:
+    """Hooks around FSDP's on a block: how its input is computed again follows through them.
+
+    In a checkpoint's recomputation FSDP leaves the input alone: both have to save the same.
+    """
+
+    recompute: Recompute | None = None
+
+    def note(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before FSDP's hook."""
+        self.recompute = recompute_of(get_hidden_states(args, kwargs))
+
+    def give_back(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """After it."""
+        recompute, self.recompute = self.recompute, None
+        if recompute is not None:
+            attach_recompute(get_hidden_states(args, kwargs), recompute)
+
+
+def _shard(modules: Sequence[nn.Module], mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
+    for module in modules:
         with real_tensors():  # FSDP joins meshes, and reads their tables of ranks
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=alone)
-    for module in (model, *layers):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+    for module in modules:
+        # Trainer and others go by the name of a model's class, which FSDP derives one from.
+        kind = type(module)
+        kind.__name__ = kind.__bases__[-1].__name__
         # FSDP's buffers are made now: made in inference mode, training could not use them.
         assert isinstance(module, FSDPModule)
         module.unshard()
         module.reshard()
-    for layer in layers:
-        layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
 
 
 def _inside_only(state: ParallelState, layer: nn.Module, args: Any) -> None:

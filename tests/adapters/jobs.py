@@ -105,11 +105,12 @@ def pair(lora: Lora) -> tuple[nn.Module, nn.Module]:
     """(unsharded, parallel), same weights, adapters on both."""
     case, fields = lora.case, dict(lora.config)
     model = unsharded(lora)
-    tp = dist.get_world_size()
+    data = {} if case.data == 1 else {"dp_shard": case.data}
+    options = {"tp": case.tp, "sp": case.sp, **data, **dict(case.parallelize)}
     if lora.order == "before":
-        parallel = parallelize(copy.deepcopy(model), tp=tp, sp=case.sp, **dict(case.parallelize))
+        parallel = parallelize(copy.deepcopy(model), **options)
     else:
-        other = parallelize(base(case), tp=tp, sp=case.sp, **dict(case.parallelize))
+        other = parallelize(base(case), **options)
         parallel = peft.get_peft_model(other, config(**fields))
         parallel.load_state_dict(model.state_dict())
     # A head with an adapter makes logits, which go to the model's own loss: the judge's is float64.

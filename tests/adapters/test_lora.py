@@ -88,8 +88,24 @@ FOUR = {
     "kv1_dora": (Case("llama_kv1"), _fields(use_dora=True)),
     "kv1_dropout": (Case("llama_kv1"), _fields(lora_dropout=0.3)),
 }
-ALL |= FOUR
-CELLS += [(4, "after", n) for n in FOUR]
+# Two groups of two ranks, with batches of their own.
+_HYBRID = (("dp_shard", None), ("dp_replicate", 2))
+GROUPS = {
+    "groups": (Case("qwen3", accum=3, data=2), ()),
+    "groups_dora": (Case("llama_bias", seed=1, data=2), _fields(use_dora=True)),
+    "groups_checkpointed": (Case("llama", True, "float64", "non_reentrant", data=2), ()),
+    "replicas": (Case("llama", data=2, parallelize=_HYBRID), ()),
+    "groups_moe": (Case("qwen2_moe", data=2), SPARSE),
+    "groups_moe_ep": (Case("qwen2_moe", data=2, parallelize=(("ep", 4),)), SPARSE),
+}
+# Outside of the blocks, FSDP has to be told of them.
+GROUPS_BEFORE = {
+    "groups_ends": (Case("llama", data=2), FEATURES["embedding_and_head"][1]),
+    "groups_saved": (Case("qwen3", data=2), FEATURES["modules_to_save"][1]),
+}
+ALL |= FOUR | GROUPS | GROUPS_BEFORE
+CELLS += [(4, "after", n) for n in (*FOUR, *GROUPS)]
+CELLS += [(4, "before", n) for n in (*GROUPS, *GROUPS_BEFORE)]
 
 
 def _lora(name, order):

@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from behaviour.generation import compare_generation
 from harness import batches, tiny
 from harness.compare import (
@@ -30,7 +29,6 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainingArguments
 
 from hf_sp import parallel_state, parallelize
 from hf_sp.errors import HfSpError
@@ -334,20 +332,25 @@ def _message(function: Any) -> str | None:
     return None
 
 
-def refusals(folder: str) -> dict[str, Any]:
+def refusals() -> dict[str, Any]:
     """What is not built beside data parallel ranks, and whether the model was touched."""
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(tiny.build("llama", torch.float32), config)
-    before = dict(adapted.named_parameters())
-    found = {"adapters before": _message(lambda: parallelize(adapted, tp=2, dp_shard=2))}
-    touched = any(dict(adapted.named_parameters())[n] is not p for n, p in before.items())
     parallel = parallelize(tiny.build("llama", torch.float32), tp=2, dp_shard=2)
     names = [n for n, _ in parallel.named_parameters()]
-    found["adapters after"] = _message(lambda: peft.get_peft_model(parallel, config))
-    touched |= names != [n for n, _ in parallel.named_parameters()]
-    arguments = TrainingArguments(output_dir=folder, report_to=[], use_cpu=True)
-    found["Trainer"] = _message(lambda: Trainer(parallel, arguments))
-    found["Accelerator"] = _message(lambda: Accelerator(cpu=True).prepare(parallel))
+    found = {}
+    for case, fields in {
+        "head adapter": {"target_modules": ["lm_head"]},
+        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    }.items():
+        config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **fields)
+        found[case] = _message(lambda c=config: peft.get_peft_model(parallel, c))
+    touched = names != [n for n, _ in parallel.named_parameters()]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(parallel, config)
+    names = [n for n, _ in adapted.named_parameters()]
+    found["second adapter"] = _message(lambda: adapted.add_adapter("two", config))
+    touched |= names != [n for n, _ in adapted.named_parameters()]
+    found["merge"] = _message(adapted.merge_adapter)
+    parallel = parallelize(tiny.build("llama", torch.float32), tp=2, dp_shard=2)
     ids = torch.arange(8)[None]
     found["a module alone"] = _message(lambda: parallel.model.embed_tokens(ids))
     hidden = torch.zeros(1, 8, 64)

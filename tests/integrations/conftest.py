@@ -45,11 +45,11 @@ class Runs:
     def tp(self, job, mode="tp", world=2, **kwargs):
         """The report of every rank. With another mode, it must not write where one has written."""
         self._start()
-        known = {"job": job.__name__, "mode": mode, "out": str(self.out), **kwargs}
+        known = {"job": jobs.name_of(job), "mode": mode, "out": str(self.out), **kwargs}
         return run_once(world, jobs.on_rank, timeout=TIMEOUT_S, **known)
 
     def alone(self, side):
-        """What the plain process reports of ``plain``, or of ``one`` (tp=1, without torchrun)."""
+        """What the plain process reports: ``plain``, ``grouped``, ``one`` (tp=1, no torchrun)."""
         self._start()
         if self._process.wait(TIMEOUT_S):
             pytest.fail(f"the plain process failed\n{(self.out / 'plain.log').read_text()[-6000:]}")

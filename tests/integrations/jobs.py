@@ -14,12 +14,20 @@ from integrations import (
     accelerate_loop,
     checkpoints,
     evaluation,
+    groups,
+    groups_trl,
     optimizer_state,
     ranks,
     refusals,
     training,
 )
 from integrations.scene import Scene, freeze_imports, launched
+
+
+def name_of(job):
+    """The module and the name of a job."""
+    return f"{job.__module__.rpartition('.')[2]}.{job.__name__}"
+
 
 PLAIN = (
     training.train,
@@ -31,10 +39,24 @@ PLAIN = (
 )
 """What one process does with the unmodified model, for comparison."""
 
+GROUPED = (
+    groups.train,
+    groups.evaluate,
+    groups.resume,
+    groups.lora,
+    groups.experts,
+    groups.faults,
+    groups.loop,
+    groups_trl.train,
+)
+"""Likewise, with the batches of two groups."""
+
 JOBS = {
-    job.__name__: job
+    name_of(job): job
     for job in (
         *PLAIN,
+        *GROUPED,
+        groups.cross,
         accelerate_loop.loader_first,
         checkpoints.cross,
         checkpoints.dropout_resume,
@@ -55,21 +77,21 @@ JOBS = {
 }
 
 
-def on_rank(job: str, mode: str, out: str, **kwargs):
+def on_rank(job: str, mode: str, out: str, groups: int = 1, replicas: int = 1, **kwargs):
     """Run a job by its name; its report."""
-    with scene_of(mode, out) as scene:
+    with scene_of(mode, out, groups, replicas) as scene:
         return JOBS[job](scene, **kwargs)
 
 
 @contextlib.contextmanager
-def scene_of(mode: str, out: str):
+def scene_of(mode: str, out: str, groups: int = 1, replicas: int = 1):
     """This rank of a pool, as a process that torchrun has started."""
     random.seed(0)
     freeze_imports()
     rank, world = dist.get_rank(), dist.get_world_size()
     with launched(rank, world), _forking(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield Scene(mode, Path(out), rank, world)
+        yield Scene(mode, Path(out), rank, world, groups, replicas)
 
 
 @contextlib.contextmanager

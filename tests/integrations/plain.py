@@ -17,10 +17,10 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
-from integrations import jobs  # noqa: E402
+from integrations import checkpoints, jobs  # noqa: E402
 from integrations.scene import Scene, freeze_imports, launched  # noqa: E402
 
-ONE = ("resume", "save", "dropout_resume", "cross")
+ONE = (checkpoints.resume, checkpoints.save, checkpoints.dropout_resume, checkpoints.cross)
 
 
 def run(scene, job):
@@ -38,9 +38,13 @@ def main(out):
         plain = {}
         for job in jobs.PLAIN:
             plain |= run(Scene("plain", out), job)
+        grouped = {}
+        for job in jobs.GROUPED:
+            grouped |= run(Scene("plain-grouped", out, groups=2), job)
         assert not [m for m in sys.modules if m.split(".")[0] == "hf_sp"]
-        one = {name: run(Scene("one", out), jobs.JOBS[name]) for name in ONE}
-    (out / "plain.json").write_text(json.dumps({"plain": plain, "one": one}))
+        one = {job.__name__: run(Scene("one", out), job) for job in ONE}
+    reports = {"plain": plain, "grouped": grouped, "one": one}
+    (out / "plain.json").write_text(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from accelerate import ParallelismConfig
 from transformers import Trainer
 
-from integrations.data import Rows, Stream, collate
+from integrations.data import Rows, collate
 from integrations.scene import refused
 
 
@@ -21,13 +21,11 @@ def refusals(scene):
 
     other = ParallelismConfig(tp_size=1, dp_shard_size=scene.world)
     ulysses = ParallelismConfig(tp_size=scene.world, sp_size=4)
-    split = {"train_dataset": Stream(Rows(8)), "accelerator_config": {"split_batches": True}}
     report = {
         "optimizer": refused(make(optimizers=(dead, None))),
         "liger": refused(make(use_liger_kernel=True)),
         "parallelism_config": refused(make(parallelism_config=other)),
         "sp_size": refused(make(parallelism_config=ulysses)),
-        "split_batches": refused(lambda: make(**split)().train()),
     }
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         arguments = scene.arguments("refused")
@@ -51,7 +49,7 @@ def agreeing(scene):
 def others(scene, train=True):
     """A Trainer of ours, one over a plain model, one of ours, with one set of arguments.
 
-    The tp sizes that the two later ones see.
+    The processes that the two later ones see.
     """
     shared = scene.arguments("shared", max_steps=1)
     first = _trainer(scene.tiny(), shared)
@@ -59,8 +57,7 @@ def others(scene, train=True):
         first.train()
     found = []
     for parallel in (False, True):
-        accelerator = _trainer(scene.tiny(parallel=parallel), shared).accelerator
-        found.append(getattr(accelerator.parallelism_config, "tp_size", None))
+        found.append(_trainer(scene.tiny(parallel=parallel), shared).accelerator.num_processes)
     return found
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
-from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from integrations.data import Rows, collate, even_rows
+from integrations.data import collate, even_rows
 from integrations.rows import PerRank, Raises, row
 from integrations.scene import logits_made, reset_accelerate
 
@@ -20,13 +19,15 @@ def _loader(rows=8, **options):
 
 @row(
     "ParallelismConfig._validate_accelerator",
-    right=1,
+    right=[2, 1],
     wrong=Raises("ValueError", "ParallelismConfig"),
 )
-def step_on_cpu(scene):
-    trainer = scene.trainer("probe", max_steps=1)
-    trainer.train()
-    return trainer.state.global_step
+def processes_on_cpu(scene):
+    """Before the model is known, and then."""
+    accelerator = Accelerator(parallelism_config=ParallelismConfig(tp_size=2))
+    before = accelerator.num_processes
+    accelerator.prepare(scene.tiny())
+    return [before, accelerator.num_processes]
 
 
 # The loader comes first, as in most scripts.
@@ -36,39 +37,26 @@ def batches_of_a_loader_before_the_model(scene):
     return len(loader)
 
 
-# The model of a user who calls this alone goes into DDP, which flattens DTensors; and after
-# ``prepare`` has told of the mesh, accelerate compiles the model as a whole.
+# DDP, into which the model goes otherwise, flattens DTensors; accelerate compiles the whole model.
 @row(
     "Accelerator.prepare_model",
     right=["LlamaForCausalLM", "LlamaForCausalLM", 2],
-    wrong=["RuntimeError: Cannot flatten unevenly sharde", "OptimizedModule", 0],
+    wrong=["RuntimeError: Cannot flatten unevenly sharde"] * 2 + [0],
 )
 def prepared_and_compiled(scene):
-    try:
-        alone = type(Accelerator().prepare_model(scene.tiny())).__name__
-    except RuntimeError as error:
-        alone = f"RuntimeError: {error}"[:44]
+    def prepared(call):
+        try:
+            return type(call()).__name__
+        except RuntimeError as error:
+            return f"RuntimeError: {error}"[:44]
+
+    alone = prepared(lambda: Accelerator().prepare_model(scene.tiny()))
     reset_accelerate()
     plugin = TorchDynamoPlugin(backend=DynamoBackend.AOT_EAGER)
     model = scene.tiny()
-    prepared = Accelerator(dynamo_plugin=plugin).prepare(model)
+    kind = prepared(lambda: Accelerator(dynamo_plugin=plugin).prepare(model))
     layers = [layer._compiled_call_impl is not None for layer in model.model.layers]
-    return [alone, type(prepared).__name__, sum(layers)]
-
-
-# Parameters of the model, two of which are empty on a rank.
-@row("Accelerator._prepare_tp", right=23, wrong=PerRank(23, 22))
-def parameters_of_the_optimizer(scene):
-    model = scene.tiny()
-    accelerator = scene.trainer("probe", model).accelerator
-    for name in ("a", "b"):
-        one = distribute_tensor(
-            torch.ones(1, 3), model.lm_head.weight.device_mesh, [Shard(0)], src_data_rank=None
-        )
-        model.register_parameter(name, nn.Parameter(one))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    accelerator.prepare(model, optimizer)
-    return len({id(p) for g in optimizer.param_groups for p in g["params"]})
+    return [alone, kind, sum(layers)]
 
 
 @row("ConvertOutputsToFp32.__call__", right=0, wrong=2)
@@ -88,22 +76,6 @@ def orders_of_the_ranks(scene):
     _, loader = accelerator.prepare(model, _loader(shuffle=True))
     order = [batch["input_ids"].tolist() for batch in loader]
     return len({str(one) for one in scene.everywhere(order)})
-
-
-@row("DataLoaderDispatcher.__len__", right=4, wrong=2)
-def length_of_a_dispatched_loader(scene):
-    options = {"accelerator_config": {"dispatch_batches": True}}
-    trainer = scene.trainer("probe", train_dataset=even_rows(8), **options)
-    return len(trainer.get_train_dataloader())
-
-
-# accelerate drops one of the last batch alone.
-@row("Accelerator.gather_for_metrics", right=7, wrong=13)
-def rows_of_an_evaluation(scene):
-    accelerator = Accelerator()
-    test = DataLoader(Rows(7, seed=8), batch_size=2, collate_fn=collate)
-    _, test = accelerator.prepare(scene.tiny(), test)
-    return sum(len(accelerator.gather_for_metrics(b["input_ids"][:, 0])) for b in test)
 
 
 # Whole tensors for the main process.
@@ -153,15 +125,3 @@ def state_into_shards(scene):
     Accelerator.save_state.__hf_sp_original__(accelerator, str(folder))
     scene.everywhere(None)
     accelerator.load_state(str(folder))
-
-
-@row("AcceleratedScheduler.step", right=1, wrong=2)
-def steps_of_a_schedule(scene):
-    accelerator = Accelerator()
-    model = scene.tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    optimizer.step()
-    schedule.step()
-    return schedule.scheduler.last_epoch

@@ -213,7 +213,7 @@ def checkpoint_without_a_factor(scene):
 
 # Kinds of draws after the resume.
 @row("Trainer._load_rng_state", right=1, wrong=2)
-def draws_after_a_resume_from_one_process(scene):
+def draws_after_a_resume_of_several_ranks(scene):
     folder = scene.fresh("random")
     if scene.rank == 0:
         states = {
@@ -221,7 +221,7 @@ def draws_after_a_resume_from_one_process(scene):
             "numpy": np.random.get_state(),
             "cpu": torch.random.get_rng_state(),
         }
-        torch.save(states, folder / "rng_state.pth")
+        torch.save(states, folder / "rng_state_0.pth")
     dist.barrier()
     trainer = scene.trainer("probe")
     torch.manual_seed(100 + scene.rank)

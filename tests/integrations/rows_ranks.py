@@ -28,6 +28,24 @@ def save_asked_for_on_one_rank(scene):
     return scene.everywhere(control.should_save)
 
 
+class _Stops(TrainerCallback):
+    """Asks for the end in ``on_log`` on the second rank alone."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_log(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or self.rank == 1
+
+
+@row("Trainer.log", right=[True, True], wrong=[False, True])
+def stop_asked_for_in_a_log(scene):
+    trainer = scene.trainer("probe")
+    trainer.add_callback(_Stops(scene.rank))
+    trainer.log({}, 0.0)
+    return scene.everywhere(trainer.control.should_training_stop)
+
+
 # Decoding compares its inputs in the first forwards: there the second token is refused.
 @row("GenerationMixin.generate", right=1, wrong=Raises("BatchMismatchError", "different batches"))
 def sampled_by_ranks_seeded_apart(scene):

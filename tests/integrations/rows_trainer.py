@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from integrations.data import collate, even_rows, noisy_collate
+from integrations.data import collate, even_rows
 from integrations.refusals import others
 from integrations.rows import Raises, row
 from integrations.scene import logits_made
@@ -18,10 +20,10 @@ def _step(scene, **options):
     return trainer
 
 
-# The plain Trainer is given the mesh of ours, and the rows of one rank to all. Ours does not train
-# then: its batches are cut over the ranks, which is refused.
-@row("Trainer.create_accelerator_and_postprocess", right=[None, 2], wrong=[2, 2])
-def mesh_of_the_model(scene):
+# Processes that a Trainer over a plain model sees, and the next one of ours, which would train each
+# rank on rows of its own.
+@row("Trainer.create_accelerator_and_postprocess", right=[2, 1], wrong=[2, 2])
+def processes_of_the_model(scene):
     return others(scene, train=False)
 
 
@@ -44,36 +46,6 @@ def optimizer_of_dead_parameters(scene):
     return "taken"
 
 
-# Orders of the two ranks, and micro-batches of an epoch for one.
-@row("Trainer._get_train_sampler", right=[1, 10], wrong=[2, 6])
-def batches_of_batch_rebalance(scene):
-    trainer = scene.trainer("probe", train_sampling_strategy="batch_rebalance")
-    batches = list(trainer._get_train_sampler())
-    return [len({str(one) for one in scene.everywhere(batches)}), len(batches)]
-
-
-@row("Trainer._get_dataloader", right=1, wrong=2)
-def batches_of_random_workers(scene):
-    options = {"dataloader_num_workers": 1, "collator": noisy_collate}
-    trainer = scene.trainer("probe", train_dataset=even_rows(4), **options)
-    batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
-    return len({str(one) for one in scene.everywhere(batches)})
-
-
-@row("Trainer._get_num_items_in_batch", right=1.0, wrong=2.0)
-def loss_of_local_counts(scene):
-    first, second = (
-        _step(scene, average_tokens_across_devices=there).state.log_history[0]["loss"]
-        for there in (False, True)
-    )
-    return first / second
-
-
-@row("Trainer._track_num_input_tokens", right=24, wrong=48)
-def tokens_seen(scene):
-    return _step(scene, include_num_input_tokens_seen="all").state.num_input_tokens_seen
-
-
 @row("Trainer.store_flos", right=1.0, wrong=2.0)
 def flos(scene):
     """Those of a step of two micro-batches, of those of a Trainer over the unsharded model."""
@@ -82,12 +54,32 @@ def flos(scene):
     return _step(scene).state.total_flos / (2 * alone)
 
 
-# Seven rows in batches of two.
-@row("Trainer.prediction_step", right=0, wrong=4)
+# Seven rows in batches of two; and, over two groups, the losses of a last batch's three rows.
+@row("Trainer.prediction_step", right=[0, 1], wrong=[4, 2])
 def whole_logits_of_a_loss(scene):
     with logits_made() as made:
         scene.trainer("probe").evaluate()
-    return len(made)
+    trainer = replace(scene, groups=2).trainer("probe")
+    seen, gather = [], trainer.gather_function
+    trainer.gather_function = lambda x, **k: seen.append(gather(x, **k)) or seen[-1]
+    trainer.evaluate()
+    return [len(made), len(set(seen[-1].tolist()))]
+
+
+# Labelled tokens of an epoch of three rows, over two groups.
+@row("Trainer.get_batch_samples", right=15, wrong=20)
+def tokens_of_an_epoch(scene):
+    rows = even_rows(3, masked=False)
+    trainer = replace(scene, groups=2).trainer("probe", train_dataset=rows)
+    batches = iter(trainer.get_train_dataloader())
+    return float(trainer.get_batch_samples(batches, 1, torch.device("cpu"))[1])
+
+
+# Rows that are sorted by their length together: of two micro-batches of two groups.
+@row("Trainer._get_train_sampler", right=8, wrong=4)
+def batch_of_the_length_sampler(scene):
+    options = {"train_sampling_strategy": "group_by_length"}
+    return replace(scene, groups=2).trainer("probe", **options)._get_train_sampler().batch_size
 
 
 @row("Trainer.evaluation_loop", right=[0.0, 0.0], wrong=[0.0, 1.0])
@@ -97,16 +89,3 @@ def metrics_of_the_ranks(scene):
 
     found = scene.trainer("probe", compute_metrics=compute).evaluate()
     return scene.everywhere(found["eval_rank"])
-
-
-@row("Trainer.log", right=4, wrong=2)
-def steps_of_evaluation(scene):
-    found = scene.trainer("probe").evaluate()
-    return round(found["eval_steps_per_second"] * found["eval_runtime"])
-
-
-@row("Trainer.predict", right=4, wrong=2)
-def steps_of_prediction(scene):
-    trainer = scene.trainer("probe")
-    found = trainer.predict(trainer.eval_dataset).metrics
-    return round(found["test_steps_per_second"] * found["test_runtime"])

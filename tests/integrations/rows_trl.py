@@ -15,7 +15,7 @@ from integrations.rows import Raises, row
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(58))]
 
 
-def _tokenizer():
+def tokenizer():
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -50,7 +50,7 @@ def _step(scene, kind):
         model=scene.tiny(),
         args=arguments,
         train_dataset=Dataset.from_list([row] * 2),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
         **more,
     )
     trainer.remove_callback(PrinterCallback)
@@ -82,14 +82,3 @@ def whole_heads_of_dpo(scene):
 @row("trl.trainer.kto_trainer.add_fused_lm_head", right=0, wrong=SHARD)
 def whole_heads_of_kto(scene):
     return _step(scene, KTOTrainer)[0]
-
-
-# Two rows of five words and an end.
-@row("SFTTrainer.compute_loss", right=12, wrong=6)
-def tokens_of_sft(scene):
-    return _step(scene, SFTTrainer)[1]
-
-
-@row("DPOTrainer.compute_loss", right=32, wrong=16)
-def tokens_of_dpo(scene):
-    return _step(scene, DPOTrainer)[1]

@@ -22,12 +22,30 @@ from integrations.data import Rows, collate
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a job runs: its mode, the folder of all files, and this rank among how many."""
+    """Where a job runs: its mode, the folder of all files, and this rank among how many.
+
+    Args:
+        mode: a name of its files; ``plain...`` is the unmodified model.
+        groups: of tp ranks, with a batch of their own; one process is given those of all.
+        replicas: groups that hold the same weights.
+    """
 
     mode: str
     out: Path
     rank: int = 0
     world: int = 1
+    groups: int = 1
+    replicas: int = 1
+
+    @property
+    def plain(self):
+        return self.mode.startswith("plain")
+
+    @property
+    def degrees(self):
+        """The arguments of ``parallelize``."""
+        found = {"tp": self.world // self.groups, "dp_shard": self.groups // self.replicas}
+        return {**found, "dp_replicate": self.replicas} if self.groups > 1 else {"tp": self.world}
 
     def folder(self, name):
         """A folder of this mode and degree, the same on all ranks."""
@@ -69,7 +87,7 @@ class Scene:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4.0)
-        if self.mode == "plain" or not parallel:
+        if self.plain or not parallel:
             return model
         # Not at the top: the plain process must not have seen it.
         from hf_sp import parallelize
@@ -77,7 +95,7 @@ class Scene:
         if rank_seeds:
             # Ranks must not agree by accident.
             torch.manual_seed(1000 + self.rank)
-        return parallelize(model, tp=self.world)
+        return parallelize(model, **self.degrees)
 
     def arguments(self, name, **kwargs):
         options = {
@@ -86,8 +104,8 @@ class Scene:
             "report_to": "none",
             "disable_tqdm": True,
             "logging_steps": 1,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
+            "per_device_train_batch_size": 2 * (self.groups if self.plain else 1),
+            "per_device_eval_batch_size": 2 * (self.groups if self.plain else 1),
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "weight_decay": 0.1,

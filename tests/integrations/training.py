@@ -49,6 +49,10 @@ VARIANTS = {
         "max_steps": -1,
         "accelerator_config": {"dispatch_batches": True},
     },
+    "split": {
+        "train_dataset": Stream(even_rows(12)),
+        "accelerator_config": {"split_batches": True},
+    },
     "noisy": {"collator": noisy_collate},
     "workers": {"collator": noisy_collate, "dataloader_num_workers": 2},
     "plain_sampler": {"accelerator_config": {"use_seedable_sampler": False}},

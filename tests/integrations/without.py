@@ -10,6 +10,7 @@ from integrations import (  # noqa: F401  (they fill ROWS)
     rows_accelerate,
     rows_files,
     rows_peft,
+    rows_processes,
     rows_ranks,
     rows_torch,
     rows_trainer,
@@ -49,7 +50,10 @@ def both(name, scene):
     probe = ROWS[name].probe
     right = outcome(probe, scene)
     patched = inspect.getattr_static(owner, attribute)
-    setattr(owner, attribute, _bare(patched.__hf_sp_original__))
+    if isinstance(patched, property):
+        setattr(owner, attribute, property(_bare(patched.fget.__hf_sp_original__)))
+    else:
+        setattr(owner, attribute, _bare(patched.__hf_sp_original__))
     try:
         wrong = outcome(probe, scene)
     finally:

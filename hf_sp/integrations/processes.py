@@ -1,96 +1,99 @@
-"""How an ``Accelerator`` is told of a parallelized model's mesh, and what it is refused.
+"""What accelerate, and with it Trainer, takes for the processes: groups of tp ranks, not ranks.
 
-Through a ``ParallelismConfig`` that carries the mesh itself (no second set of process groups) and
-our mark. The patches in ``accelerate_patches`` act where that mark is.
+To them a parallelized model is a plain one in as many processes as there are groups with a batch of
+their own. All that they count, deal out, gather and average is right then; what one process does
+for all (files, messages) is done by the first rank, see ``process_patches``. The state that all
+accelerators share is where that is said, and the mark that it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 from hf_sp.errors import ConfigError
 from hf_sp.state import ATTRIBUTE, ParallelState, parallel_state
 
-_MARK = "_hf_sp"
+_MARK = "_hf_sp_state"
 OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What accelerate would put around a model, by its own names."""
 
 
-def _is_ours(config: ParallelismConfig | None) -> bool:
-    return bool(getattr(config, _MARK, False))
+def shown() -> ParallelState | None:
+    """The model whose groups accelerate takes for the processes."""
+    return AcceleratorState._shared_state.get(_MARK)
 
 
-def current_is_ours() -> bool:
-    """Whether accelerate's state, which all accelerators share, carries our mark."""
-    return _is_ours(AcceleratorState._shared_state.get("parallelism_config"))
+def _tell(processes: int, index: int) -> None:
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        if shared:
+            shared.update(num_processes=processes, process_index=index)
 
 
-def check_world(state: ParallelState, where: str) -> None:
-    """Refuse ranks beyond the tp group: Trainer and accelerate would give them the same batch."""
-    world = dist.get_world_size()
-    if world != state.tp:
-        raise ConfigError(
-            f"tp={state.tp} does not make up the {world} processes: data parallel is not supported",
-            where=where,
-            got=f"world size {world}, tp {state.tp}, {state.data} data parallel group(s)",
-            rule="under transformers and accelerate all processes are tensor parallel in this "
-            "release; dp_shard and dp_replicate are for training loops of one's own",
-            legal=f"{state.tp} processes, or parallelize(model, tp={world})",
-        )
+def group_index(state: ParallelState) -> int:
+    """This rank's group among those that have a batch of their own."""
+    return state.everyone.rank // state.tp
 
 
-def config_for(
-    state: ParallelState, given: ParallelismConfig | None, where: str
-) -> ParallelismConfig | None:
-    """The ParallelismConfig of a parallelized model, with its mesh and our mark; at tp=1 none.
+def release() -> None:
+    """Show the ranks again: accelerate's state outlives the accelerator."""
+    if AcceleratorState._shared_state.pop(_MARK, None) is not None:
+        _tell(dist.get_world_size(), dist.get_rank())
 
-    Raises:
-        ConfigError: the user's own says other than the model.
-    """
-    # All of them: absent sizes are read from the environment.
-    sizes = {"tp_size": state.tp}
-    sizes |= dict.fromkeys(("dp_replicate_size", "dp_shard_size", "cp_size", "sp_size"), 1)
-    config = given or ParallelismConfig(**sizes)
-    differing = [name for name, size in sizes.items() if getattr(config, name) != size]
+
+@contextlib.contextmanager
+def as_ranks() -> Iterator[None]:
+    """Show the ranks for a while."""
+    shared = PartialState._shared_state
+    before = shared["num_processes"], shared["process_index"]
+    _tell(dist.get_world_size(), dist.get_rank())
+    try:
+        yield
+    finally:
+        _tell(*before)
+
+
+def check_config(state: ParallelState, given: ParallelismConfig | None, where: str) -> None:
+    """Refuse (ConfigError) a ParallelismConfig of the user's that says other than the model."""
+    if given is None:
+        return
+    names = ("tp", "dp_shard", "dp_replicate", "cp", "sp")
+    own = dict(zip(state.whole.mesh_dim_names or (), state.whole.shape, strict=True))
+    sizes = {f"{name}_size": own.get(name, 1) for name in names}
+    differing = [name for name, size in sizes.items() if getattr(given, name) != size]
     if differing:
         raise ConfigError(
             "the ParallelismConfig does not agree with the parallelized model",
             where=where,
-            got=", ".join(f"{name}={getattr(config, name)}" for name in differing),
+            got=", ".join(f"{name}={getattr(given, name)}" for name in differing),
             rule="the model's degrees count; accelerate's sp_size is DeepSpeed Ulysses, not ours",
             legal=", ".join(f"{name}={sizes[name]}" for name in differing),
-            remedy="leave the ParallelismConfig out: it is made from the model",
+            remedy="leave the ParallelismConfig out: the model's degrees are known",
         )
-    if state.tp == 1:
-        return given
-    config.device_mesh = state.mesh
-    setattr(config, _MARK, True)
-    return config
 
 
 def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
-    """Tell an accelerator that was made without knowing the model of its mesh.
+    """Show an accelerator, and all others, the groups of a model.
 
     Raises:
         ConfigError: it runs another engine, disagrees with the model, or has already cut a data
-            loader into different batches for each rank.
+            loader over other processes.
     """
-    check_world(state, where)
     engine = accelerator.distributed_type.value
     if engine in OTHER_ENGINES:
         raise refuse_engine(engine, where)
-    current = accelerator.state.parallelism_config
-    if state.tp == 1 or _is_ours(current):
+    if state.everyone.size == 1:
         return
-    if accelerator._dataloaders and accelerator.num_processes > 1:
+    check_config(state, accelerator.state.parallelism_config, where)
+    if accelerator._dataloaders and accelerator.num_processes != state.data:
         raise ConfigError(
             "a data loader was prepared before the parallelized model",
             where=where,
@@ -98,8 +101,11 @@ def adopt(accelerator: Accelerator, state: ParallelState, where: str) -> None:
             rule="all ranks of a tensor-parallel group are given the same batch",
             remedy="prepare them together, or the model first: accelerator.prepare(model, loader)",
         )
-    accelerator.state.parallelism_config = config_for(state, current, where)
-    accelerator.state.device_mesh = state.mesh
+    # Its own mesh would cut batches and wrap the model once more.
+    AcceleratorState._shared_state.update(
+        {_MARK: state, "parallelism_config": None, "device_mesh": None}
+    )
+    _tell(state.data, group_index(state))
 
 
 def check_holder(model: Any, where: str) -> None:
@@ -113,12 +119,6 @@ def check_holder(model: Any, where: str) -> None:
             rule="each rank would be taken for one with a batch of its own, and write its shards",
             remedy="pass the parallelized model itself; what is around it can go into compute_loss",
         )
-
-
-def release() -> None:
-    """Forget the mesh of an earlier model: accelerate's state outlives the accelerator."""
-    if current_is_ours():
-        AcceleratorState._shared_state.update(parallelism_config=None, device_mesh=None)
 
 
 def refuse_engine(engine: str, where: str) -> ConfigError:
