@@ -13,6 +13,7 @@ _FILES = "peft.utils.save_and_load:"
 _OTHER = "peft.utils.other:"
 _SFT = "trl.trainer.sft_trainer:"
 _DPO = "trl.trainer.dpo_trainer:"
+_KTO = "trl.trainer.kto_trainer:"
 _FUSED = (
     "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     ("weight.full_tensor()", "fused_lm_head=False, labels=None, shift_labels=None"),
@@ -87,6 +88,7 @@ NAMES: tuple[Name, ...] = (
     # trl: replaced
     Name(_SFT + "add_fused_lm_head", *_FUSED),
     Name(_DPO + "add_fused_lm_head", *_FUSED),
+    Name(_KTO + "add_fused_lm_head", *_FUSED),
     # trl: used
     Name("trl.trainer.utils:FusedCausalLMOutput"),
     Name(_SFT + "SFTTrainer.__init__", None, ("add_fused_lm_head(",)),
@@ -96,4 +98,5 @@ NAMES: tuple[Name, ...] = (
         ("outputs.entropy.detach()", "fused_lm_head=True", "num_processes // self.get_tp_size()"),
     ),
     Name(_DPO + "DPOTrainer.__init__", None, ("add_fused_lm_head(",)),
+    Name(_KTO + "KTOTrainer.__init__", None, ("add_fused_lm_head(",)),
 )
