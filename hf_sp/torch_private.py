@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -19,11 +20,13 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec as DTensorSpec
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
@@ -57,6 +60,11 @@ def graph_task() -> int:
 def process_group(name: str) -> ProcessGroup:
     """The process group of that name; functional collectives know groups by name."""
     return _resolve_process_group(cast(Any, name))
+
+
+def set_timeout(group: ProcessGroup | None, timeout: timedelta) -> None:
+    """Let collectives of a group that is there already (None: the default) wait for that long."""
+    _set_pg_timeout(timeout, group)
 
 
 def device_assert(holds: Tensor, message: str) -> None:

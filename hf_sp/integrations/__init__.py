@@ -28,8 +28,8 @@ def install(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from hf_sp.integrations import accelerate_patches as accelerate
     from hf_sp.integrations import (
+        accelerate_files,
         optimizers,
         saving,
         torch_checkpoint,
@@ -37,8 +37,9 @@ def install(model: nn.Module) -> None:
         trainer_files,
         trainer_ranks,
     )
+    from hf_sp.integrations import accelerate_patches as accelerate
 
-    modules = [accelerate, optimizers, saving, torch_checkpoint]
+    modules = [accelerate, accelerate_files, optimizers, saving, torch_checkpoint]
     modules += [trainer, trainer_files, trainer_ranks]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches

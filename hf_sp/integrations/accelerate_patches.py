@@ -7,6 +7,7 @@ that are parallelized models. Versions named here: accelerate 1.12 to 1.15.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -184,27 +185,16 @@ def skip_gather_for_metrics(
     return input_data[:remainder]
 
 
-@STATE_PATCHES.on(Accelerator, "get_state_dict")
+@PATCHES.on(Accelerator, "get_state_dict")
 def gather_whole_state_dict(
     original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
 ) -> dict[str, Any]:
     """Accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
     if parallel_state(model) is None:
         return original(self, model, unwrap=unwrap)
-    return gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
-
-
-@STATE_PATCHES.on(Accelerator, "save_state")
-@STATE_PATCHES.on(Accelerator, "load_state")
-def refuse_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-    """Every rank would resume with rank 0's optimizer shard, with no error."""
-    if not _states(self._models):
-        return original(self, *args, **kwargs)
-    raise ConfigError(
-        f"Accelerator.{original.__name__} is not supported for a parallelized model",
-        rule="it keeps the first rank's optimizer shard only and gives it to every rank",
-        remedy="model.save_pretrained and hf_sp.optimizer_state.save_optimizer / load_optimizer",
-    )
+    whole = gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
+    # The class by which accelerate knows that tied weights have to be written once.
+    return OrderedDict(whole)
 
 
 @STATE_PATCHES.on(AcceleratedScheduler, "step")

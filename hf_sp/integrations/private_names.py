@@ -165,8 +165,22 @@ NAMES: tuple[Name, ...] = (
         ("self.gradient_state.end_of_dataloader", "self.gradient_state.remainder"),
     ),
     Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
-    Name(_ACCELERATOR + "save_state"),
-    Name(_ACCELERATOR + "load_state"),
+    Name(
+        _ACCELERATOR + "save_state",
+        "(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs)",
+        (
+            "self.get_state_dict(model, unwrap=False)",
+            "hook(self._models, weights, output_dir)",
+            "save_custom_state(obj, output_dir, i",
+            "self.project_configuration.iteration += 1",
+            'f"checkpoint_{self.save_iteration}"',
+        ),
+    ),
+    Name(
+        _ACCELERATOR + "load_state",
+        "(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs)",
+        ("hook(models, input_dir)", "load_custom_state(obj, input_dir, index)"),
+    ),
     Name(_DISPATCHER + "__len__", "(self)", ("whole_length / self.state.num_processes",)),
     Name(
         "accelerate.scheduler:AcceleratedScheduler.step",
@@ -179,6 +193,23 @@ NAMES: tuple[Name, ...] = (
         ("convert_to_fp32(self.model_forward(*args, **kwargs))",),
     ),
     # accelerate: used
+    Name(
+        "accelerate.checkpointing:save_accelerator_state",
+        "(output_dir, model_states, optimizers, schedulers, dataloaders, process_index, step, "
+        "scaler=None, save_on_each_node=False, safe_serialization=True)",
+        (
+            'weights_name.replace(".", f"_{i}.")',
+            'f"{SCHEDULER_NAME}.bin" if i == 0 else f"{SCHEDULER_NAME}_{i}.bin"',
+            '"dl_state_dict.bin" if i == 0 else f"dl_state_dict_{i}.bin"',
+            'f"{RNG_STATE_NAME}_{process_index}.pkl"',
+            'states["torch_cuda_manual_seed"]',
+        ),
+    ),
+    Name(
+        "accelerate.checkpointing:save_custom_state",
+        "(obj, path, index=0, save_on_each_node=False)",
+        ('f"custom_checkpoint_{index}.pkl"',),
+    ),
     Name("accelerate.state:AcceleratorState._shared_state"),
     Name(_CONFIG + "get_device_mesh", None, ("if self.device_mesh is None:",)),
     Name(

@@ -44,6 +44,7 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
     except HfSpError as error:
         problem = error
     trainer_ranks.agree_on_arguments(args, state, problem)
+    trainer_ranks.apply_timeout(args, state)
 
 
 def _check_own(args: TrainingArguments, state: ParallelState) -> None:
