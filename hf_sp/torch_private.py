@@ -131,6 +131,22 @@ def allow_anomaly_mode() -> None:
     ask(lambda x: [([Replicate()], [Replicate()])])
 
 
+def read_whole_numbers() -> None:
+    """Let ``item()`` and ``float()`` of a DTensor give the whole value, on every rank.
+
+    torch reads the local one, which of a norm or a sum is this rank's part. For all DTensors.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers.setdefault(torch.ops.aten._local_scalar_dense.default, _whole_number)
+
+
+def _whole_number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    whole = all(p.is_replicate() for p in x.placements)
+    with torch.no_grad():
+        return op(x._local_tensor if whole else x.full_tensor())
+
+
 def is_fake(x: Tensor) -> bool:
     """Whether x has no values (FakeTensorMode, meta)."""
     return isinstance(x, FakeTensor) or x.is_meta

@@ -225,6 +225,11 @@ NAMES: tuple[Name, ...] = (
     Name(_DTENSOR + "__create_chunk_list__", "(self)", ("return [_create_chunk_from_dtensor(",)),
     Name(_DTENSOR + "__get_tensor_shard__", "(self, index)", ("return self.to_local()",)),
     Name("torch.distributed._state_dict_utils:_distribute_tensors", None, ("torch.is_tensor(_l",)),
+    Name(
+        "torch.nn.utils.clip_grad:_get_total_norm",
+        "(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None)",
+    ),
     # torch: used
+    Name("torch.nn.utils.clip_grad:clip_grad_norm_", None, ("total_norm = _get_total_norm(",)),
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

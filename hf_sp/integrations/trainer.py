@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import seed_worker
 
 import hf_sp.integrations.accelerate_mesh as accelerate_mesh
+import hf_sp.integrations.optimizers as optimizers
 import hf_sp.integrations.trainer_ranks as trainer_ranks
 import hf_sp.integrations.trl_patches as trl_patches
 from hf_sp.errors import ConfigError, HfSpError
@@ -77,6 +78,7 @@ def _check_own(args: TrainingArguments, state: ParallelState) -> None:
             rule="Liger replaces the forwards that hf_sp has taken over",
             legal="use_liger_kernel=False",
         )
+    optimizers.check_name(args.optim)
     if args.debug:
         raise ConfigError(
             "debug='underflow_overflow' cannot look into a parallelized model",

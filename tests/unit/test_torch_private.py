@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import unittest.mock
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hf_sp import torch_private as private
 from hf_sp.estimate import fake_world
@@ -105,6 +106,18 @@ def test_timeout_of_a_group_that_is_there():
             assert backend.options._timeout == timedelta(seconds=7)
     finally:
         dist.destroy_process_group()
+
+
+def test_numbers_are_whole():
+    """A norm that lives as two parts; torch's own item() reads one of them."""
+    with fake_world(2, rank=1) as mesh:
+        private.read_whole_numbers()
+        placed = DTensor.from_local(torch.tensor(3.0), mesh, [Replicate()])
+        assert placed.item() == 3.0
+        part = DTensor.from_local(torch.tensor(3.0), mesh, [Partial()])
+        whole = torch.tensor(7.0)
+        with unittest.mock.patch.object(DTensor, "full_tensor", return_value=whole):
+            assert (part.item(), float(part)) == (7.0, 7.0)
 
 
 def test_device_assert():
