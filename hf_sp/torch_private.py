@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -20,11 +21,13 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec as DTensorSpec
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules import module as _module
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 # What torch.distributed._functional_collectives is made of. The public wrappers are differentiable
@@ -69,6 +72,11 @@ def collectives_launched() -> int:
     """How many collectives this rank has launched so far, of all process groups."""
     groups = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def set_timeout(group: ProcessGroup | None, timeout: timedelta) -> None:
+    """Let collectives of a group that is there already (None: the default) wait for that long."""
+    _set_pg_timeout(timeout, group)
 
 
 def device_assert(holds: Tensor, message: str) -> None:
@@ -133,6 +141,22 @@ def allow_anomaly_mode() -> None:
     """Let ``torch.autograd.detect_anomaly`` ask the gradient of a DTensor whether it has a nan."""
     ask = register_sharding(torch.ops.aten._is_any_true.default)
     ask(lambda x: [([Replicate()], [Replicate()])])
+
+
+def read_whole_numbers() -> None:
+    """Let ``item()`` and ``float()`` of a DTensor give the whole value, on every rank.
+
+    torch reads the local one, which of a norm or a sum is this rank's part. For all DTensors.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers.setdefault(torch.ops.aten._local_scalar_dense.default, _whole_number)
+
+
+def _whole_number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    whole = all(p.is_replicate() for p in x.placements)
+    with torch.no_grad():
+        return op(x._local_tensor if whole else x.full_tensor())
 
 
 def is_fake(x: Tensor) -> bool:

@@ -47,7 +47,9 @@ def about(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> Iterator[Path]:
+def replacing(
+    folder: str | Path, ranks: Ranks, entries: Mapping[str, Any], keep_others: bool = False
+) -> Iterator[Path]:
     """Write a folder aside, and put it in place of an older one when all ranks have written.
 
     To be entered on every rank, which all see the same file system. What the block writes into the
@@ -58,6 +60,7 @@ def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> I
         folder: where it will be.
         ranks: who writes.
         entries: of the manifest.
+        keep_others: files that are not in the older one's manifest stay, unless they are replaced.
 
     Raises:
         CheckpointError: on all ranks, if one could not write.
@@ -72,7 +75,7 @@ def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> I
                 if folder.exists() and not folder.is_dir():
                     raise FileExistsError(f"{folder} is a file")
                 tidy(folder.parent)
-                for left in (aside.parent, *folder.parent.glob(f".checkpoint-*{_ASIDE}")):
+                for left in (aside.parent, *folder.parent.glob(f".checkpoint[-_]*{_ASIDE}")):
                     shutil.rmtree(left, ignore_errors=True)
                 aside.mkdir(parents=True)
         with failing:
@@ -86,12 +89,27 @@ def replacing(folder: str | Path, ranks: Ranks, entries: Mapping[str, Any]) -> I
                 manifest = {"format": _FORMAT, **entries, "files": dict(sorted(files.items()))}
                 (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 _digest(aside / MANIFEST, sync=True)
+                if keep_others and folder.exists():
+                    _carry_over(folder, aside)
                 for inner in (p for p in (aside, *aside.rglob("*")) if p.is_dir()):
                     _sync(inner)
                 _put_in_place(aside, folder)
     finally:
         if ranks.first:
             shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _carry_over(folder: Path, aside: Path) -> None:
+    """Give the new folder what somebody else has put into the older one; links, no copies."""
+    manifest = folder / MANIFEST
+    saved = json.loads(manifest.read_text())["files"] if manifest.is_file() else ()
+    for name in _files(folder):
+        if name not in saved and not (aside / name).exists():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, aside / name)
+            except OSError:
+                shutil.copy2(folder / name, aside / name)
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
@@ -129,8 +147,8 @@ def rotate(parent: Path, limit: int | None, keep: set[Path]) -> None:
 
 
 def _checkpoints(parent: Path) -> list[Path]:
-    """The folders ``checkpoint-N``, by N."""
-    found = [p for p in parent.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    """The folders ``checkpoint-N`` (Trainer's) and ``checkpoint_N`` (accelerate's), by N."""
+    found = [p for p in parent.glob("checkpoint[-_]*") if p.is_dir() and p.name[11:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
@@ -235,7 +253,8 @@ def check(folder: str | Path, ranks: Ranks, model: nn.Module | None = None) -> N
             where=str(folder),
             got=listing(found),
             rule=_RULE,
-            remedy="resume_from_checkpoint=True takes the last complete checkpoint of a run",
+            remedy="the last complete one of a run: Trainer's resume_from_checkpoint=True, or "
+            "load_state() of an Accelerator that names its checkpoints",
         )
 
 
@@ -265,7 +284,7 @@ def last_complete(parent: str | Path, ranks: Ranks, model: nn.Module | None = No
     raise CheckpointError(
         "there is no complete checkpoint to resume from",
         where=str(parent),
-        got=listing(skipped) or "no folder checkpoint-N",
+        got=listing(skipped) or "no folder of a checkpoint",
         rule=_RULE,
-        remedy="train without resume_from_checkpoint",
+        remedy="start without resuming",
     )

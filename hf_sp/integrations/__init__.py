@@ -15,7 +15,7 @@ from torch import nn
 from hf_sp.checkpoint.weights import install_load_hook
 from hf_sp.patching import Patches
 from hf_sp.state import parallel_state
-from hf_sp.torch_private import allow_anomaly_mode
+from hf_sp.torch_private import allow_anomaly_mode, read_whole_numbers
 
 
 def install(model: nn.Module) -> None:
@@ -28,18 +28,21 @@ def install(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from hf_sp.integrations import accelerate_patches as accelerate
     from hf_sp.integrations import (
+        accelerate_files,
         optimizers,
         process_patches,
         saving,
         torch_checkpoint,
+        torch_norm,
         trainer,
         trainer_files,
         trainer_ranks,
     )
+    from hf_sp.integrations import accelerate_patches as accelerate
 
-    modules = [accelerate, optimizers, process_patches, saving, torch_checkpoint]
+    modules = [accelerate, accelerate_files, optimizers, process_patches, saving]
+    modules += [torch_checkpoint, torch_norm]
     modules += [trainer, trainer_files, trainer_ranks]
     if importlib.util.find_spec("peft") is not None:
         from hf_sp.adapters import peft_patches
@@ -58,6 +61,7 @@ def install(model: nn.Module) -> None:
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
     install_load_hook(model)
     allow_anomaly_mode()
+    read_whole_numbers()
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ that are parallelized models. Versions named here: accelerate 1.12 to 1.15.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_sp.checkpoint.gather import gather_state_dict
-from hf_sp.errors import ConfigError
 from hf_sp.integrations.processes import adopt, check_holder, check_optimizer, shown
 from hf_sp.model.compile import compile_layers
 from hf_sp.model.lazy import LazyLogits
@@ -131,24 +131,13 @@ def sync_sampler_rng(
     return prepared
 
 
-@STATE_PATCHES.on(Accelerator, "get_state_dict")
+@PATCHES.on(Accelerator, "get_state_dict")
 def gather_whole_state_dict(
     original: Patch, self: Accelerator, model: nn.Module, unwrap: bool = True
 ) -> dict[str, Any]:
     """Accelerate returns the shards here; as for FSDP, give the main process the whole tensors."""
     if parallel_state(model) is None:
         return original(self, model, unwrap=unwrap)
-    return gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
-
-
-@STATE_PATCHES.on(Accelerator, "save_state")
-@STATE_PATCHES.on(Accelerator, "load_state")
-def refuse_state(original: Patch, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-    """Every rank would resume with rank 0's optimizer shard, with no error."""
-    if not _states(self._models):
-        return original(self, *args, **kwargs)
-    raise ConfigError(
-        f"Accelerator.{original.__name__} is not supported for a parallelized model",
-        rule="it keeps the first rank's optimizer shard only and gives it to every rank",
-        remedy="model.save_pretrained and hf_sp.optimizer_state.save_optimizer / load_optimizer",
-    )
+    whole = gather_state_dict(self.unwrap_model(model), keep=self.is_main_process)
+    # The class by which accelerate knows that tied weights have to be written once.
+    return OrderedDict(whole)

@@ -20,8 +20,37 @@ UNFIT = (
     ("torch.optim", "SGD", "fused", _FUSED),
     ("torch.optim", "Adagrad", "fused", _FUSED),
     ("transformers.optimization", "Adafactor", "", "its row and column means are plain tensors"),
-    *((package, "", "", _RAW) for package in ("bitsandbytes", "apex", "deepspeed")),
+    ("galore_torch", "GaLoreAdafactor", "", "its row and column means are plain tensors"),
+    ("apollo_torch", "", "", "its random projections are plain tensors"),
+    ("lomo_optim", "", "", "it steps inside of backward, on gradients that it sums over all ranks"),
+    ("prodigyopt", "", "", "it flattens and slices them, which DTensor cannot shard"),
+    *((package, "", "", _RAW) for package in ("bitsandbytes", "apex", "deepspeed", "optimi")),
 )
+RIGHT = (
+    *("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"),
+    *("grokadamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
+    "galore_adamw",
+)
+"""Trainer's names of optimizers that have been compared with one process."""
+
+
+def check_name(name: Any) -> None:
+    """Refuse a Trainer's optimizer that is not known to be right on shards.
+
+    Raises:
+        ConfigError: what the name stands for need not be installed.
+    """
+    name = getattr(name, "value", name)
+    if name not in RIGHT:
+        raise ConfigError(
+            f"optim={name!r} is not known to be right on shards",
+            where="TrainingArguments",
+            rule="parameters of a parallelized model are DTensors, on which another package's "
+            "optimizer may fail or do something else",
+            legal=", ".join(RIGHT),
+            remedy="one of your own, after comparing some steps with one process: "
+            "Trainer(optimizers=...)",
+        )
 
 
 PATCHES = Patches(lambda _: True)

@@ -159,14 +159,45 @@ NAMES: tuple[Name, ...] = (
         ("self.state = PartialState()", "self.slice_fn = slice_tensors"),
     ),
     Name(_ACCELERATOR + "get_state_dict", "(self, model, unwrap=True)"),
-    Name(_ACCELERATOR + "save_state"),
-    Name(_ACCELERATOR + "load_state"),
+    Name(
+        _ACCELERATOR + "save_state",
+        "(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs)",
+        (
+            "self.get_state_dict(model, unwrap=False)",
+            "hook(self._models, weights, output_dir)",
+            "save_custom_state(obj, output_dir, i",
+            "self.project_configuration.iteration += 1",
+            'f"checkpoint_{self.save_iteration}"',
+        ),
+    ),
+    Name(
+        _ACCELERATOR + "load_state",
+        "(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs)",
+        ("hook(models, input_dir)", "load_custom_state(obj, input_dir, index)"),
+    ),
     Name(
         _OPERATIONS + "ConvertOutputsToFp32.__call__",
         "(self, *args, **kwargs)",
         ("convert_to_fp32(self.model_forward(*args, **kwargs))",),
     ),
     # accelerate: used
+    Name(
+        "accelerate.checkpointing:save_accelerator_state",
+        "(output_dir, model_states, optimizers, schedulers, dataloaders, process_index, step, "
+        "scaler=None, save_on_each_node=False, safe_serialization=True)",
+        (
+            'weights_name.replace(".", f"_{i}.")',
+            'f"{SCHEDULER_NAME}.bin" if i == 0 else f"{SCHEDULER_NAME}_{i}.bin"',
+            '"dl_state_dict.bin" if i == 0 else f"dl_state_dict_{i}.bin"',
+            'f"{RNG_STATE_NAME}_{process_index}.pkl"',
+            'states["torch_cuda_manual_seed"]',
+        ),
+    ),
+    Name(
+        "accelerate.checkpointing:save_custom_state",
+        "(obj, path, index=0, save_on_each_node=False)",
+        ('f"custom_checkpoint_{index}.pkl"',),
+    ),
     Name("accelerate.state:AcceleratorState._shared_state"),
     Name("accelerate.state:PartialState._shared_state"),
     Name(_ARGUMENTS + "world_size", None, ("self.distributed_state.num_processes",)),
@@ -179,6 +210,11 @@ NAMES: tuple[Name, ...] = (
     Name(_DTENSOR + "__create_chunk_list__", "(self)", ("return [_create_chunk_from_dtensor(",)),
     Name(_DTENSOR + "__get_tensor_shard__", "(self, index)", ("return self.to_local()",)),
     Name("torch.distributed._state_dict_utils:_distribute_tensors", None, ("torch.is_tensor(_l",)),
+    Name(
+        "torch.nn.utils.clip_grad:_get_total_norm",
+        "(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None)",
+    ),
     # torch: used
+    Name("torch.nn.utils.clip_grad:clip_grad_norm_", None, ("total_norm = _get_total_norm(",)),
     Name("torch.distributed.distributed_c10d:_get_default_store", "()"),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import hf_sp.integrations.optimizers as optimizers
 import hf_sp.integrations.processes as processes
 import hf_sp.integrations.trainer_ranks as trainer_ranks
 import hf_sp.integrations.trl_patches as trl_patches
@@ -42,6 +43,7 @@ def check_arguments(args: TrainingArguments, state: ParallelState) -> None:
     except HfSpError as error:
         problem = error
     trainer_ranks.agree_on_arguments(args, state, problem)
+    trainer_ranks.apply_timeout(args, state)
 
 
 def _check_own(args: TrainingArguments, state: ParallelState) -> None:
@@ -73,6 +75,7 @@ def _check_own(args: TrainingArguments, state: ParallelState) -> None:
             rule="Liger replaces the forwards that hf_sp has taken over",
             legal="use_liger_kernel=False",
         )
+    optimizers.check_name(args.optim)
     if args.debug:
         raise ConfigError(
             "debug='underflow_overflow' cannot look into a parallelized model",

@@ -7,18 +7,12 @@ is written aside, and read when it is whole (``hf_sp.checkpoint.folder``).
 from __future__ import annotations
 
 import logging
-import pickle
-import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
 
 import hf_sp.integrations.processes as processes
 from hf_sp.checkpoint import folder as folders
@@ -29,12 +23,19 @@ from hf_sp.checkpoint.optimizer import (
     read_optimizer,
     write_optimizer,
 )
-from hf_sp.checkpoint.ranks import Together, listing, ranks_of
-from hf_sp.errors import CheckpointError
+from hf_sp.checkpoint.ranks import Together, ranks_of
+from hf_sp.integrations.stock_files import (
+    read_plain,
+    refuse_missing,
+    restore_random,
+    without_tied,
+)
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
 logger = logging.getLogger(__name__)
+
+_RESUMED = "resume_from_checkpoint / load_best_model_at_end"
 
 PATCHES = Patches(lambda trainer: parallel_state(trainer.model) is not None)
 """Patches of Trainers that train a parallelized model: their files."""
@@ -161,23 +162,7 @@ def refuse_missing_adapters(
         original(self, resume_from_checkpoint, model)
     finally:
         vars(target).pop("load_adapter", None)
-    if missing := [name for result in results for name in result.missing_keys]:
-        raise _missing(missing)
-
-
-def _read(path: Path) -> Any:
-    """A file of stock Trainer's: plain data and tensors, nothing that executes."""
-    try:
-        with safe_globals():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            "a file of the checkpoint cannot be read",
-            where=str(path),
-            got=type(error).__name__,
-            rule="tensors and plain data, as Trainer wrote them; nothing else is unpickled",
-            remedy="resume from another checkpoint",
-        ) from error
+    refuse_missing({name for result in results for name in result.missing_keys}, _RESUMED)
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")
@@ -190,11 +175,11 @@ def load_optimizer_shards(original: Patch, self: Any, checkpoint: str | None) ->
     if ours.is_dir():
         read_optimizer(self.model, self.optimizer, ours)
     elif stock.is_file():
-        load_full_optimizer(self.model, self.optimizer, _read(stock))
+        load_full_optimizer(self.model, self.optimizer, read_plain(stock))
     else:
         logger.warning("No optimizer state in %s: optimizer and schedule start anew.", checkpoint)
         return
-    self.lr_scheduler.load_state_dict(_read(folder / SCHEDULER_NAME))
+    self.lr_scheduler.load_state_dict(read_plain(folder / SCHEDULER_NAME))
 
 
 @PATCHES.on(Trainer, "_load_rng_state")
@@ -214,38 +199,13 @@ def load_rank0_rng(original: Patch, self: Any, checkpoint: str | None) -> None:
             with processes.as_ranks():
                 original(self, checkpoint)
         elif first is not None:
-            saved = _read(first)
-            random.setstate(saved["python"])
-            np.random.set_state(saved["numpy"])
-            torch.random.set_rng_state(saved["cpu"])
-            if "cuda" in saved and torch.cuda.is_available():
-                # One state of one process, or the list of all devices that it saw.
-                states = saved["cuda"]
-                torch.cuda.set_rng_state(states if isinstance(states, Tensor) else states[0])
+            saved = read_plain(first)
+            restore_random(*(saved.get(k) for k in ("python", "numpy", "cpu", "cuda")))
 
 
 @PATCHES.on(Trainer, "_issue_warnings_after_load")
 def refuse_missing_weights(original: Patch, self: Any, load_result: Any) -> None:
     """Trainer logs a warning and trains on with whatever the model had."""
     ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or [])
-    missing = set(load_result.missing_keys) - ignored
-    owners: dict[int, set[str]] = {}
-    for name, parameter in self.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
-    # Of tied names one is saved.
-    for names in owners.values():
-        if names - missing:
-            missing -= names
-    if missing:
-        raise _missing(missing)
+    refuse_missing(without_tied(self.model, set(load_result.missing_keys) - ignored), _RESUMED)
     original(self, load_result)
-
-
-def _missing(names: Iterable[str]) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint lacks weights of the model",
-        where="resume_from_checkpoint / load_best_model_at_end",
-        got=listing(sorted(names)),
-        rule="a resumed model has all its weights from the checkpoint",
-        remedy="resume from a checkpoint of this model",
-    )

@@ -7,6 +7,7 @@ asks for on one rank (a time limit, SIGTERM) is done by all.
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,6 +18,7 @@ from hf_sp.comm.calls import exchange
 from hf_sp.errors import HfSpError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
+from hf_sp.torch_private import set_timeout
 
 _ALIKE = """
 per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate
@@ -29,7 +31,7 @@ eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is
 prediction_loss_only batch_eval_metrics eval_accumulation_steps train_sampling_strategy
 group_by_length dataloader_drop_last ignore_data_skip dataloader_num_workers
 average_tokens_across_devices include_num_input_tokens_seen remove_unused_columns
-auto_find_batch_size enable_jit_checkpoint accelerator_config
+auto_find_batch_size enable_jit_checkpoint accelerator_config ddp_timeout
 """
 """Arguments by which ranks compute or decide; absent ones are those of another version."""
 
@@ -45,6 +47,17 @@ def agree_on_arguments(
     mine = {n: re.sub(" at 0x[0-9a-f]+", "", repr(getattr(args, n, None))) for n in _ALIKE.split()}
     rule = "what all ranks hold alike would drift apart, or a rank would wait for the others"
     agree(state.whole, problem, mine, "the ranks have different TrainingArguments", rule)
+
+
+def apply_timeout(args: TrainingArguments, state: ParallelState) -> None:
+    """Give the process groups that ``parallelize`` has made the ``ddp_timeout`` of the arguments.
+
+    Stock arguments start the groups themselves. One that the user has not set changes nothing.
+    """
+    if args.ddp_timeout == TrainingArguments.ddp_timeout:
+        return
+    for group in (None, state.group, state.all_ranks, *state.whole.get_all_groups()):
+        set_timeout(group, timedelta(seconds=args.ddp_timeout))
 
 
 PATCHES = Patches(lambda handler: parallel_state(handler.model) is not None)

@@ -69,6 +69,7 @@ JOBS = {
         ranks.lone_arguments,
         ranks.lone_wishes,
         ranks.parted,
+        ranks.timeouts,
         refusals.agreeing,
         refusals.others,
         refusals.refusals,

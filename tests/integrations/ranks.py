@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
+from hf_sp import parallel_state
+from hf_sp.torch_private import set_timeout
 from integrations.data import even_rows
 from integrations.scene import refused
 
@@ -65,6 +70,29 @@ def lone_arguments(scene):
     report["refused"] = refused(lambda: scene.trainer("lone", model, **lone))
     kept = {"lr_scheduler_kwargs": {"f": lambda x: x}, "run_name": str(scene.rank)}
     report["own"] = refused(lambda: scene.trainer("lone", model, **kept))
+    return report
+
+
+def timeouts(scene):
+    """Seconds that collectives of the model's groups and of the default one wait for, in turn."""
+    state = parallel_state(model := scene.tiny())
+    groups = [dist.group.WORLD, state.group, state.all_ranks]
+    cpu = torch.device("cpu")
+
+    def found():
+        return sorted({g._get_backend(cpu).options._timeout.total_seconds() for g in groups})
+
+    before = found()
+    try:
+        scene.trainer("stock", model)
+        report = {"unset": found() == before}
+        scene.trainer("short", model, ddp_timeout=77)
+        report["set"] = found()
+        lone = {"ddp_timeout": 77 + scene.rank}
+        report["differing"] = refused(lambda: scene.trainer("lone", model, **lone))
+    finally:
+        for group in groups:
+            set_timeout(group, timedelta(seconds=before[-1]))
     return report
 
 

@@ -52,3 +52,14 @@ def given_by_the_first_rank(scene):
     given = {"x": (x, whole)}
     _state_dict_utils._distribute_tensors(given, ["x"], torch.device("cpu"))
     return torch.equal(given["x"].full_tensor(), whole)
+
+
+# What one rank may log alone.
+@row("torch.nn.utils.clip_grad._get_total_norm", right=["Tensor", 2.0], wrong=["DTensor", 2.0])
+def norm_of_clipped_gradients(scene):
+    parameters = list(scene.tiny().parameters())
+    count = sum(p.numel() for p in parameters)
+    for p in parameters:
+        p.grad = torch.full_like(p, 2.0 / count**0.5)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    return [type(norm).__name__, round(norm.item(), 6)]

@@ -58,6 +58,13 @@ def test_arguments_of_ones_own_are_taken(runs):
     assert [report["own"]["type"] for report in runs.tp(ranks.lone_arguments)] == [None, None]
 
 
+def test_timeout_reaches_groups_that_are_there_already(runs):
+    for report in runs.tp(ranks.timeouts):
+        assert report["unset"]
+        assert report["set"] == [77.0]
+        assert "ddp_timeout" in report["differing"]["message"]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

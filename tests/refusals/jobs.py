@@ -158,8 +158,35 @@ class Raw(torch.optim.Optimizer):
         super().__init__(params, {})
 
 
+class Lomo(Raw):
+    """Stands for an optimizer of a package that is not installed."""
+
+    __module__ = "lomo_optim.lomo"
+
+
+class Own(torch.optim.AdamW):
+    """A user's: a step of his own around AdamW's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Ratio(torch.optim.Optimizer):
+    """A user's, whole: the step's length is a ratio of norms, as numbers."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=0.01 * p.norm().item() / float(p.grad.norm()))
+
+
 def _made(kind: str, parameters: Any, **options: Any) -> Any:
-    kinds = {"transformers": Adafactor, "bitsandbytes": Raw}
+    kinds = {"transformers": Adafactor, "bitsandbytes": Raw, "lomo": Lomo, "Own": Own}
+    kinds["Ratio"] = Ratio
     # Muon is for matrices.
     given = [p for p in parameters if kind != "Muon" or p.dim() == 2]
     return (kinds.get(kind) or getattr(torch.optim, kind))(given, **options)
@@ -174,12 +201,30 @@ def optimizer(kind: str, **options: Any) -> tuple[str | None, str | None]:
     )
 
 
-def optimizer_of_trainer(folder: str) -> str | None:
-    """Trainer makes it when it trains, before the first step."""
+def optimizer_of_trainer(folder: str, name: str) -> str | None:
+    """What the Trainer says when it is made; its package need not be there."""
     model = parallelize(tiny.build("llama"))
     with launched():
-        arguments = TrainingArguments(folder, optim="adafactor", use_cpu=True, report_to="none")
-        return _message(Trainer(model, arguments).create_optimizer)
+        arguments = TrainingArguments(folder, optim=name, use_cpu=True, report_to="none")
+        return _message(lambda: Trainer(model, arguments))
+
+
+def steps_of_own_optimizers() -> dict[str, float]:
+    """Weights after two steps of a user's optimizers: the largest difference from one process."""
+    found = {}
+    ids = torch.arange(24).view(2, 12)
+    for kind in (Own, Ratio):
+        plain = tiny.build("llama", torch.float64, vocab_size=61)
+        parallel = parallelize(copy.deepcopy(plain))
+        for model in (plain, parallel):
+            optimizer = kind(model.parameters())
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(input_ids=ids).logits.logsumexp(-1).mean().backward()
+                optimizer.step()
+        pairs = zip(plain.parameters(), parallel.parameters(), strict=True)
+        found[kind.__name__] = max(float((p - q.full_tensor()).abs().max()) for p, q in pairs)
+    return found
 
 
 class Around(torch.nn.Module):

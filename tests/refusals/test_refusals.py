@@ -128,7 +128,10 @@ def test_resized_later():
         ("SGD", {"fused": True}, ["fused=True of SGD", "leave fused=True out"]),
         ("Adagrad", {"fused": True}, ["fused=True of Adagrad", "leave fused=True out"]),
         ("bitsandbytes", {}, ["bitsandbytes.optim.adamw.Raw", "whole tensors"]),
+        ("lomo", {}, ["lomo_optim.lomo.Lomo", "inside of backward"]),
         ("Muon", {}, None),
+        ("Own", {"lr": 0.1}, None),
+        ("Ratio", {}, None),
         ("SGD", {"foreach": True}, None),
         ("AdamW", {"fused": True}, None),
     ],
@@ -143,9 +146,17 @@ def test_optimizers(kind, options, parts):
             assert all(part in message for part in parts), message
 
 
-def test_optimizer_of_trainer(tmp_path):
-    for message in pool(2).run(jobs.optimizer_of_trainer, folder=str(tmp_path)):
-        assert "Adafactor cannot step on shards" in message
+@pytest.mark.parametrize("name", ["adafactor", "stable_adamw", "lomo", "apollo_adamw"])
+def test_optimizer_of_trainer(name, tmp_path):
+    for message in pool(2).run(jobs.optimizer_of_trainer, folder=str(tmp_path), name=name):
+        assert f"optim='{name}' is not known to be right" in message
+        assert "adamw_torch, adamw_torch_fused, sgd" in message
+
+
+def test_optimizers_of_ones_own():
+    """The numbers that a step is made of are of whole tensors, on every rank."""
+    for found in pool(2).run(jobs.steps_of_own_optimizers):
+        assert found == pytest.approx({"Own": 0, "Ratio": 0}, abs=1e-9)
 
 
 def test_wrapped_or_debugged(tmp_path):

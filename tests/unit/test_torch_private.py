@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import unittest.mock
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hf_sp import torch_private as private
 from hf_sp.estimate import fake_world
@@ -92,6 +95,29 @@ def test_process_group_by_name():
         group = mesh.get_group()
         found = private.process_group(group.group_name)
         assert (found.group_name, found.size(), found.rank()) == (group.group_name, 2, 1)
+
+
+def test_timeout_of_a_group_that_is_there():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for group in (None, dist.new_group([0])):
+            private.set_timeout(group, timedelta(seconds=7))
+            backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == timedelta(seconds=7)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_numbers_are_whole():
+    """A norm that lives as two parts; torch's own item() reads one of them."""
+    with fake_world(2, rank=1) as mesh:
+        private.read_whole_numbers()
+        placed = DTensor.from_local(torch.tensor(3.0), mesh, [Replicate()])
+        assert placed.item() == 3.0
+        part = DTensor.from_local(torch.tensor(3.0), mesh, [Partial()])
+        whole = torch.tensor(7.0)
+        with unittest.mock.patch.object(DTensor, "full_tensor", return_value=whole):
+            assert (part.item(), float(part)) == (7.0, 7.0)
 
 
 def test_device_assert():
