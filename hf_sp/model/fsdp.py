@@ -41,13 +41,21 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
     # evaluation), its parameters would be others than the optimizer's until the next backward.
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=alone)
-    for module in (model, *layers):
-        # FSDP's buffers are made now: made in inference mode, training could not use them.
+    if not any(p.is_meta for p in model.parameters()):
+        make_buffers(model, state)
+    for layer in layers:
+        layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
+
+
+def make_buffers(model: nn.Module, state: ParallelState) -> None:
+    """Have FSDP make its buffers now: made in inference mode, training could not use them.
+
+    Collectives: 1 all-gather for each layer, and 1 for what surrounds them.
+    """
+    for module in (model, *map(model.get_submodule, state.plan.layers)):
         assert isinstance(module, FSDPModule)
         module.unshard()
         module.reshard()
-    for layer in layers:
-        layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
 
 
 def _inside_only(state: ParallelState, layer: nn.Module, args: Any) -> None:
