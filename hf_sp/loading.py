@@ -10,6 +10,7 @@ What a checkpoint lacks is made whole, as transformers initialises it, and is cu
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -289,17 +290,19 @@ def _dtype(x: Any) -> str:
     return str(x.dtype if isinstance(x, Tensor) else x.get_dtype())
 
 
-def _finish(model: nn.Module, loading: _Loading) -> None:
+def _finish(model: Any, loading: _Loading) -> None:
     """Shard what was made whole, and make the shards memory of their own."""
     state = parallel_state(model)
     assert state is not None
-    if state.data > 1 and loading.tied != model.all_tied_weights_keys:
-        raise ConfigError(
-            "the checkpoint has two values of what the configuration ties",
-            where=", ".join(loading.tied.keys() - model.all_tied_weights_keys.keys()),
-            rule="FSDP has to know which weights are one before they are read",
-            remedy="from_pretrained(..., tie_word_embeddings=False)",
-        )
+    if untied := loading.tied.keys() - model.all_tied_weights_keys.keys():
+        if state.data > 1:
+            raise ConfigError(
+                "the checkpoint has two values of what the configuration ties",
+                where=", ".join(untied),
+                rule="FSDP has to know which weights are one before they are read",
+                remedy="from_pretrained(..., tie_word_embeddings=False)",
+            )
+        state.plan = dataclasses.replace(state.plan, tied=False)
     report_taken(agree_on_weights(model, state.everyone, state.mesh.device_type), state)
     made: dict[int, nn.Parameter] = {}
     for name, like in loading.lacking.items():
