@@ -28,7 +28,7 @@ LAYERS: list[list[set[str]]] = [
     [{"moe"}],
     [{"install", "checkpoint", "optimizer_state"}, {"checks"}],
     [{"adapters"}],
-    [{"integrations", "api", "consolidate"}],
+    [{"integrations", "api", "consolidate", "loading"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
 # handed; it must not know how the model was made parallel.
