@@ -1,8 +1,7 @@
 """``from_pretrained``: a model that no rank ever holds whole.
 
-transformers builds a model on the meta device and then fills it: a parameter that is a DTensor gets
-the part of its own rank alone, read as a slice of the file, after any renaming and conversion.
-Between the two ``parallelize`` is called here; how tensors are read is transformers' own.
+transformers builds a model on the meta device and then fills it. Between the two ``parallelize`` is
+called (``integrations/loading.py``), so that each rank reads slices of the files.
 
 What a checkpoint lacks is made whole, as transformers initialises it, and is cut afterwards.
 """
@@ -99,10 +98,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
     }
     patches.apply()
-    with (
-        Loading(str(name_or_path), mesh, functools.partial(parallelize, **options)) as loading,
-        _one_progress_bar(),
-    ):
+    loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))
+    with loading, _one_progress_bar():
         _check_arguments(kwargs)
         made = model_class.from_pretrained(name_or_path, **kwargs)
     model = made[0] if isinstance(made, tuple) else made
