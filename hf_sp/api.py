@@ -19,7 +19,7 @@ from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
 from hf_sp.install import install
 from hf_sp.model.fsdp import shard_over_data
-from hf_sp.model.shard import agree_on_weights, placements, shard_parameters
+from hf_sp.model.shard import agree_on_weights, placements, report_taken, shard_parameters
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.known_forms import check_sparse_blocks
 from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
@@ -152,11 +152,5 @@ def parallelize(
         shard_over_data(whole, state, ranks.data)
     if state.everyone.rank == 0:
         logger.info("%s", resolved)
-        if taken:
-            logger.warning(
-                "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
-                len(taken),
-                ", ".join(taken[:3]),
-                ", ..." if len(taken) > 3 else "",
-            )
+    report_taken(taken, state)
     return model

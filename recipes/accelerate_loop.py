@@ -1,4 +1,4 @@
-"""A training loop of one's own with accelerate, with one line added. LoRA with --lora_r 16.
+"""A training loop of one's own with accelerate, with one line changed. LoRA with --lora_r 16.
 
     accelerate launch --config_file recipes/accelerate/tp2_sp.yaml recipes/accelerate_loop.py \
         --model_name_or_path Qwen/Qwen3-0.6B --train_file book.txt --output_dir out --lora_r 16
@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from hf_sp import parallelize
+from hf_sp import from_pretrained
 
 
 def arguments() -> argparse.Namespace:
@@ -44,10 +44,9 @@ def blocks(tokenizer: AutoTokenizer, path: str, length: int) -> list[dict[str, t
 def main() -> None:
     args = arguments()
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    model = from_pretrained(args.model_name_or_path)  # the one line: each rank reads its shards
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
 
-    model = parallelize(model)  # the one line
     if args.lora_r:
         config = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with LoRA, with one line added.
+"""TRL's SFTTrainer with LoRA, with one line changed.
 
     accelerate launch --config_file recipes/accelerate/tp2_sp.yaml recipes/sft_lora.py \
         --config recipes/configs/sft_lora.yaml
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import DatasetDict, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -27,7 +27,7 @@ from trl import (
     get_peft_config,
 )
 
-from hf_sp import parallelize
+from hf_sp import from_pretrained
 
 FILES = {"json": "json", "jsonl": "json", "txt": "text"}
 
@@ -55,15 +55,15 @@ def main() -> None:
     if not model_args.lora_target_modules:
         model_args.lora_target_modules = "all-linear"
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = from_pretrained(  # the one line: each rank reads its shards
         model_args.model_name_or_path,
+        tp=parallel.tp,
+        sp=parallel.sp,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype,
     )
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-
-    model = parallelize(model, tp=parallel.tp, sp=parallel.sp)  # the one line
 
     dataset = load(script)
     evaluation = dataset.get(script.dataset_test_split) if training.eval_strategy != "no" else None

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, full fine-tune, with one line added.
+"""TRL's SFTTrainer, full fine-tune, with one line changed.
 
     accelerate launch --config_file recipes/accelerate/tp2_sp.yaml recipes/sft_trainer.py \
         --config recipes/configs/sft_full.yaml
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import DatasetDict, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-from hf_sp import parallelize
+from hf_sp import from_pretrained
 
 FILES = {"json": "json", "jsonl": "json", "txt": "text"}
 
@@ -43,15 +43,15 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, ParallelArguments))
     script, training, model_args, parallel = parser.parse_args_and_config()
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = from_pretrained(  # the one line: each rank reads its shards
         model_args.model_name_or_path,
+        tp=parallel.tp,
+        sp=parallel.sp,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype,
     )
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-
-    model = parallelize(model, tp=parallel.tp, sp=parallel.sp)  # the one line
 
     dataset = load(script)
     evaluation = dataset.get(script.dataset_test_split) if training.eval_strategy != "no" else None

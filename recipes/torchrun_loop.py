@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 
-from hf_sp import parallel_state, parallelize
+from hf_sp import from_pretrained, parallel_state
 
 
 def arguments() -> argparse.Namespace:
@@ -43,10 +43,9 @@ def blocks(tokenizer: AutoTokenizer, path: str, length: int) -> torch.Tensor:
 def main() -> None:
     args = arguments()
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    degrees = {"tp": args.tp, "dp_shard": args.dp_shard, "ep": args.ep}
+    model = from_pretrained(args.model_name_or_path, **degrees)  # each rank reads its shards
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-
-    model = parallelize(model, tp=args.tp, dp_shard=args.dp_shard, ep=args.ep)
 
     state = parallel_state(model)
     groups, group = state.data, state.everyone.rank // state.tp

@@ -1,4 +1,4 @@
-"""A stock Trainer script with one line added. Trains a causal LM on a text file.
+"""A stock Trainer script with one line changed. Trains a causal LM on a text file.
 
     torchrun --standalone --nproc_per_node 2 recipes/train_trainer.py \
         --model_name_or_path Qwen/Qwen3-0.6B --train_file book.txt --output_dir out --bf16
@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_sp import parallelize
+from hf_sp import from_pretrained, parallelize
 
 
 @dataclass
@@ -90,11 +90,10 @@ def main() -> None:
     source = script.tokenizer or script.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer(text)
     if script.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path)
+        # The one line: each rank reads its shards.
+        model = from_pretrained(script.model_name_or_path, tp=script.tp, sp=script.sp)
     else:
-        model = make_model(tokenizer)
-
-    model = parallelize(model, tp=script.tp, sp=script.sp)  # the one line
+        model = parallelize(make_model(tokenizer), tp=script.tp, sp=script.sp)
 
     tokens = tokenizer(text, return_attention_mask=False)["input_ids"]
     tokens = tokens[: len(tokens) // script.seq_length * script.seq_length]

@@ -68,16 +68,16 @@ def take_shard(
     return full.to(device).contiguous()
 
 
-def shard_like(full: Tensor, like: DTensor) -> DTensor:
+def shard_like(full: Tensor, like: DTensor, device: torch.device | None = None) -> DTensor:
     """This rank's part of a whole tensor, equal on all ranks, laid out as ``like``.
 
-    Its mesh, placements and device count; its dtype does not.
+    Its mesh, placements and, without another one, device count; its dtype does not.
     """
     if isinstance(full, DTensor):
         return full
     mesh, placement = like.device_mesh, like.placements[0]
     if mesh.ndim == 1 and type(placement) in (Shard, Replicate):
-        device, rank = like.to_local().device, mesh.get_local_rank()
+        device, rank = device or like.to_local().device, mesh.get_local_rank()
         return with_local(take_shard(full, placement, mesh.size(), rank, device), like)
     return distribute_tensor(full, mesh, like.placements, src_data_rank=None)
 

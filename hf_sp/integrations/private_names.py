@@ -125,7 +125,22 @@ NAMES: tuple[Name, ...] = (
         ("control = result",),
     ),
     Name("transformers.generation.utils:GenerationMixin.generate"),
+    Name(
+        "transformers.modeling_utils:convert_and_load_state_dict_in_model",
+        "(model, state_dict, load_config, disk_offload_index=None)",
+        ("DtensorShardOperation(empty_param)", "get_device(device_map, renamed_key"),
+    ),
     # transformers: used
+    Name(
+        "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
+        None,
+        ("= file_pointer.get_slice(k)", "loading_info, disk_offload_index = convert_and_load_st"),
+    ),
+    Name(
+        "transformers.modeling_utils:PreTrainedModel._move_missing_keys_from_meta_to_device",
+        "(self, missing_keys, device_map, device_mesh, hf_quantizer)",
+        ("missing_keys - self.all_tied_weights_keys", "get_device(device_map, key, valid_torch_"),
+    ),
     Name(_TRAINER + "_maybe_log_save_evaluate", None, ("self.log(logs, start_time)",)),
     Name(
         _TRAINER + "_load_from_checkpoint",

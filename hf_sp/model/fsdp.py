@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,16 @@ def _shard(modules: Sequence[nn.Module], mesh: DeviceMesh, ignored: set[nn.Param
         # Trainer and others go by the name of a model's class, which FSDP derives one from.
         kind = type(module)
         kind.__name__ = kind.__bases__[-1].__name__
-        # FSDP's buffers are made now: made in inference mode, training could not use them.
+    if not any(p.is_meta for module in modules for p in module.parameters()):
+        make_buffers(modules)
+
+
+def make_buffers(modules: Iterable[nn.Module]) -> None:
+    """Have FSDP make its buffers now: made in inference mode, training could not use them.
+
+    Collectives: 1 all-gather for each module.
+    """
+    for module in modules:
         assert isinstance(module, FSDPModule)
         module.unshard()
         module.reshard()

@@ -7,11 +7,12 @@ their names and stay tied. Nothing here communicates but ``agree_on_weights``.
 from __future__ import annotations
 
 import itertools
+import logging
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import Replicate, Shard
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.comm import collectives as comm
@@ -21,6 +22,8 @@ from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import is_fake, packed_halves, process_group
+
+logger = logging.getLogger(__name__)
 
 
 def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]:
@@ -58,7 +61,7 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
 
 
 def agree_on_weights(model: nn.Module, axis: Axis, device_type: str) -> list[str]:
-    """Make every rank's parameters and buffers those of the first rank, as DDP does.
+    """Make every rank's whole parameters and buffers those of the first rank, as DDP does.
 
     Ranks that built the model from different seeds would each shard another model. Digests are
     compared first, so that equal weights (the usual case) cost one small all-gather.
@@ -66,29 +69,56 @@ def agree_on_weights(model: nn.Module, axis: Axis, device_type: str) -> list[str
     Returns:
         Names of the tensors that differed and were taken from the first rank.
     """
-    group = process_group(axis.group)
     everything = itertools.chain(model.named_parameters(), model.named_buffers())
-    tensors = [(n, t) for n, t in everything if t.numel()]
-    symbolic = any(is_fake(t) for _, t in tensors)
-    if axis.size == 1 or symbolic or dist.get_backend(group) == "fake":
-        return []
-    digests = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for _, t in tensors])
-    everyone = comm.all_gather(digests.to(device_type)[None], axis)
-    differ = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+    tensors = [(n, t) for n, t in everything if t.numel() and not isinstance(t, DTensor)]
+    differ = differing([t for _, t in tensors], axis, device_type)
     for i in differ:
         tensor = tensors[i][1].detach()
         buffer = tensor.to(device_type).contiguous()
-        dist.broadcast(buffer, group=group, group_src=0)
+        dist.broadcast(buffer, group=process_group(axis.group), group_src=0)
         tensor.copy_(buffer)
     return [tensors[i][0] for i in differ]
 
 
-def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    """Turn every parameter into a DTensor."""
-    placed = placements(model, plan)
+def report_taken(names: list[str], state: ParallelState) -> None:
+    """Warn, on the first rank, of what ``agree_on_weights`` has taken from it."""
+    if names and state.everyone.rank == 0:
+        logger.warning(
+            "%d tensors differed between the ranks; all ranks now have those of rank 0: %s%s",
+            len(names),
+            ", ".join(names[:3]),
+            ", ..." if len(names) > 3 else "",
+        )
+
+
+def differing(tensors: list[Tensor], axis: Axis, device_type: str) -> list[int]:
+    """Which of these tensors, one list on every rank, are not equal on all ranks of an axis.
+
+    Digests are computed where the collectives run: a GPU reads a model faster than a core does, and
+    holds one tensor of it at a time.
+
+    Collectives: 1 all-gather of a number for each.
+    """
+    symbolic = any(is_fake(t) for t in tensors)
+    fake = axis.size > 1 and dist.get_backend(process_group(axis.group)) == "fake"
+    if axis.size == 1 or symbolic or fake or not tensors:
+        return []
+    digests = [torch.hash_tensor(t.detach().to(device_type)).view(torch.int64) for t in tensors]
+    everyone = comm.all_gather(torch.stack(digests)[None], axis)
+    return (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+
+
+def device_of(state: ParallelState) -> torch.device:
+    """Where this rank's shards live."""
     device = torch.device(state.mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
+    return device
+
+
+def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None:
+    """Turn every parameter into a DTensor."""
+    placed, device = placements(model, plan), device_of(state)
     made: dict[int, nn.Parameter] = {}
     travelling = {id(p) for p in spread_experts(model, state)}
     for module in model.modules():
@@ -101,7 +131,7 @@ def shard_parameters(model: nn.Module, plan: Plan, state: ParallelState) -> None
                 )
             module._parameters[name] = made[id(p)]
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != device.type:
+            if buffer is not None and buffer.device.type not in (device.type, "meta"):
                 module._buffers[name] = buffer.to(device)
 
 
@@ -121,8 +151,12 @@ def shard_parameter(
     *,
     spread: bool = False,
 ) -> nn.Parameter:
-    """This rank's part of a full parameter, as a DTensor parameter; ``spread`` over all ranks."""
+    """This rank's part of a full parameter, as a DTensor parameter; ``spread`` over all ranks.
+
+    One on meta stays there, to be given its values as a shard.
+    """
     axis, mesh = (state.everyone, state.whole) if spread else (state.axis, state.mesh)
+    device = p.device if p.is_meta else device
     piece = take_shard(p.detach(), placement, axis.size, axis.rank, device)
     stride = p.stride() if p.is_contiguous() else None
     tensor = as_dtensor(piece, mesh, (placement,) * mesh.ndim, p.shape, stride)

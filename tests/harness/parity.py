@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -66,6 +67,8 @@ class Case:
     seed: int = 0
     data: int = 1
     around: str | None = None
+    # Saved, and read back shard by shard.
+    loaded: bool = False
     parallelize: tuple[tuple[str, Any], ...] = ()
     model_kwargs: tuple[tuple[str, Any], ...] = ()
 
@@ -95,7 +98,8 @@ def train(case: Case) -> Report:
     """Two optimizer steps, parallel against unsharded."""
     report = Report(str(case), dist.get_rank(), case.dtype)
     # The truth depends neither on sp nor on checkpointing nor on a mutant.
-    want = _reference_run(replace(case, sp=True, checkpoint="none", around=None, parallelize=()))
+    plain = {"sp": True, "checkpoint": "none", "around": None, "parallelize": (), "loaded": False}
+    want = _reference_run(replace(case, **plain))
     with _around(case):
         model, parallel = pair(case)
         check_contract(report, parallel, model)
@@ -114,14 +118,23 @@ def train_all(cases: Iterable[Case]) -> list[Report]:
 
 def pair(case: Case) -> tuple[nn.Module, nn.Module]:
     """(unsharded, parallel): the same weights, in separate storage."""
-    from hf_sp import parallelize
+    from hf_sp import from_pretrained, parallelize
 
     dtype = getattr(torch, case.dtype)
     model = tiny.build(case.family, dtype, case.seed, case.attn, **dict(case.model_kwargs))
-    parallel = copy.deepcopy(model)
     degrees = {} if case.data == 1 else {"dp_shard": case.data}
     kwargs = {"tp": case.tp, "sp": case.sp, **degrees, **dict(case.parallelize)}
-    parallel = parallelize(parallel, **kwargs)
+    if case.loaded:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = gather_objects(folder)[0]
+            if dist.get_rank() == 0:
+                model.save_pretrained(folder)
+            dist.barrier()
+            how = {"attn_implementation": case.attn, "experts_implementation": "eager"}
+            parallel = from_pretrained(folder, dtype=dtype, **how, **kwargs).train()
+            dist.barrier()
+    else:
+        parallel = parallelize(copy.deepcopy(model), **kwargs)
     return tiny.reference(model), parallel
 
 

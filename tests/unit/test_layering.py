@@ -15,7 +15,7 @@ MAX_LINES = 300
 LONGER = {}
 # The package in all (11,741 before checkpoints had a manifest), and the attributes that it leaves
 # on modules and tensors of others.
-MAX_LINES_OF_ALL = 13_800
+MAX_LINES_OF_ALL = 14_150
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
@@ -28,7 +28,7 @@ LAYERS: list[list[set[str]]] = [
     [{"moe"}],
     [{"install", "checkpoint", "optimizer_state"}, {"checks"}],
     [{"adapters"}],
-    [{"integrations", "api", "consolidate"}],
+    [{"integrations", "api", "consolidate", "loading"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
 # handed; it must not know how the model was made parallel.

@@ -1,0 +1,189 @@
+"""``from_pretrained``: a model that no rank ever holds whole.
+
+transformers builds a model on the meta device and then fills it. Between the two ``parallelize`` is
+called (``integrations/loading.py``), so that each rank reads slices of the files.
+
+What a checkpoint lacks is made whole, as transformers initialises it, and is cut afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from hf_sp.api import CpMode, parallelize
+from hf_sp.checkpoint.ranks import listing
+from hf_sp.comm.shard import shard_like
+from hf_sp.errors import CheckpointError, ConfigError
+from hf_sp.integrations.loading import QUANTISED, Loading, patches
+from hf_sp.model.fsdp import make_buffers
+from hf_sp.model.shard import agree_on_weights, device_of, differing, report_taken
+from hf_sp.state import ParallelState, Recompute, parallel_state
+
+_PLACED = "each rank reads its own shards, straight to its device"
+_NATIVE = "hf_sp shards the model; transformers must not do it too"
+# Arguments of transformers' from_pretrained that say otherwise -> the rule that they break.
+_REFUSED = {
+    **dict.fromkeys(
+        ("quantization_config", "load_in_8bit", "load_in_4bit", "gguf_file"), QUANTISED
+    ),
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder", "offload_buffers"), _PLACED),
+    **dict.fromkeys(("distributed_config", "device_mesh", "tp_plan", "tp_size"), _NATIVE),
+    **dict.fromkeys(
+        ("use_kernels", "kernel_config"),
+        "transformers' kernels would replace forwards that hf_sp has replaced",
+    ),
+}
+
+
+def from_pretrained(  # noqa: D417 (they are documented by parallelize)
+    name_or_path: str | os.PathLike[str],
+    *,
+    model_class: Any = AutoModelForCausalLM,
+    tp: int | None = None,
+    sp: bool = True,
+    cp: int = 1,
+    cp_mode: CpMode = "ulysses",
+    ep: int = 1,
+    dp_shard: int | None = None,
+    dp_replicate: int = 1,
+    mesh: DeviceMesh | None = None,
+    plan: Mapping[str, str] | None = None,
+    keep_logits: bool = False,
+    loss_chunk: int = 4096,
+    kernels: bool = True,
+    recompute: Recompute | None = None,
+    **kwargs: Any,
+) -> Any:
+    """``parallelize(model_class.from_pretrained(name_or_path))``, read shard by shard.
+
+    Each rank reads its part of each tensor, straight to its device, and never more than one whole
+    tensor. Call it on every rank.
+
+    Args:
+        name_or_path: a folder, or a name on the Hub or in its cache.
+        model_class: a class of transformers, or an Auto class.
+        tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
+            kernels, recompute: as for ``parallelize``.
+        **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
+            ``revision``, ``local_files_only``, ``output_loading_info``, ...
+
+    Returns:
+        What ``parallelize`` returns, in eval mode, as transformers loads it. Weights that the
+        checkpoint lacks are initialised as transformers would, to the first rank's numbers. With
+        ``output_loading_info=True`` a pair, as from transformers.
+
+    Collectives: those of ``parallelize``, and of a few texts and digests.
+
+    Raises:
+        ConfigError: an argument that says where weights go, or how they are packed; what
+            ``parallelize`` refuses; a checkpoint of another layout than the model.
+        PlanError: as from ``parallelize``.
+        CheckpointError: the files cannot be read, or are not the same on all ranks.
+    """
+    options = {
+        **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
+        **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
+        **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
+    }
+    patches.apply()
+    loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))
+    with loading, _one_progress_bar():
+        _check_arguments(kwargs)
+        made = model_class.from_pretrained(name_or_path, **kwargs)
+    model = made[0] if isinstance(made, tuple) else made
+    _finish(model, loading)
+    return made
+
+
+def _check_arguments(kwargs: Mapping[str, Any]) -> None:
+    for name, rule in _REFUSED.items():
+        if kwargs.get(name):
+            raise ConfigError(
+                f"from_pretrained does not take {name}",
+                got=f"{name}={kwargs[name]!r}",
+                rule=rule,
+                remedy=f"leave {name} out",
+            )
+
+
+@contextmanager
+def _one_progress_bar() -> Iterator[None]:
+    """Inside, the first rank alone shows progress."""
+    rank = os.environ.get("RANK", "0")
+    if torch.distributed.is_initialized():
+        rank = str(torch.distributed.get_rank())
+    shown = transformers_logging.is_progress_bar_enabled()
+    if rank != "0":
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _finish(model: Any, loading: Loading) -> None:
+    """Shard what was made whole, and make the shards memory of their own."""
+    state = parallel_state(model)
+    assert state is not None
+    if untied := loading.tied.keys() - model.all_tied_weights_keys.keys():
+        if state.data > 1:
+            raise ConfigError(
+                "the checkpoint has two values of what the configuration ties",
+                where=", ".join(untied),
+                rule="FSDP has to know which weights are one before they are read",
+                remedy="from_pretrained(..., tie_word_embeddings=False)",
+            )
+        state.plan = dataclasses.replace(state.plan, tied=False)
+    report_taken(agree_on_weights(model, state.everyone, state.mesh.device_type), state)
+    made: dict[int, nn.Parameter] = {}
+    for name, like in loading.lacking.items():
+        p = model.get_parameter(name)
+        if not isinstance(p, DTensor):
+            cut = shard_like(p.detach(), like, device_of(state))
+            made[id(p)] = nn.Parameter(cut, requires_grad=p.requires_grad)
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            module._parameters[key] = made.get(id(p), p)
+    # FSDP takes up other parameters than those it has seen when they are moved.
+    model._apply(_own_memory)
+    _check_replicas(model, state, loading.name)
+    if state.data > 1:
+        make_buffers((model, *map(model.get_submodule, state.plan.layers)))
+
+
+def _own_memory(x: Tensor) -> Tensor:
+    """On a CPU a slice is a view of the mapped file, with its storage and its fate: copy that."""
+    own = x.to_local() if isinstance(x, DTensor) else x
+    storage = own.untyped_storage()
+    return x if storage.resizable() and storage.nbytes() == own.nbytes else x.clone()
+
+
+def _check_replicas(model: nn.Module, state: ParallelState, name: str) -> None:
+    """Refuse ranks that have read other numbers: a stale copy on one machine."""
+    replicas = {
+        key: p.to_local().detach()
+        for key, p in model.named_parameters()
+        if isinstance(p, DTensor) and isinstance(p.placements[-1], Replicate)
+    }
+    differ = differing(list(replicas.values()), state.axis, state.mesh.device_type)
+    if differ:
+        raise CheckpointError(
+            "the ranks have read different checkpoints",
+            where=name,
+            got=listing(list(replicas)[i] for i in differ),
+            rule="every rank reads its part of one checkpoint",
+            remedy="copy the files to every machine again",
+        )
