@@ -34,6 +34,8 @@ def use(function: Use) -> Use:
 
 def compare(name: str, sp: bool) -> Report:
     """Do it to the unsharded and to the parallel model; compare gradients and what it returns."""
+    import behaviour.own_products  # noqa: F401 (registers some; a rank imports this module alone)
+
     model, parallel = pair(Case("llama_odd_vocab", sp=sp))
     batch = batches.plain(2, 17, 61)
     report = Report(f"{name} sp={sp}", dist.get_rank(), "float64")

@@ -6,7 +6,7 @@ import pytest
 from harness.pool import pool
 from harness.report import assert_parity
 
-from behaviour import hostile
+from behaviour import hostile, own_products
 from behaviour.hostile import USES
 
 
@@ -14,6 +14,12 @@ from behaviour.hostile import USES
 @pytest.mark.parametrize("name", sorted(USES))
 def test_use(name, sp):
     assert_parity(pool(2).run(hostile.compare, name=name, sp=sp))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_product_with_a_shard_is_an_error(labels):
+    for message in pool(2).run(own_products.product_with_a_shard, labels=labels):
+        assert "got mixed torch.Tensor and DTensor" in message
 
 
 @pytest.mark.parametrize("sp", [True, False])
