@@ -93,7 +93,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         PlanError: as from ``parallelize``.
         CheckpointError: the files cannot be read, or are not the same on all ranks.
     """
-    options = {
+    options: dict[str, Any] = {
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
