@@ -48,7 +48,7 @@ _REFUSED = {
 
 
 def from_pretrained(  # noqa: D417 (they are documented by parallelize)
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | None,
     *,
     model_class: Any = AutoModelForCausalLM,
     tp: int | None = None,
@@ -72,7 +72,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     tensor. Call it on every rank.
 
     Args:
-        name_or_path: a folder, or a name on the Hub or in its cache.
+        name_or_path: a folder, or a name on the Hub or in its cache; None with ``config`` and
+            ``state_dict``.
         model_class: a class of transformers, or an Auto class.
         tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
             kernels, recompute: as for ``parallelize``.
@@ -92,7 +93,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         PlanError: as from ``parallelize``.
         CheckpointError: the files cannot be read, or are not the same on all ranks.
     """
-    options = {
+    options: dict[str, Any] = {
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},

@@ -28,7 +28,7 @@ from harness.compare import (
     gradients,
     whole,
 )
-from harness.parity import Case, _around, _compare_runs, _run
+from harness.parity import Case, _compare_runs, _run, around
 from harness.report import Report
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -181,7 +181,7 @@ def train(lora: Lora) -> Report:
     check_contract(report, parallel, model)
     want = _reference_run(lora.varied(checkpoint="none", around=None, parallelize=()))
     torch.manual_seed(11)
-    with _around(case):
+    with around(case):
         if case.checkpoint == "reentrant":
             parallel.enable_input_require_grads()
         got = _run(parallel, case, report)

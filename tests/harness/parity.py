@@ -40,7 +40,7 @@ from harness.compare import (
 )
 from harness.report import TOLERANCE, Report, assert_parity, size
 
-__all__ = ["Case", "assert_parity", "each", "pair", "train", "train_all"]
+__all__ = ["Case", "around", "assert_parity", "each", "pair", "train", "train_all"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(case: Case) -> Report:
     # The truth depends neither on sp nor on checkpointing nor on a mutant.
     plain = {"sp": True, "checkpoint": "none", "around": None, "parallelize": (), "loaded": False}
     want = _reference_run(replace(case, **plain))
-    with _around(case):
+    with around(case):
         model, parallel = pair(case)
         check_contract(report, parallel, model)
         watch = _WatchLength(parallel)
@@ -282,7 +282,8 @@ class _WatchLength:
 
 
 @contextlib.contextmanager
-def _around(case: Case):
+def around(case: Case):
+    """The case's mutant in place, if it has one."""
     if case.around is None:
         yield
         return

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from harness import batches, tiny
-from harness.compare import compare_gradients, fresh, gradients
-from harness.parity import Case
+from harness.compare import attempt, compare_gradients, fresh, gradients, whole
+from harness.parity import Case, around
 from harness.report import Report
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
@@ -91,6 +92,27 @@ def refusal(
     except (HfSpError, OSError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def lacking_all(cases: Iterable[Case]) -> list[Report]:
+    """For each case: weights that the checkpoint lacks are what the first rank's seed draws."""
+    return [attempt(str(case), lambda case=case: _lacking(case)) for case in cases]
+
+
+def _lacking(case: Case) -> Report:
+    report = Report(str(case), dist.get_rank(), "float32")
+    model = tiny.build(case.family, torch.float32)
+    lost = "q_proj.weight", "down_proj.weight", "lm_head.weight"
+    kept = {n: p for n, p in model.state_dict().items() if not n.endswith(lost)}
+    how = {"config": model.config, "state_dict": kept, "dtype": torch.float32}
+    torch.manual_seed(5)
+    want = type(model).from_pretrained(None, **how)
+    torch.manual_seed(5 + dist.get_rank())
+    with around(case):
+        got = from_pretrained(None, model_class=type(model), **how)
+    for (name, mine), other in zip(got.named_parameters(), want.parameters(), strict=True):
+        report.compare(name, whole(mine), other)
+    return report
 
 
 def loading_info(folder: str) -> dict[str, Any]:

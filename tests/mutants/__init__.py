@@ -1,6 +1,6 @@
 """Deliberate faults: each must turn a check red. `registry` holds them all, by name."""
 
-from mutants import adapters, dense, embedding_and_loss, experts, fsdp, partial_gradients
+from mutants import adapters, dense, embedding_and_loss, experts, fsdp, loading, partial_gradients
 from mutants.registry import MUTANTS, Mutant, applied
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "embedding_and_loss",
     "experts",
     "fsdp",
+    "loading",
     "partial_gradients",
 ]
