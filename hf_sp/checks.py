@@ -136,7 +136,7 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     alone = tuple(experts) if plan.ep > plan.tp else ()
     seen: dict[str, tuple[str, torch.dtype]] = {}
     # Paths of the plan are the transformers model's.
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     for name, p in base.named_parameters():
         if name.startswith(alone) or not p.requires_grad:
             continue

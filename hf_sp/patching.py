@@ -51,7 +51,7 @@ class Patches:
         """Put every patch in place. Can be called again."""
         for owner, name, patch in self.entries:
             current = inspect.getattr_static(owner, name)
-            read = current.fget if isinstance(current, property) else current
+            read: Any = current.fget if isinstance(current, property) else current
             if not hasattr(read, _ORIGINAL):
                 wrapped = self._wrapped(read, patch)
                 setattr(owner, name, property(wrapped) if read is not current else wrapped)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.data_loader import DataLoaderDispatcher, SkipBatchSampler
 from accelerate.state import PartialState
 from accelerate.utils import operations, recursively_apply
 from torch import Tensor
@@ -126,8 +126,13 @@ def reduce_over_groups(
 @PATCHES.on(DataLoaderDispatcher, "__init__")
 def dispatch_to_groups(original: Patch, self: Any, *args: Any, **kwargs: Any) -> None:
     """One rank reads for all; each takes its group's rows of what it is sent."""
+    state, sampler = _shown(), kwargs.get("batch_sampler")
+    if isinstance(sampler, SkipBatchSampler) and not kwargs.get("split_batches"):
+        # accelerate skips one batch for those of all processes.
+        skipped = sampler.skip_batches * state.data
+        kwargs["batch_sampler"] = SkipBatchSampler(sampler.batch_sampler, skipped)
     original(self, *args, **kwargs)
-    state, cut = _shown(), self.slice_fn
+    cut = self.slice_fn
     self.state = types.SimpleNamespace(
         process_index=state.everyone.rank, num_processes=state.data, device=PartialState().device
     )

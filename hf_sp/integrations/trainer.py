@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -154,6 +155,23 @@ def _counts_for_all(trainer: Any) -> bool:
     return trainer.args.average_tokens_across_devices and takes
 
 
+def _own_rows(loader: Any, state: ParallelState, remainder: int, rows: int) -> int:
+    """How many rows of this group's part of a last batch are not repeated; all if nobody knows."""
+    sampler = loader.batch_sampler
+    while isinstance(sampler, SkipBatchSampler):
+        sampler = sampler.batch_sampler
+    if isinstance(sampler, BatchSamplerShard) and not sampler.drop_last:
+        # Counted anew: after a resume in the middle of an epoch accelerate has not.
+        groups = 1 if sampler.split_batches else sampler.num_processes
+        remainder = len(loader.dataset) % ((sampler.batch_size or rows) * groups)
+    dealers = (sampler, loader.dataset, getattr(loader, "state", None))
+    # Another sampler (batch_rebalance) has dealt them out itself.
+    dealt = any(getattr(dealer, "num_processes", 1) == state.data for dealer in dealers)
+    if not dealt or remainder < 1:
+        return rows
+    return min(remainder - processes.group_index(state) * rows, rows)
+
+
 def _without_repeated(trainer: Any, inputs: Any) -> Any:
     """A last batch whose rows beyond the data count for nothing: their labels are ignored.
 
@@ -161,17 +179,13 @@ def _without_repeated(trainer: Any, inputs: Any) -> Any:
     """
     state, gradients = state_of(trainer), trainer.accelerator.gradient_state
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    if state.data == 1 or not gradients.end_of_dataloader or gradients.remainder < 1:
+    if state.data == 1 or not gradients.end_of_dataloader or not isinstance(labels, Tensor):
         return inputs
-    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+    if labels.dim() < 2 or labels.is_floating_point():
         return inputs
-    loader = gradients.active_dataloader
-    dealers = (loader.batch_sampler, loader.dataset, getattr(loader, "state", None))
-    # Another sampler (batch_rebalance) has dealt them out itself.
-    dealt = any(getattr(dealer, "num_processes", 1) == state.data for dealer in dealers)
-    own = gradients.remainder - processes.group_index(state) * len(labels)
+    own = _own_rows(gradients.active_dataloader, state, gradients.remainder, len(labels))
     # A batch without any label has its part of a sum, and no mean.
-    if not dealt or own >= len(labels) or (own <= 0 and not _counts_for_all(trainer)):
+    if own == len(labels) or (own <= 0 and not _counts_for_all(trainer)):
         return inputs
     labels = labels.clone()
     labels[max(own, 0) :] = -100
@@ -199,10 +213,9 @@ def evaluate_rows_once(
 ) -> Any:
     """Logits of the whole vocabulary are made in eval; often nobody would read them.
 
-    A subclass that computes its own loss may read them (TRL does), so it gets them. And of a last
-    batch Trainer weighs the groups' losses, which are parts of one mean, by their numbers of rows.
+    A subclass that computes its own loss may read them, so it gets them. And of a last batch
+    Trainer weighs the groups' losses, which are parts of one mean, by their numbers of rows.
     """
-    inputs = _without_repeated(self, inputs)
     wants = not prediction_loss_only or type(self).compute_loss is not Trainer.compute_loss
     with contextlib.nullcontext() if wants else state_of(self).no_logits():
         found = original(self, model, inputs, prediction_loss_only, *args, **kwargs)
@@ -221,12 +234,24 @@ def group_lengths_of_all_groups(original: Patch, self: Any, *args: Any, **kwargs
 
 
 @PATCHES.on(Trainer, "evaluation_loop")
-def broadcast_metrics(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
+def evaluate_alike(original: Patch, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Ranks decide by their own metrics what to save and when to stop: they must be the same.
 
-    ``compute_metrics`` is the user's and may be random.
+    ``compute_metrics`` is the user's and may be random. And the rows that fill the last batch have
+    a part in its mean loss, whoever's ``prediction_step`` computes it (TRL's are their own).
     """
-    output = original(self, *args, **kwargs)
+    step, own = self.prediction_step, vars(self).get("prediction_step")
+
+    def step_once(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return step(model, _without_repeated(self, inputs), *args, **kwargs)
+
+    vars(self)["prediction_step"] = step_once
+    try:
+        output = original(self, *args, **kwargs)
+    finally:
+        vars(self).pop("prediction_step")
+        if own is not None:
+            vars(self)["prediction_step"] = own
     return output._replace(metrics=ranks_of(self.model).tell(output.metrics))
 
 

@@ -57,7 +57,9 @@ def shard_blocks_over_data(model: nn.Module, state: ParallelState) -> None:
     """
     axes = [n for n in state.whole.mesh_dim_names or () if n != "tp"]
     mesh = state.whole[tuple(axes)]
-    known = {p for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim > 1}
+    known: set[nn.Parameter] = {
+        p for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim > 1
+    }
     known |= set(spread_experts(model, state))
     blocks = [model.get_submodule(block.path) for block in state.plan.blocks]
     blocks = [block for block in blocks if set(block.parameters()) - known]

@@ -49,7 +49,8 @@ def _train(scene, name, kind, adapters):
         disable_tqdm=True,
         logging_steps=1,
         per_device_train_batch_size=2 * size,
-        per_device_eval_batch_size=2 * size,
+        # TRL's losses of an evaluation are each group's own.
+        per_device_eval_batch_size=2,
         gradient_accumulation_steps=2,
         max_steps=5,
         max_grad_norm=0.5,
