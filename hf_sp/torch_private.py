@@ -63,14 +63,18 @@ def process_group(name: str) -> ProcessGroup:
     return _resolve_process_group(cast(Any, name))
 
 
-def default_store() -> dist.Store:
-    """The store that the ranks met at: the only way to learn of a rank without a collective."""
-    return dist.distributed_c10d._get_default_store()
+def default_store(prefix: str = "") -> Any:
+    """The store that the ranks met at: the only way to learn of a rank without a collective.
+
+    With a prefix, a client of its own: who waits at another one does not keep it.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    return dist.distributed_c10d.PrefixStore(prefix, store.clone()) if prefix else store
 
 
 def collectives_launched() -> int:
     """How many collectives this rank has launched so far, of all process groups."""
-    groups = list(dist.distributed_c10d._world.pg_map)
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)
 
 
@@ -148,12 +152,12 @@ def read_whole_numbers() -> None:
 
     torch reads the local one, which of a norm or a sum is this rank's part. For all DTensors.
     """
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers: Any = DTensor._op_dispatcher._custom_op_handlers
     handlers.setdefault(torch.ops.aten._local_scalar_dense.default, _whole_number)
 
 
-def _whole_number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0]
+def _whole_number(op: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    x: Any = args[0]
     whole = all(p.is_replicate() for p in x.placements)
     with torch.no_grad():
         return op(x._local_tensor if whole else x.full_tensor())

@@ -108,7 +108,7 @@ def watch() -> None:
         _tell_of_ends()
     if _current is None or _current.world is not dist.group.WORLD:
         _current = Watch(limit)
-        threading.Thread(target=_current.run, name="hf_sp.watch", daemon=True).start()
+        _current.thread.start()
 
 
 _current: Watch | None = None
@@ -124,9 +124,12 @@ def _tell_of_ends() -> None:
             _current.fail(kind, error)
 
     def at_the_end() -> None:
-        if _current is not None and dist.is_initialized() and not _current.told:
+        if _current is None:
+            return
+        if dist.is_initialized() and not _current.told:
             with contextlib.suppress(RuntimeError):
                 _current.tell(Report(where="has come to the end of its script"))
+        _current.stop()
 
     sys.excepthook = excepthook
     atexit.register(at_the_end)
@@ -140,9 +143,11 @@ class Watch:
         self.world = dist.group.WORLD
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Of its own, so that a main thread that waits at the store does not keep it.
-        self.store = dist.PrefixStore("hf_sp.watch", default_store().clone())
+        self.store = default_store("hf_sp.watch")
         self.told = False
         self.over = False
+        self.wake = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="hf_sp.watch", daemon=True)
 
     def run(self) -> None:
         """Look every second, until the process group is gone."""
@@ -162,7 +167,13 @@ class Watch:
                     self.tell(Report())
             except RuntimeError:  # the store ended with the rank that holds it
                 return
-            time.sleep(PERIOD_S)
+            self.wake.wait(PERIOD_S)
+
+    def stop(self) -> None:
+        """End the thread: inside torch when the interpreter goes, it would abort the process."""
+        self.over = True
+        self.wake.set()
+        self.thread.join(GRACE_S)
 
     def tell(self, report: Report) -> None:
         """Let the others know."""

@@ -261,5 +261,5 @@ def _load_random(accelerator: Accelerator, ranks: Ranks, folder: Path) -> None:
     if cuda is not None and alike and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda)
         cuda = None
-    names = "random_state", "numpy_random_seed", "torch_manual_seed"
-    restore_random(*(saved[name] for name in names), cuda)
+    python, numpy = saved["random_state"], saved["numpy_random_seed"]
+    restore_random(python, numpy, saved["torch_manual_seed"], cuda)

@@ -90,5 +90,13 @@ def test_the_others_are_told_who_failed(silent, word, ranks, tmp_path, monkeypat
     assert "[hf_sp" not in (tmp_path / "1").read_text()
 
 
+def test_the_thread_ends_before_the_interpreter(ranks):
+    """In a call of torch's it would abort the process, in about every third one at this pace."""
+    assert ranks.run(watch_jobs.watched_all_the_time) == [True, True]
+    processes = [rank.process for rank in ranks._ranks]
+    ranks.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def test_one_process_is_not_watched():
     assert "hf_sp.watch" not in [thread.name for thread in threading.enumerate()]

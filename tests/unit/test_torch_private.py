@@ -32,6 +32,7 @@ ELSEWHERE = {
         "_python_dispatch",
         "_pytree",
     },
+    "loading.py": {"_apply"},
     "estimate/simulate.py": {"_internal", "_subclasses"},
     "model/forward.py": {
         "_backward_hooks",
