@@ -69,7 +69,6 @@ def main() -> None:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    norm = norm.full_tensor()  # parameters and their norm are DTensors
                     step += 1
                     accelerator.print(f"step {step}  loss {loss:.4f}  grad norm {norm:.3f}")
                 optimizer.step()

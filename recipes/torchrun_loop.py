@@ -69,7 +69,7 @@ def main() -> None:
             loss = model(input_ids=batch, labels=batch).loss / args.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if groups > 1:

@@ -21,5 +21,9 @@ def return_whole_norm(original: Patch, *args: Any, **kwargs: Any) -> Tensor:
     Reduced when all ranks clip; the clipping itself would do it.
     """
     norm = original(*args, **kwargs)
-    ours = isinstance(norm, DTensor) and "tp" in (norm.device_mesh.mesh_dim_names or ())
-    return norm.full_tensor() if ours else norm
+    if not (isinstance(norm, DTensor) and "tp" in (norm.device_mesh.mesh_dim_names or ())):
+        return norm
+    whole = norm.full_tensor()
+    # Loops that were written for a DTensor ask for this.
+    whole.full_tensor = whole.detach().clone  # type: ignore[attr-defined]
+    return whole

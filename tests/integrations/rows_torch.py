@@ -62,4 +62,4 @@ def norm_of_clipped_gradients(scene):
     for p in parameters:
         p.grad = torch.full_like(p, 2.0 / count**0.5)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    return [type(norm).__name__, round(norm.item(), 6)]
+    return [type(norm).__name__, round(norm.full_tensor().item(), 6)]

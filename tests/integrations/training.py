@@ -59,6 +59,8 @@ VARIANTS = {
     "loss_func": {"compute_loss_func": _summed},
     "checkpointing": {"gradient_checkpointing": True},
     "sgd": {"optim": "sgd"},
+    "rmsprop": {"optim": "rmsprop", "learning_rate": 1e-3},
+    "adagrad": {"optim": "adagrad"},
     "fused": {"optim": "adamw_torch_fused"},
     "auto_find": {"auto_find_batch_size": True},
 }
