@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from hf_sp import parallel_state
-from hf_sp.torch_private import set_timeout
 from integrations.data import even_rows
 from integrations.scene import refused
 
@@ -75,6 +73,10 @@ def lone_arguments(scene):
 
 def timeouts(scene):
     """Seconds that collectives of the model's groups and of the default one wait for, in turn."""
+    # Not at the top: the plain process must not have seen it.
+    from hf_sp import parallel_state
+    from hf_sp.torch_private import set_timeout
+
     state = parallel_state(model := scene.tiny())
     groups = [dist.group.WORLD, state.group, state.all_ranks]
     cpu = torch.device("cpu")
