@@ -98,6 +98,18 @@ def line(frame: FrameType) -> str:
     return f"{name}:{number} ({linecache.getline(name, number).strip()})"
 
 
+def look() -> tuple[bool, str, list[tuple[int, int]]]:
+    """Whether the main thread waits for other ranks, at which line, and its callers' places.
+
+    Frames are let go at once: what their variables hold would live on with them.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames = callers(frame)
+    if not frames or not waits(frame):
+        return False, "", []
+    return True, line(frames[0]), [(id(f.f_code), f.f_lasti) for f in frames]
+
+
 def watch() -> None:
     """Watch this process and its peers from now on; once for each time torch.distributed starts."""
     global _current
@@ -151,17 +163,16 @@ class Watch:
 
     def run(self) -> None:
         """Look every second, until the process group is gone."""
-        main, still, since = threading.main_thread(), None, time.monotonic()
+        still, since = None, time.monotonic()
         while not self.over and dist.is_initialized() and dist.group.WORLD is self.world:
-            frame = sys._current_frames().get(main.ident or 0)
-            launched, frames = collectives_launched(), callers(frame)
-            now = launched, [(id(f.f_code), f.f_lasti) for f in frames]
-            if now != still or not (frames and waits(frame)):
+            waits_now, where, stack = look()
+            now = (launched := collectives_launched()), stack
+            if now != still or not waits_now:
                 still, since = now, time.monotonic()
             waiting = time.monotonic() - since
             try:
                 if waiting >= self.limit / 2:
-                    self.tell(Report(waiting, launched, line(frames[0])))
+                    self.tell(Report(waiting, launched, where))
                     self.judge()
                 elif self.told:
                     self.tell(Report())

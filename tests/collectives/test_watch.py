@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 from harness.pool import Pool, RankError
@@ -53,6 +55,26 @@ def test_where_a_rank_waits(file, waiting):
     exec(compile("import sys\ndef f(call): return call(sys._getframe)", file, "exec"), scope)
     exec(compile(operator, watch._CALLS_OPERATORS, "exec"), scope)
     assert watch.waits(scope["f"](scope["op"])) is waiting
+
+
+def test_what_it_looks_at_does_not_live_on():
+    """Tensors in the variables of a forward, for one: until the next look, a second later."""
+
+    class Held:
+        pass
+
+    def forward():
+        held = Held()
+        thread = threading.Thread(target=watch.look)
+        thread.start()
+        thread.join()
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert forward()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.trainer_callback import TrainerState
 
+import hf_sp
 from hf_sp.checkpoint.optimizer import OPTIMIZER_DIRECTORY
 from hf_sp.errors import CheckpointError
 from integrations.rows import PerRank, Raises, row
@@ -238,3 +239,18 @@ def checkpoint_without_weights(scene):
     trainer = scene.trainer("probe")
     trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
     return "taken"
+
+
+# transformers loads the whole model, and nobody has parallelized it.
+@row(
+    "transformers.modeling_utils.convert_and_load_state_dict_in_model",
+    right=[8, 16],
+    wrong=Raises("AssertionError", ""),
+)
+def rows_of_what_is_loaded(scene):
+    folder = scene.fresh("whole")
+    if scene.rank == 0:
+        scene.tiny(parallel=False).save_pretrained(folder)
+    scene.everywhere(None)
+    model = hf_sp.from_pretrained(folder, tp=scene.world)
+    return list(model.model.layers[0].self_attn.q_proj.weight.to_local().shape)
