@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.gloo import finish_at_exit
 from hf_sp.comm.watch import watch
 from hf_sp.errors import ConfigError
 from hf_sp.torch_private import flatten, real_tensors
@@ -188,6 +189,7 @@ def spans_world(mesh: DeviceMesh) -> bool:
 
 def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     """The ranks as a mesh; starts torch.distributed from the launcher's environment."""
+    finish_at_exit()
     if mesh is None:
         start_distributed()
         # FSDP's replicated form shards too, be it over one rank.
@@ -235,6 +237,7 @@ def _use_cuda() -> bool:
 
 def start_distributed() -> None:
     """Start torch.distributed from the launcher's environment, or as a world of one."""
+    finish_at_exit()
     if dist.is_initialized():
         return
     backend = "nccl" if _use_cuda() else "gloo"
@@ -245,7 +248,7 @@ def start_distributed() -> None:
     else:
         # A world of one, started without a launcher.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    # Gloo's threads, still running at interpreter exit, abort the process.
+    # torch warns of process groups that are left.
     atexit.register(_stop)
 
 

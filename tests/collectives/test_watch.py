@@ -123,5 +123,9 @@ def test_the_thread_ends_before_the_interpreter(ranks):
         assert rank.process.exitcode == 0
 
 
+def test_gloo_lets_go_before_the_interpreter_ends(ranks):
+    assert ranks.run(watch_jobs.held_by_gloo) == [(True, False)] * 2
+
+
 def test_one_process_is_not_watched():
     assert "hf_sp.watch" not in [thread.name for thread in threading.enumerate()]

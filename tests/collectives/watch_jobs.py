@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from harness import batches
 from harness.parity import Case, pair
 
-from hf_sp.comm import watch
+from hf_sp.comm import gloo, watch
 
 
 def _say_to(folder: str) -> None:
@@ -45,3 +48,23 @@ def watched_all_the_time() -> bool:
     watch.PERIOD_S = 1e-4
     watch.watch()
     return any(thread.name == "hf_sp.watch" for thread in threading.enumerate())
+
+
+def held_by_gloo() -> tuple[bool, bool]:
+    """Whether gloo's thread holds a tensor of a finished collective: before `finish`, and after.
+
+    It waits for the interpreter's lock, which this thread keeps, as at exit.
+    """
+    mine = torch.ones(2)
+    kept = weakref.ref(mine)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    dist.all_gather([torch.empty(2) for _ in range(2)], mine, async_op=True)
+    del mine
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        pass
+    before = kept() is not None
+    gloo.finish()
+    sys.setswitchinterval(interval)
+    return before, kept() is not None
