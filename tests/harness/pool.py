@@ -336,7 +336,7 @@ def _answer(
     import torch
 
     sys.path.extend(entry for entry in search_path if entry not in sys.path)
-    _freeze_imports()
+    freeze_imports()
     try:
         module, name = path.split(":")
         function = getattr(importlib.import_module(module), name)
@@ -350,10 +350,11 @@ def _answer(
         return Answer(False, traceback.format_exc())
 
 
-def _freeze_imports() -> None:
+def freeze_imports() -> None:
     """What is imported stays: spare later collections, and walks over the live objects, of it.
 
-    Again when a job has imported more: ``parallelize`` looks for optimizers among all objects.
+    Again when more is imported. Counting bytes collects before and after each step, and
+    ``parallelize`` looks for optimizers among all objects: half a second each, unfrozen.
     """
     global _frozen
     if len(sys.modules) != _frozen:
