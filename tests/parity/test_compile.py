@@ -14,6 +14,7 @@ from harness.report import assert_parity
 
 from hf_sp import parallelize
 from hf_sp.estimate.simulate import fake_world
+from hf_sp.model.compile import compile_layers
 from parity import compile_jobs
 
 # torch's tracer looks at the attribute of what it traces.
@@ -79,3 +80,26 @@ def test_no_more_bytes_than_eager():
         sum(x.untyped_storage().nbytes() for x in saved(compiled)) for compiled in (False, True)
     )
     assert compiled <= eager, (compiled, eager)
+
+
+def test_layers_with_experts_stay_eager():
+    """As Trainer compiles a model; its dense layers are compiled."""
+    with fake_world(2) as mesh:
+        model = tiny.build("qwen3_moe", torch.float32, 0, "sdpa").train()
+        model = parallelize(model, mesh=mesh)
+        torch._dynamo.reset()
+        ids = torch.arange(17).view(1, 17)
+
+        def gradients():
+            model.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            return {n: p.grad.to_local() for n, p in model.named_parameters()}
+
+        eager = gradients()
+        compile_layers(model, backend="aot_eager")
+        layers = model.model.layers
+        sparse = [hasattr(layer.mlp, "experts") for layer in layers]
+        assert set(sparse) == {True, False}
+        assert [layer._compiled_call_impl is None for layer in layers] == sparse
+        # float32, some operators decomposed
+        torch.testing.assert_close(gradients(), eager, rtol=1e-4, atol=1e-6)
