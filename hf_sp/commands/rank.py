@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_sp.adapters.fake import with_adapters
 from hf_sp.api import parallelize
 from hf_sp.errors import ConfigError
 from hf_sp.estimate import (
@@ -140,9 +141,9 @@ def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str,
 def longest(config: PreTrainedConfig, run: Run, capacity: int) -> int:
     """The most tokens a row may have for the peak to stay within `capacity` bytes; 0: none.
 
-    At most `LONGEST`, and a multiple of 1024 and tp. The peak is the largest of several lines in the
-    number of tokens: the line through two counts says where to look, until one length fits and the
-    next does not.
+    At most `LONGEST`, and a multiple of 1024 and tp. The peak is the largest of several lines in
+    the number of tokens: the line through two counts says where to look, until one length fits and
+    the next does not.
     """
     step = 1024 * run.tp
     peaks: dict[int, int] = {}
@@ -197,28 +198,10 @@ def _prepare(model: nn.Module, run: Run) -> nn.Module:
     if run.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if run.lora:
-        model = _with_adapters(model, run)
+        model = with_adapters(model, run.lora)
         if run.checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
     return model
-
-
-def _with_adapters(model: nn.Module, run: Run) -> nn.Module:
-    """LoRA as PEFT makes it: in float32 over a base of less.
-
-    Fake parameters can't be moved to another dtype, and need not be to another device.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    adapters = LoraConfig(r=run.lora, target_modules="all-linear", task_type="CAUSAL_LM")
-    before, dtype = nn.Module.to, torch.get_default_dtype()
-    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.set_default_dtype(torch.float32)
-    try:
-        return get_peft_model(model, adapters, autocast_adapter_dtype=False)
-    finally:
-        nn.Module.to = before  # type: ignore[method-assign]
-        torch.set_default_dtype(dtype)
 
 
 def _with_hf_sp(mesh: Any, run: Run) -> Callable[[nn.Module], nn.Module]:

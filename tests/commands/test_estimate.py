@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from commands import jobs
 from harness.pool import pool
 from transformers import AutoConfig
 
-from commands import jobs
 from hf_sp.commands import rank
 from hf_sp.commands.main import main
 from hf_sp.commands.rank import Run, count, longest
@@ -46,16 +46,15 @@ def answer(capsys, *arguments):
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.
 
-    But for the 8 bytes of the attention's random state, which fake tensors do not have.
+    But for a few scalars that threads of gloo may hold for a while.
     """
     real = pool(2).run(jobs.counted, config=config, run=run)[0]
     estimate = count(AutoConfig.for_model(**config), run)
     assert estimate.peak == pytest.approx(real.peak, rel=0.02)
     assert estimate.when == real.when
     for kind in ("weights", "optimizer", "activations", "gradients"):
-        there = getattr(real.kinds, kind)
-        assert getattr(estimate.kinds, kind) == there - 8 * (kind == "activations"), kind
-    assert estimate.kept == real.kept - 8
+        assert getattr(estimate.kinds, kind) == pytest.approx(getattr(real.kinds, kind), abs=64)
+    assert estimate.kept == real.kept
     assert estimate.collectives == real.collectives
 
 
