@@ -34,7 +34,7 @@ from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-Phase = Literal["forward", "backward", "optimizer"]
+Phase = Literal["build", "forward", "backward", "optimizer"]
 
 # What an op's name begins with, underscores aside; the first match wins. A trailing underscore (the
 # in-place and c10d forms), `_coalesced` and `_out` are the same collective.

@@ -84,6 +84,7 @@ def count_training(
     gc.disable()
     try:
         with accounting:
+            accounting.phase = "build"
             model = build()
             gc.collect()
             trained = [p for p in model.parameters() if p.requires_grad]

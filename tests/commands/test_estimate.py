@@ -55,6 +55,9 @@ def test_real_ranks_have_what_is_estimated(config, run):
     for kind in ("weights", "optimizer", "activations", "gradients"):
         assert getattr(estimate.kinds, kind) == pytest.approx(getattr(real.kinds, kind), abs=64)
     assert estimate.kept == real.kept
+    # Real ranks also compare what they are given in their first forwards.
+    gathered = [c.collectives["forward"].pop("all_gather").bytes for c in (estimate, real)]
+    assert gathered[0] == pytest.approx(gathered[1], abs=1000)
     assert estimate.collectives == real.collectives
 
 

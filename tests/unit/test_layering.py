@@ -13,9 +13,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
 # Longer today; the list may only get shorter, and so may the files.
 LONGER = {}
-# The package in all (11,741 before checkpoints had a manifest), and the attributes that it leaves
-# on modules and tensors of others.
-MAX_LINES_OF_ALL = 14_220
+# The package in all, and the attributes that it leaves on modules and tensors of others. It was
+# 11,741 before checkpoints had a manifest, Trainer data parallel ranks and hf-sp its commands.
+MAX_LINES_OF_ALL = 15_100
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
