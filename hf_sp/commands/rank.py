@@ -40,8 +40,9 @@ def _groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None] = {
-    # As on a GPU, where all parameters' intermediates are alive at once.
-    "adamw": lambda parameters: torch.optim.AdamW(_groups(parameters), foreach=True),
+    # Trainer's. Those after it are torch's own: intermediates of all parameters at once.
+    "adamw": lambda parameters: torch.optim.AdamW(_groups(parameters), fused=True),
+    "adamw_foreach": lambda parameters: torch.optim.AdamW(_groups(parameters), foreach=True),
     "sgd": lambda parameters: torch.optim.SGD(_groups(parameters), foreach=True),
     "none": None,
 }
@@ -146,27 +147,20 @@ def longest(config: PreTrainedConfig, run: Run, capacity: int) -> int:
     the next does not.
     """
     step = 1024 * run.tp
-    peaks: dict[int, int] = {}
-
-    def peak(units: int) -> int:
-        if units not in peaks:
-            peaks[units] = count(config, replace(run, seq=units * step)).peak
-        return peaks[units]
-
-    if peak(1) > capacity:
-        return 0
-    low, high, most = 1, 2, max(2, LONGEST // step)
-    while peak(high) <= capacity:
-        if high == most:
-            return most * step
-        slope = (peak(high) - peak(low)) / (high - low)
-        guess = int(high + 1 + (capacity - peak(high)) / slope)
-        low, high = high, min(max(high + 1, guess), most)
-    while high - low > 1:
-        slope = (peak(high) - peak(low)) / (high - low)
-        guess = int(low + (capacity - peak(low)) / slope)
-        guess = min(max(guess, low + 1), high - 1)
-        low, high = (guess, high) if peak(guess) <= capacity else (low, guess)
+    low, high, most = 0, None, max(1, LONGEST // step)
+    at, before = max(1, run.seq // step), None
+    while high is None or high - low > 1:
+        found = count(config, replace(run, seq=at * step)).peak
+        low, high = (at, high) if found <= capacity else (low, at)
+        if low == most or high == 1:
+            break
+        ahead = 2 * at if found <= capacity else at // 2
+        if before is not None:
+            slope = (found - before[1]) / (at - before[0])
+            # One beyond where the line meets the limit: there it is seen that no more fits.
+            ahead = at + int((capacity - found) / slope) + (found <= capacity)
+        before = at, found
+        at = min(max(ahead, low + 1), (high or most + 1) - 1)
     return low * step
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from commands import jobs
@@ -141,3 +142,15 @@ def test_a_name_that_is_not_there(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["estimate", "nobody/nothing"])
     assert "hf download" in capsys.readouterr().err
+
+
+def test_the_documented_numbers():
+    text = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text()
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256}
+    found = count(AutoConfig.for_model("llama", **shape), Run(tp=8, seq=32768))
+    kinds = asdict(found.kinds)
+    gradients = kinds.pop("gradients")
+    row = [*(f"{kind / 2**30:.2f}" for kind in kinds.values()), f"{found.peak / 2**30:.2f}"]
+    assert f"| hf_sp, tp=8 | {' | '.join(row)} | {found.when} |" in text
+    assert f"there are {gradients / 2**30:.2f} GiB of them" in " ".join(text.split())
