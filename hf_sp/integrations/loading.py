@@ -24,7 +24,7 @@ from transformers import modeling_utils
 from hf_sp import checks
 from hf_sp.checkpoint.ranks import Together, listing, ranks_of
 from hf_sp.errors import CheckpointError, ConfigError, HfSpError
-from hf_sp.model.shard import device_of
+from hf_sp.model.shard import home_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
@@ -127,7 +127,7 @@ def parallelize_and_load(
     loading.parallelize(model)
     state = parallel_state(model)
     assert state is not None
-    placed = {"": device_of(state)}
+    placed = {"": home_of(state)}
     # Frozen, and read again when what is missing is made.
     object.__setattr__(load_config, "device_map", placed)
     ranks = ranks_of(model)

@@ -26,7 +26,7 @@ LAYERS: list[list[set[str]]] = [
     [{"kernels"}, {"state"}],
     [{"model"}],
     [{"moe"}],
-    [{"install", "checkpoint", "optimizer_state"}, {"checks"}],
+    [{"install", "checkpoint", "optimizer_state"}, {"checks", "checks_fsdp"}],
     [{"adapters"}],
     [{"integrations", "api", "consolidate", "loading"}],
 ]
