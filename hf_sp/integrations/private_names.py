@@ -130,6 +130,11 @@ NAMES: tuple[Name, ...] = (
         "(model, state_dict, load_config, disk_offload_index=None)",
         ("DtensorShardOperation(empty_param)", "get_device(device_map, renamed_key"),
     ),
+    Name(
+        "transformers.core_model_loading:WeightConverter.convert",
+        None,
+        ("collected_tensors = self.materialize_tensors()", "return collected_tensors"),
+    ),
     # transformers: used
     Name(
         "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",

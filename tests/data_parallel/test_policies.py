@@ -44,8 +44,9 @@ def test_training_matches_the_unsharded_model(index):
     assert_parity([reports[index] for reports in per_rank])
 
 
+# One step: large steps of factors make float32's error of the first four times as large.
 LORA = (
-    Lora(Case("llama", **PRECISION), "after"),
+    Lora(Case("llama", steps=1, **PRECISION), "after"),
     Lora(Case("llama", data=2, parallelize=OFFLOADED), "after"),
 )
 

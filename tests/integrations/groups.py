@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -239,6 +239,33 @@ def _sparse(scene, ep, seed=0):
     from hf_sp import parallelize
 
     return parallelize(model, ep=ep, **scene.degrees)
+
+
+def policies(scene):
+    """Computed in float32 over weights in float64, and offloaded; saved, resumed, evaluated."""
+    report = {}
+    for name in ("mp_policy", "offload_policy"):
+        options = {"train": 24, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        given = {} if scene.plain else {name: _policy(name)}
+        trainer = scene.trainer(f"policy-{name}", scene.tiny(**given), **options)
+        report[name] = scene.train(trainer)
+        del report[name]["total_flos"]
+        report[name]["evaluation"] = clean(trainer.evaluate())
+        folder = scene.out / scene.mode / f"policy-{name}" / "checkpoint-2"
+        again = scene.trainer(f"policy-{name}", scene.tiny(seed=5, **given), **options)
+        again.train(resume_from_checkpoint=str(folder))
+        report[name] |= {
+            "resumed": history(again),
+            "weights_equal": same(weights(again.model), weights(trainer.model)),
+            "dtypes": sorted({str(p.dtype) for p in trainer.model.parameters()}),
+        }
+    return report
+
+
+def _policy(name):
+    if name == "offload_policy":
+        return CPUOffloadPolicy(pin_memory=False)
+    return MixedPrecisionPolicy(torch.float32, torch.float64, output_dtype=torch.float64)
 
 
 def faults(scene):

@@ -68,6 +68,7 @@ class Scene:
         parallel=True,
         dtype=torch.float64,
         rank_seeds=True,
+        **options,
     ):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -95,7 +96,7 @@ class Scene:
         if rank_seeds:
             # Ranks must not agree by accident.
             torch.manual_seed(1000 + self.rank)
-        return parallelize(model, **self.degrees)
+        return parallelize(model, **self.degrees, **options)
 
     def arguments(self, name, **kwargs):
         options = {
