@@ -28,6 +28,11 @@ NAMES: tuple[Name, ...] = (
         "(self, train_dataset=None)",
         ("self.args.train_batch_size * self.args.gradient_accumulation_steps,",),
     ),
+    Name(
+        _TRAINER + "_move_model_to_device",
+        "(self, model, device)",
+        ("model = model.to(device)",),
+    ),
     Name(_TRAINER + "store_flos", "(self)", ("distributed_broadcast_scalars([self.current_flos]",)),
     Name(
         _TRAINER + "prediction_step",

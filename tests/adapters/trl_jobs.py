@@ -19,6 +19,7 @@ from datasets import Dataset, disable_progress_bars
 from integrations.jobs import scene_of
 from integrations.scene import Scene, launched, refused
 from peft import LoraConfig, get_peft_model
+from small import sizes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -61,18 +62,7 @@ def tokenizer():
     )
 
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = sizes(max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
 def tiny(seed=0, parallel=True, kind=LlamaForCausalLM, config=LlamaConfig, **fields):

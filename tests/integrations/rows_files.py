@@ -246,13 +246,13 @@ def checkpoint_without_weights(scene):
 # Read, stacked, and stacked side by side.
 @row("WeightConverter.convert", right=True, wrong=False)
 def memory_of_experts(scene):
-    """Whether a rank that loads a sparse model has no more than its shard."""
+    """Whether the experts' part is in memory once."""
     folder = scene.fresh("experts")
     if scene.rank == 0:
         tiny.build("mixtral", torch.float32).save_pretrained(folder)
     scene.everywhere(None)
     found = peak(str(folder), {"tp": scene.world}, dtype=torch.bfloat16)
-    return found["peak"] <= 1.1 * found["shard"]
+    return found["peak"] <= 1.02 * found["shard"]
 
 
 # transformers loads the whole model, and nobody has parallelized it.

@@ -50,7 +50,7 @@ def optimizer_of_dead_parameters(scene):
 
 
 # Onto a GPU, from where FSDP's policy keeps it.
-@row("Trainer._move_model_to_device", right=[], wrong=["cpu"])
+@row("Trainer._move_model_to_device", right=[], wrong=["cpu:0"])
 def moves_of_what_is_offloaded(scene):
     model, moves = scene.tiny(), []
     parallel_state(model).offload_policy = CPUOffloadPolicy()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small import sizes
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
@@ -72,13 +73,7 @@ class Scene:
     ):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
+            **sizes(max_position_embeddings=32),
             tie_word_embeddings=tie,
             attention_dropout=dropout,
             attn_implementation="eager" if dropout else "sdpa",

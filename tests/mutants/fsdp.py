@@ -9,7 +9,8 @@ from data_parallel.policy_jobs import HALF, OFFLOAD, reach_all
 from harness.parity import Case
 from torch.distributed.fsdp import OffloadPolicy
 
-from hf_sp import api, state
+from hf_sp import api
+from hf_sp.model.fsdp import shard_over_data
 from hf_sp.model.local import cast_for_autocast, local, local_of_groups
 from hf_sp.moe import block as sparse
 from mutants.registry import Patch, mutant
@@ -50,19 +51,25 @@ POLICIES = Case(
 policy = functools.partial(mutant, POLICIES, tp=4, check=reach_all)
 
 
+def _with(**fields):
+    def wrong(model, state, mesh):
+        for name, value in fields.items():
+            setattr(state, name, value)
+        shard_over_data(model, state, mesh)
+
+    return [(api, "shard_over_data", wrong)]
+
+
 @policy()
 def weights_gathered_in_their_own_dtype() -> list[Patch]:
-    half = replace(HALF, param_dtype=None)
-    return [(state.ParallelState, "mp_policy", property(lambda self: half, lambda self, x: None))]
+    return _with(mp_policy=replace(HALF, param_dtype=None))
 
 
 @policy()
 def gradients_reduced_in_bfloat16() -> list[Patch]:
-    half = replace(HALF, reduce_dtype=None)
-    return [(state.ParallelState, "mp_policy", property(lambda self: half, lambda self, x: None))]
+    return _with(mp_policy=replace(HALF, reduce_dtype=None))
 
 
 @policy()
 def nothing_offloaded() -> list[Patch]:
-    none = property(lambda self: OffloadPolicy(), lambda self, x: None)
-    return [(state.ParallelState, "offload_policy", none)]
+    return _with(offload_policy=OffloadPolicy())
