@@ -37,10 +37,14 @@ from transformers import (
 from trl import (
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -326,10 +330,24 @@ class Other(SFTTrainer):
         Trainer.__init__(self, **kwargs)
 
 
+def online(kind, config):
+    """A trainer that generates what it trains on."""
+    fields = {"use_cpu": True, "bf16": False, "num_generations": 2}
+    return kind(
+        model=tiny(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config(str(OUT / "online"), per_device_train_batch_size=2, **fields),
+        train_dataset=completions(),
+        processing_class=tokenizer(),
+    )
+
+
 def job_refusals():
     cases = {
         "activation_offloading": lambda: sft("r1", activation_offloading=True),
         "other": lambda: Other(model=tiny(), args=arguments(SFTConfig, "r2")),
+        "grpo": lambda: online(GRPOTrainer, GRPOConfig),
+        "rloo": lambda: online(RLOOTrainer, RLOOConfig),
     }
     REPORT["refusals"] = {name: refused(function) for name, function in cases.items()}
 
