@@ -18,6 +18,8 @@ from harness.pool import pool, run_once
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from data_parallel import policy_jobs as jobs
+from hf_sp import checks_fsdp
+from hf_sp.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -102,3 +104,13 @@ def test_refused(kwargs, parts):
     for message, untouched in pool(4).run(jobs.refuse, **kwargs):
         assert untouched
         assert all(part in message for part in ["ConfigError", *parts]), message
+
+
+def test_a_process_group_that_has_no_cpu(monkeypatch):
+    """NCCL's alone, which a launcher's script starts; gloo beside it is enough."""
+    monkeypatch.setattr(checks_fsdp.dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(ConfigError, match="init_process_group\\('cpu:gloo,cuda:nccl'\\)"):
+        checks_fsdp.check_backends(jobs.OFFLOAD)
+    checks_fsdp.check_backends(None)
+    monkeypatch.setattr(checks_fsdp.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    checks_fsdp.check_backends(jobs.OFFLOAD)
