@@ -12,8 +12,9 @@ from typing import Literal, TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from hf_sp import checks, integrations
+from hf_sp import checks, checks_fsdp, integrations
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
 from hf_sp.errors import HfSpError
@@ -46,6 +47,8 @@ def parallelize(
     loss_chunk: int = 4096,
     kernels: bool = True,
     recompute: Recompute | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
@@ -86,6 +89,12 @@ def parallelize(
             - ``"norm+act"``: and ``silu(gate) * up``, ``(4h + 8)/t + C + 4f/t``
 
             Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs elementwise passes.
+        mp_policy: with data parallel groups, FSDP2's mixed precision, e.g.
+            ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``: the
+            optimizer has the weights in their own dtype, layers gather and compute in bfloat16.
+            ``output_dtype`` is what the model returns.
+        offload_policy: with data parallel groups, ``CPUOffloadPolicy()``: weights, gradients and
+            optimizer state wait on the CPU, and the optimizer steps there.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data
@@ -113,22 +122,25 @@ def parallelize(
         checks.check_model(model)
         integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
+        checks_fsdp.check_policies(mp_policy, offload_policy, degrees, ep)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
         with integrations.without_adapters(model) as whole:
             resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
             placements(whole, resolved)
             check_sparse_blocks(whole, resolved)
-        checks.check_data_parallel(model, resolved, degrees)
+        checks_fsdp.check_data_parallel(model, resolved, degrees)
         checks.check_optimizers(model)
     except HfSpError as error:
         problem = error
     options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
+    options += f" {mp_policy=} {offload_policy=}"
     settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
     checks.agree(mesh, problem, settings)
     assert resolved is not None
     assert degrees is not None
     ranks = build_mesh(degrees, mesh)
     checks.check_devices(model, ranks.tp)
+    checks_fsdp.check_backends(offload_policy)
     state = ParallelState(
         mesh=ranks.tp,
         axis=Axis.of(ranks.tp),
@@ -140,6 +152,8 @@ def parallelize(
         loss_chunk=loss_chunk,
         kernels=kernels,
         recompute=recompute or ("norm+act" if kernels else "none"),
+        mp_policy=mp_policy or MixedPrecisionPolicy(),
+        offload_policy=offload_policy or OffloadPolicy(),
     )
     with integrations.without_adapters(model) as whole:
         taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)

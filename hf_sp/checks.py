@@ -13,9 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hf_sp.comm.mesh import Degrees, launched_world, spans_world, start_distributed
+from hf_sp.comm.mesh import launched_world, spans_world, start_distributed
 from hf_sp.errors import ConfigError, HfSpError
-from hf_sp.plan import Plan
 from hf_sp.state import parallel_state
 
 
@@ -126,30 +125,6 @@ def _is_packed(p: nn.Parameter) -> bool:
     """Whether a parameter's storage is not its values: bitsandbytes', torchao's."""
     other = type(p.data).__module__.partition(".")[0] not in ("torch", "hf_sp")
     return other or not (p.is_floating_point() or p.is_complex())
-
-
-def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
-    """Refuse what FSDP cannot take, or would not find."""
-    if degrees.data == 1:
-        return
-    experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
-    alone = tuple(experts) if plan.ep > plan.tp else ()
-    seen: dict[str, tuple[str, torch.dtype]] = {}
-    # Paths of the plan are the transformers model's.
-    base = getattr(model, "get_base_model", lambda: model)()
-    for name, p in base.named_parameters():
-        if name.startswith(alone) or not p.requires_grad:
-            continue
-        layer = next((path for path in plan.layers if name.startswith(path + ".")), "")
-        first, dtype = seen.setdefault(layer, (name, p.dtype))
-        if p.dtype != dtype:
-            raise ConfigError(
-                "trained weights of one FSDP group have different dtypes",
-                where=f"{first}\n{name}",
-                got=f"{dtype} and {p.dtype}",
-                rule="FSDP reduces a layer's gradients, and those of what surrounds, in one buffer",
-                remedy="model.to(torch.bfloat16), float32 under autocast, or freeze the odd ones",
-            )
 
 
 def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -27,8 +28,7 @@ from hf_sp.checkpoint.ranks import listing
 from hf_sp.comm.shard import shard_like
 from hf_sp.errors import CheckpointError, ConfigError
 from hf_sp.integrations.loading import QUANTISED, Loading, patches
-from hf_sp.model.fsdp import make_buffers
-from hf_sp.model.shard import agree_on_weights, device_of, differing, report_taken
+from hf_sp.model.shard import agree_on_weights, device_of, differing, home_of, report_taken
 from hf_sp.state import ParallelState, Recompute, parallel_state
 
 _PLACED = "each rank reads its own shards, straight to its device"
@@ -64,6 +64,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     loss_chunk: int = 4096,
     kernels: bool = True,
     recompute: Recompute | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
     **kwargs: Any,
 ) -> Any:
     """``parallelize(model_class.from_pretrained(name_or_path))``, read shard by shard.
@@ -76,7 +78,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
             ``state_dict``.
         model_class: a class of transformers, or an Auto class.
         tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
-            kernels, recompute: as for ``parallelize``.
+            kernels, recompute, mp_policy, offload_policy: as for ``parallelize``.
         **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
             ``revision``, ``local_files_only``, ``output_loading_info``, ...
 
@@ -97,6 +99,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
+        **{"mp_policy": mp_policy, "offload_policy": offload_policy},
     }
     patches.apply()
     loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))
@@ -153,16 +156,16 @@ def _finish(model: Any, loading: Loading) -> None:
     for name, like in loading.lacking.items():
         p = model.get_parameter(name)
         if not isinstance(p, DTensor):
-            cut = shard_like(p.detach(), like, device_of(state))
+            cut = shard_like(p.detach(), like, home_of(state))
             made[id(p)] = nn.Parameter(cut, requires_grad=p.requires_grad)
     for module in model.modules():
         for key, p in module._parameters.items():
             module._parameters[key] = made.get(id(p), p)
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device_of(state))
     # FSDP takes up other parameters than those it has seen when they are moved.
     model._apply(_own_memory)
     _check_replicas(model, state, loading.name)
-    if state.data > 1:
-        make_buffers((model, *map(model.get_submodule, state.plan.layers)))
 
 
 def _own_memory(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
@@ -41,6 +42,9 @@ class ParallelState:
     loss_chunk: int  # tokens per chunk of the LM head's loss
     kernels: bool  # run Triton kernels where they can
     recompute: Recompute  # what is made again in backward instead of being saved
+    # What FSDP was given: dtypes to compute and to reduce in, where shards are kept.
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
     # Forwards in which that is still done, by kind of forward; later ones compare digests.
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
 
@@ -78,6 +82,11 @@ class ParallelState:
     def data(self) -> int:
         """Data parallel degree: groups of tp ranks with a batch of their own."""
         return self.everyone.size // self.axis.size
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether parameters wait on the CPU, whatever device computes."""
+        return isinstance(self.offload_policy, CPUOffloadPolicy)
 
     @property
     def spread(self) -> bool:

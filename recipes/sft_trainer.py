@@ -30,6 +30,8 @@ class ParallelArguments:
         metadata={"help": "default: what accelerate's config says, else all processes"},
     )
     sp: bool = field(default=True, metadata={"help": "--sp False: plain tensor parallelism"})
+    dp_shard: int | None = field(default=None, metadata={"help": "groups that shard the weights"})
+    dp_replicate: int = field(default=1, metadata={"help": "copies of these groups"})
 
 
 def load(script: ScriptArguments) -> DatasetDict:
@@ -47,6 +49,8 @@ def main() -> None:
         model_args.model_name_or_path,
         tp=parallel.tp,
         sp=parallel.sp,
+        dp_shard=parallel.dp_shard,
+        dp_replicate=parallel.dp_replicate,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype,

@@ -41,6 +41,8 @@ class ScriptArguments:
         metadata={"help": "default: what accelerate's config says, else all processes"},
     )
     sp: bool = field(default=True, metadata={"help": "--sp False: plain tensor parallelism"})
+    dp_shard: int | None = field(default=None, metadata={"help": "groups that shard the weights"})
+    dp_replicate: int = field(default=1, metadata={"help": "copies of these groups"})
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -89,11 +91,13 @@ def main() -> None:
 
     source = script.tokenizer or script.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer(text)
+    degrees = {"tp": script.tp, "sp": script.sp, "dp_shard": script.dp_shard}
+    degrees["dp_replicate"] = script.dp_replicate
     if script.model_name_or_path:
         # The one line: each rank reads its shards.
-        model = from_pretrained(script.model_name_or_path, tp=script.tp, sp=script.sp)
+        model = from_pretrained(script.model_name_or_path, **degrees)
     else:
-        model = parallelize(make_model(tokenizer), tp=script.tp, sp=script.sp)
+        model = parallelize(make_model(tokenizer), **degrees)
 
     tokens = tokenizer(text, return_attention_mask=False)["input_ids"]
     tokens = tokens[: len(tokens) // script.seq_length * script.seq_length]

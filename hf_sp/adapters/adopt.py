@@ -27,7 +27,7 @@ from hf_sp.adapters.lora_linear import ParallelLora
 from hf_sp.adapters.lora_vocab import CLASSES
 from hf_sp.errors import ConfigError
 from hf_sp.model.fsdp import shard_blocks_over_data
-from hf_sp.model.shard import agree_on_weights, shard_parameter
+from hf_sp.model.shard import agree_on_weights, device_of, shard_parameter
 from hf_sp.state import ParallelState, parallel_state
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,8 @@ def adopt(model: nn.Module) -> None:
                 remedy="name the linears in target_modules",
             )
     for layer, owner, key, p, which in whole:
-        device = layer.get_base_layer().weight.device
+        base = layer.get_base_layer().weight
+        device = base.device if base.is_meta else device_of(state)
         owner[key] = shard_parameter(p, layer.placements[which], state, device)
     if isinstance(model, FSDPModule):
         shard_blocks_over_data(model, state)

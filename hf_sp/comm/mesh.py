@@ -81,7 +81,7 @@ def resolve_degrees(
 ) -> Degrees:
     """The degrees: arguments, mesh, accelerate's environment; tp takes the ranks that are left.
 
-    ``dp_replicate=1`` says nothing where a mesh is given.
+    ``dp_replicate=1`` says nothing where a mesh or accelerate's configuration is given.
 
     Raises:
         ConfigError: they do not make up the world, or contradict the mesh or accelerate.
@@ -89,15 +89,9 @@ def resolve_degrees(
     if mesh is not None:
         return _degrees_of(mesh, {"tp": tp, "dp_shard": dp_shard}, dp_replicate)
     world = launched_world()
-    announced = os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "")
-    configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
-    if tp is not None and configured not in (None, 1, tp):
-        raise ConfigError(
-            "tp contradicts accelerate's configuration",
-            got=f"tp={tp}, PARALLELISM_CONFIG_TP_SIZE={configured}",
-            rule="they must be equal; tp may be left out under accelerate launch",
-        )
-    tp = tp or configured
+    tp = _configured("tp", tp)
+    dp_shard = _configured("dp_shard", dp_shard)
+    dp_replicate = _configured("dp_replicate", dp_replicate if dp_replicate > 1 else None) or 1
     data = (dp_shard or 1) * dp_replicate
     if world % data or (tp is not None and tp * data != world):
         given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
@@ -111,6 +105,20 @@ def resolve_degrees(
             remedy=f"start {ranks} ranks: torchrun --nproc_per_node {ranks} script.py",
         )
     return Degrees(tp or world // data, dp_shard or 1, dp_replicate)
+
+
+def _configured(name: str, given: int | None) -> int | None:
+    """A degree as it was given, else as accelerate's configuration has it."""
+    variable = f"PARALLELISM_CONFIG_{name.upper()}_SIZE"
+    announced = os.environ.get(variable, "")
+    configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
+    if given is not None and configured not in (None, 1, given):
+        raise ConfigError(
+            f"{name} contradicts accelerate's configuration",
+            got=f"{name}={given}, {variable}={configured}",
+            rule=f"they must be equal; {name} may be left out under accelerate launch",
+        )
+    return given or configured
 
 
 def _fitting(world: int, tp: int | None, data: int, dp_replicate: int) -> str:

@@ -88,6 +88,8 @@ def prepare_without_wrapper(
         return original(self, model, device_placement, evaluation_mode)
     adopt(self, state, "Accelerator.prepare_model")
     backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    if state.offloaded:
+        device_placement = False
     try:
         # For evaluation a model is not wrapped, and otherwise prepared in the same way.
         prepared = original(self, model, device_placement, evaluation_mode=True)

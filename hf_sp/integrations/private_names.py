@@ -28,6 +28,11 @@ NAMES: tuple[Name, ...] = (
         "(self, train_dataset=None)",
         ("self.args.train_batch_size * self.args.gradient_accumulation_steps,",),
     ),
+    Name(
+        _TRAINER + "_move_model_to_device",
+        "(self, model, device)",
+        ("model = model.to(device)",),
+    ),
     Name(_TRAINER + "store_flos", "(self)", ("distributed_broadcast_scalars([self.current_flos]",)),
     Name(
         _TRAINER + "prediction_step",
@@ -129,6 +134,11 @@ NAMES: tuple[Name, ...] = (
         "transformers.modeling_utils:convert_and_load_state_dict_in_model",
         "(model, state_dict, load_config, disk_offload_index=None)",
         ("DtensorShardOperation(empty_param)", "get_device(device_map, renamed_key"),
+    ),
+    Name(
+        "transformers.core_model_loading:WeightConverter.convert",
+        None,
+        ("collected_tensors = self.materialize_tensors()", "return collected_tensors"),
     ),
     # transformers: used
     Name(

@@ -142,6 +142,13 @@ def refuse_foreign_optimizer(original: Patch, self: Any) -> None:
         processes.check_optimizer([self.optimizer], [self.model], "Trainer(optimizers=...)")
 
 
+@PATCHES.on(Trainer, "_move_model_to_device")
+def leave_offloaded_where_it_is(original: Patch, self: Any, model: Any, device: Any) -> None:
+    """Trainer would move to the GPU what FSDP's offload policy keeps on the CPU."""
+    if not state_of(self).offloaded:
+        original(self, model, device)
+
+
 @PATCHES.on(Trainer, "store_flos")
 def count_flos_once(original: Patch, self: Any) -> None:
     """Trainer sums over all ranks the operations of the whole model (DTensors count whole)."""

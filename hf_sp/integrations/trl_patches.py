@@ -105,14 +105,17 @@ def add_parallel_head(
         fields = tuple(f for f in FIELDS if f in outputs)
         found = _score(made.logits, targets, temperature, cast_lm_head_to_fp32, fields)
         output = _output(found, targets, items, drop_last=shifted is None)
-        # Of a mixture of experts that is asked for its router's logits.
         if made.get("aux_loss") is not None:
-            coefficient = getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0)
-            output["aux_loss"] = made.aux_loss
-            output["loss"] = output.loss + coefficient * made.aux_loss
+            _add_auxiliary_loss(output, made.aux_loss, self.config.get_text_config())
         return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def _add_auxiliary_loss(output: Any, aux_loss: Tensor, config: Any) -> None:
+    """Of a mixture of experts that is asked for its router's logits."""
+    output["aux_loss"] = aux_loss
+    output["loss"] = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
 
 
 def _score(

@@ -10,9 +10,10 @@ Experts that are split over data parallel ranks too (``ep > tp``) are in no FSDP
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hf_sp.errors import ConfigError
 from hf_sp.model.block import get_hidden_states
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.model.shard import spread_experts
-from hf_sp.state import ParallelState
+from hf_sp.state import ATTRIBUTE, ParallelState
 from hf_sp.torch_private import graph_task, real_tensors
 
 
@@ -34,7 +35,7 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
 
     Collectives in a step, over the data parallel ranks: for each layer, and for what surrounds
     them, 1 all-gather of the weights before the forward and 1 before the backward, 1 reduce-scatter
-    of the gradients. Here: 1 all-gather each.
+    of the gradients. Here: none.
 
     Args:
         model: the transformers model.
@@ -45,9 +46,10 @@ def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) ->
     layers = [model.get_submodule(path) for path in state.plan.layers]
     # Resharded after the forward, the root too: left gathered by a forward without a backward (an
     # evaluation), its parameters would be others than the optimizer's until the next backward.
-    _shard((*layers, model), mesh, alone)
+    _shard((*layers, model), mesh, alone, state)
     for layer in layers:
         layer.register_forward_pre_hook(functools.partial(_inside_only, state), prepend=True)
+    _Buffers(model).install()
 
 
 def shard_blocks_over_data(model: nn.Module, state: ParallelState) -> None:
@@ -68,7 +70,8 @@ def shard_blocks_over_data(model: nn.Module, state: ParallelState) -> None:
     kept = [_KeptInput() for _ in blocks]
     for block, hooks in zip(blocks, kept, strict=True):
         block.register_forward_pre_hook(hooks.give_back, with_kwargs=True, prepend=True)
-    _shard(blocks, mesh, known)
+    _shard(blocks, mesh, known, state)
+    _Buffers(model).install()
     for block, hooks in zip(blocks, kept, strict=True):
         block.register_forward_pre_hook(hooks.note, with_kwargs=True, prepend=True)
 
@@ -92,27 +95,56 @@ class _KeptInput:
             attach_recompute(get_hidden_states(args, kwargs), recompute)
 
 
-def _shard(modules: Sequence[nn.Module], mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
+def _shard(
+    modules: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    ignored: set[nn.Parameter],
+    state: ParallelState,
+) -> None:
     for module in modules:
+        precision = state.mp_policy
+        if module.__dict__.get(ATTRIBUTE) is None:
+            # What a layer or a block returns goes to the next, in that one's dtype.
+            precision = dataclasses.replace(precision, output_dtype=None)
         with real_tensors():  # FSDP joins meshes, and reads their tables of ranks
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=True,
+                mp_policy=precision,
+                offload_policy=state.offload_policy,
+                ignored_params=ignored,
+            )
     for module in modules:
         # Trainer and others go by the name of a model's class, which FSDP derives one from.
         kind = type(module)
         kind.__name__ = kind.__bases__[-1].__name__
-    if not any(p.is_meta for module in modules for p in module.parameters()):
-        make_buffers(modules)
 
 
-def make_buffers(modules: Iterable[nn.Module]) -> None:
-    """Have FSDP make its buffers now: made in inference mode, training could not use them.
+class _Buffers:
+    """A hook of the first forward: FSDP's buffers, made in inference mode, could not be trained in.
 
-    Collectives: 1 all-gather for each module.
+    In any other mode FSDP makes them as it goes.
+    Collectives, in inference mode: 1 all-gather for each group.
     """
-    for module in modules:
-        assert isinstance(module, FSDPModule)
-        module.unshard()
-        module.reshard()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def install(self) -> None:
+        """Before FSDP's own."""
+        self.handle = self.model.register_forward_pre_hook(self.make, prepend=True)
+
+    def make(self, model: nn.Module, args: Any) -> None:
+        """And be gone."""
+        self.handle.remove()
+        if not torch.is_inference_mode_enabled():
+            return
+        with torch.inference_mode(False):
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
 
 
 def _inside_only(state: ParallelState, layer: nn.Module, args: Any) -> None:

@@ -108,8 +108,13 @@ def differing(tensors: list[Tensor], axis: Axis, device_type: str) -> list[int]:
     return (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
 
 
+def home_of(state: ParallelState) -> torch.device:
+    """Where this rank's shards wait."""
+    return torch.device("cpu") if state.offloaded else device_of(state)
+
+
 def device_of(state: ParallelState) -> torch.device:
-    """Where this rank's shards live."""
+    """Where this rank computes."""
     device = torch.device(state.mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())

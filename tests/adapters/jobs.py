@@ -176,7 +176,7 @@ def _reference_run(lora: Lora) -> Any:
 def train(lora: Lora) -> Report:
     """Two optimizer steps, parallel against unsharded."""
     case = lora.case
-    report = Report(str(lora), dist.get_rank(), case.dtype)
+    report = Report(str(lora), dist.get_rank(), case.judged or case.dtype)
     model, parallel = pair(lora)
     check_contract(report, parallel, model)
     want = _reference_run(lora.varied(checkpoint="none", around=None, parallelize=()))

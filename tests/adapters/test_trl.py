@@ -157,6 +157,8 @@ def test_saved_adapter_is_that_of_one_process(reports):
     [
         ("activation_offloading", "activation_offloading=False"),
         ("other", "SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer"),
+        ("grpo", "GRPOTrainer is not supported"),
+        ("rloo", "RLOOTrainer is not supported"),
     ],
 )
 def test_refused_on_every_rank_alike(case, words, reports):

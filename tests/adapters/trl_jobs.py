@@ -19,6 +19,7 @@ from datasets import Dataset, disable_progress_bars
 from integrations.jobs import scene_of
 from integrations.scene import Scene, launched, refused
 from peft import LoraConfig, get_peft_model
+from small import sizes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -36,10 +37,14 @@ from transformers import (
 from trl import (
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -61,18 +66,7 @@ def tokenizer():
     )
 
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = sizes(max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
 def tiny(seed=0, parallel=True, kind=LlamaForCausalLM, config=LlamaConfig, **fields):
@@ -336,10 +330,24 @@ class Other(SFTTrainer):
         Trainer.__init__(self, **kwargs)
 
 
+def online(kind, config):
+    """A trainer that generates what it trains on."""
+    fields = {"use_cpu": True, "bf16": False, "num_generations": 2}
+    return kind(
+        model=tiny(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config(str(OUT / "online"), per_device_train_batch_size=2, **fields),
+        train_dataset=completions(),
+        processing_class=tokenizer(),
+    )
+
+
 def job_refusals():
     cases = {
         "activation_offloading": lambda: sft("r1", activation_offloading=True),
         "other": lambda: Other(model=tiny(), args=arguments(SFTConfig, "r2")),
+        "grpo": lambda: online(GRPOTrainer, GRPOConfig),
+        "rloo": lambda: online(RLOOTrainer, RLOOConfig),
     }
     REPORT["refusals"] = {name: refused(function) for name, function in cases.items()}
 

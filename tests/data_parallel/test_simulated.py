@@ -38,6 +38,8 @@ def rank_of(layers: int, groups: int, rank: int):
             state = parallel_state(model)
             stored = sum(p.to_local().numel() for p in model.parameters())
             ids = torch.zeros(1, LENGTH, dtype=torch.long)
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=False)  # FSDP makes its buffers
             step = count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
         meshes = state.mesh.mesh.tolist(), state.whole.mesh.view(-1, TP).tolist()
     return step, stored, *meshes

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import sizes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sp import parallelize
@@ -69,14 +70,7 @@ def test_the_two_line_diff(tmp_path):
     float32 sums in another order: 1.2e-7 * sqrt(64) a step, times a few operations: 1e-5.
     """
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = LlamaConfig(**sizes(hidden_size=64, intermediate_size=96))
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     lines = _block("diff", "parallelize").splitlines()
     scripts = {

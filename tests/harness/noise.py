@@ -13,14 +13,17 @@ from harness.parity import Case, pair
 from harness.report import Report
 
 
-def noise(case: Case, autocast: bool = False) -> dict[str, float]:
+def noise(case: Case, autocast: bool = False, policy: bool = False) -> dict[str, float]:
     """Errors of the parallel and of the unsharded model in bfloat16, both against float64.
 
     The float64 model has the same (rounded) weights. Returns root-sum-square errors over all
     gradients of several batches, relative to the gradients' size, and the largest ratio of the two
-    models' errors in one parameter.
+    models' errors in one parameter. With a policy the parallel model's own weights are float32.
     """
     model, parallel = pair(case)
+    if policy:
+        model = tiny.build(case.family, torch.bfloat16, case.seed, case.attn)
+        parallel.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
     truth = tiny.reference(tiny.build(case.family, torch.float64, case.seed, case.attn))
     truth.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     squares: dict[str, list[float]] = {}

@@ -67,6 +67,8 @@ class Case:
     seed: int = 0
     data: int = 1
     around: str | None = None
+    # The dtype that tolerances are of, where FSDP computes in a lower one than the weights have.
+    judged: Literal["", "float32"] = ""
     # Saved, and read back shard by shard.
     loaded: bool = False
     parallelize: tuple[tuple[str, Any], ...] = ()
@@ -96,9 +98,10 @@ class Case:
 
 def train(case: Case) -> Report:
     """Two optimizer steps, parallel against unsharded."""
-    report = Report(str(case), dist.get_rank(), case.dtype)
+    report = Report(str(case), dist.get_rank(), case.judged or case.dtype)
     # The truth depends neither on sp nor on checkpointing nor on a mutant.
-    plain = {"sp": True, "checkpoint": "none", "around": None, "parallelize": (), "loaded": False}
+    plain = {"sp": True, "checkpoint": "none", "around": None, "parallelize": ()}
+    plain |= {"loaded": False, "judged": ""}
     want = _reference_run(replace(case, **plain))
     with around(case):
         model, parallel = pair(case)

@@ -11,6 +11,20 @@ from integrations.data import Rows, collate
 from integrations.scene import full, refused, reset_accelerate, same, weights
 
 
+def train_on(accelerator, model, optimizer, batch, norms, schedule=None):
+    """A micro-batch as accelerate's guide has it; the norm of each step's gradients is noted."""
+    with accelerator.accumulate(model):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            norms.append(float(full(accelerator.clip_grad_norm_(model.parameters(), 0.5))))
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+    return loss
+
+
 def loop(scene):
     """Two epochs by hand, with accumulation, clipping, a schedule and ragged last batches."""
     reset_accelerate()
@@ -28,14 +42,7 @@ def loop(scene):
     for _ in range(2):
         for batch in loader:
             first.append(batch["input_ids"].tolist())
-            with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norms.append(float(full(accelerator.clip_grad_norm_(model.parameters(), 0.5))))
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+            loss = train_on(accelerator, model, optimizer, batch, norms, schedule)
             losses.append(float(loss))
             rates.append(schedule.get_last_lr()[0])
     model.eval()

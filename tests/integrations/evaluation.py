@@ -63,18 +63,24 @@ def evaluate(scene):
         average_tokens_across_devices=False,
     )
     report["eval_batched"] = clean(trainer.evaluate())
-    trainer = scene.trainer("eval3", label_smoothing_factor=0.1, eval_use_gather_object=True)
-    report["eval_smoothed"] = clean(trainer.evaluate())
-    trainer = scene.trainer(
-        "eval4",
-        compute_metrics=metrics_of,
-        accelerator_config={"dispatch_batches": True},
-        eval_dataset=even_rows(7, seed=8),
-    )
-    report["eval_dispatched"] = clean(trainer.evaluate())
+    more = smoothed_and_dispatched(scene, metrics_of)
+    report |= {f"eval_{name}": metrics for name, metrics in more.items()}
     trainer = scene.trainer("full_eval", scene.tiny(dtype=torch.float32), bf16_full_eval=True)
     report["full_eval"] = clean(trainer.evaluate())
     return report
+
+
+def smoothed_and_dispatched(scene, metrics):
+    """With label smoothing and objects gathered; and with batches that one rank deals out."""
+    trainer = scene.trainer("eval3", label_smoothing_factor=0.1, eval_use_gather_object=True)
+    report = {"smoothed": clean(trainer.evaluate())}
+    trainer = scene.trainer(
+        "eval4",
+        compute_metrics=metrics,
+        accelerator_config={"dispatch_batches": True},
+        eval_dataset=even_rows(7, seed=8),
+    )
+    return {**report, "dispatched": clean(trainer.evaluate())}
 
 
 def best(scene):

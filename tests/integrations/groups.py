@@ -7,15 +7,17 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from small import sizes
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from integrations.accelerate_loop import train_on
 from integrations.data import Rows, SizedStream, Stream, collate, even_rows
+from integrations.evaluation import smoothed_and_dispatched
 from integrations.scene import (
     checksum,
     clean,
-    full,
     history,
     reset_accelerate,
     same,
@@ -94,16 +96,7 @@ def evaluate(scene):
     trainer.args.eval_accumulation_steps = 2
     report["accumulated"] = clean(trainer.evaluate(Rows(7, seed=8)))
     report["eval_stream"] = clean(trainer.evaluate(Stream(even_rows(7, seed=8))))
-    trainer = scene.trainer("eval3", label_smoothing_factor=0.1, eval_use_gather_object=True)
-    report["smoothed"] = clean(trainer.evaluate())
-    trainer = scene.trainer(
-        "eval4",
-        compute_metrics=_metrics_of,
-        accelerator_config={"dispatch_batches": True},
-        eval_dataset=even_rows(7, seed=8),
-    )
-    report["dispatched"] = clean(trainer.evaluate())
-    return report
+    return report | smoothed_and_dispatched(scene, _metrics_of)
 
 
 def resume(scene):
@@ -221,16 +214,7 @@ def experts(scene):
 
 def _sparse(scene, ep, seed=0):
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=32,
-    )
+    config = MixtralConfig(**sizes(num_local_experts=4, max_position_embeddings=32))
     model = MixtralForCausalLM(config).double()
     # The grouped products know no float64.
     model.set_experts_implementation("eager")
@@ -239,6 +223,33 @@ def _sparse(scene, ep, seed=0):
     from hf_sp import parallelize
 
     return parallelize(model, ep=ep, **scene.degrees)
+
+
+def policies(scene):
+    """Computed in float32 over weights in float64, and offloaded; saved, resumed, evaluated."""
+    report = {}
+    for name in ("mp_policy", "offload_policy"):
+        options = {"train": 24, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        given = {} if scene.plain else {name: _policy(name)}
+        trainer = scene.trainer(f"policy-{name}", scene.tiny(**given), **options)
+        report[name] = scene.train(trainer)
+        del report[name]["total_flos"]
+        report[name]["evaluation"] = clean(trainer.evaluate())
+        folder = scene.out / scene.mode / f"policy-{name}" / "checkpoint-2"
+        again = scene.trainer(f"policy-{name}", scene.tiny(seed=5, **given), **options)
+        again.train(resume_from_checkpoint=str(folder))
+        report[name] |= {
+            "resumed": history(again),
+            "weights_equal": same(weights(again.model), weights(trainer.model)),
+            "dtypes": sorted({str(p.dtype) for p in trainer.model.parameters()}),
+        }
+    return report
+
+
+def _policy(name):
+    if name == "offload_policy":
+        return CPUOffloadPolicy(pin_memory=False)
+    return MixedPrecisionPolicy(torch.float32, torch.float64, output_dtype=torch.float64)
 
 
 def faults(scene):
@@ -271,13 +282,7 @@ def loop(scene):
     losses, norms, predicted = [], [], []
     for _ in range(2):
         for batch in train:
-            with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norms.append(float(full(accelerator.clip_grad_norm_(model.parameters(), 0.5))))
-                optimizer.step()
-                optimizer.zero_grad()
+            loss = train_on(accelerator, model, optimizer, batch, norms)
             losses.append(float(accelerator.gather(loss.detach()).mean()))
             total = accelerator.reduce(torch.tensor(len(batch["input_ids"])))
             assert int(total) == 2 * scene.groups

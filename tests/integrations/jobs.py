@@ -45,6 +45,7 @@ GROUPED = (
     groups.resume,
     groups.lora,
     groups.experts,
+    groups.policies,
     groups.faults,
     groups.loop,
     groups_trl.train,

@@ -10,6 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from harness import tiny
+from loading.jobs import peak
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -239,6 +241,18 @@ def checkpoint_without_weights(scene):
     trainer = scene.trainer("probe")
     trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
     return "taken"
+
+
+# Read, stacked, and stacked side by side.
+@row("WeightConverter.convert", right=True, wrong=False)
+def memory_of_experts(scene):
+    """Whether the experts' part is in memory once."""
+    folder = scene.fresh("experts")
+    if scene.rank == 0:
+        tiny.build("mixtral", torch.float32).save_pretrained(folder)
+    scene.everywhere(None)
+    found = peak(str(folder), {"tp": scene.world}, dtype=torch.bfloat16)
+    return found["peak"] <= 1.02 * found["shard"]
 
 
 # transformers loads the whole model, and nobody has parallelized it.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from hf_sp import parallel_state
 from integrations.data import collate, even_rows
 from integrations.refusals import others
 from integrations.rows import Raises, row
@@ -44,6 +47,16 @@ def optimizer_of_dead_parameters(scene):
     dead = torch.optim.AdamW(scene.tiny(parallel=False).parameters())
     scene.trainer("probe", optimizers=(dead, None))
     return "taken"
+
+
+# Onto a GPU, from where FSDP's policy keeps it.
+@row("Trainer._move_model_to_device", right=[], wrong=["cpu:0"])
+def moves_of_what_is_offloaded(scene):
+    model, moves = scene.tiny(), []
+    parallel_state(model).offload_policy = CPUOffloadPolicy()
+    with mock.patch.object(model, "to", lambda device: moves.append(str(device)) or model):
+        _step(scene, model=model)
+    return moves
 
 
 @row("Trainer.store_flos", right=1.0, wrong=2.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small import sizes
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
@@ -67,16 +68,11 @@ class Scene:
         parallel=True,
         dtype=torch.float64,
         rank_seeds=True,
+        **options,
     ):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
+            **sizes(max_position_embeddings=32),
             tie_word_embeddings=tie,
             attention_dropout=dropout,
             attn_implementation="eager" if dropout else "sdpa",
@@ -94,7 +90,7 @@ class Scene:
         if rank_seeds:
             # Ranks must not agree by accident.
             torch.manual_seed(1000 + self.rank)
-        return parallelize(model, **self.degrees)
+        return parallelize(model, **self.degrees, **options)
 
     def arguments(self, name, **kwargs):
         options = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from harness import batches, tiny
@@ -19,6 +21,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from hf_sp import from_pretrained, parallel_state, parallelize
 from hf_sp.errors import HfSpError
+from hf_sp.estimate.accounting import StepAccounting
 
 
 def both_ways(
@@ -94,6 +97,28 @@ def refusal(
     return "", ""
 
 
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1, which is read at import."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+        yield
+
+
+def from_cache(folder: str, name: str, cache_dir: str) -> list[str]:
+    """What differs between the model by its name and the files that are there."""
+    with _offline():
+        got = from_pretrained(name, cache_dir=cache_dir)
+    want = from_pretrained(folder)
+    pairs = zip(got.named_parameters(), want.parameters(), strict=True)
+    return [n for (n, x), y in pairs if not torch.equal(x.to_local(), y.to_local())]
+
+
+def from_cache_refused(name: str, cache_dir: str) -> tuple[str, str]:
+    """What is said of a model that nobody has downloaded."""
+    with _offline():
+        return refusal(name, cache_dir=cache_dir)
+
+
 def lacking_all(cases: Iterable[Case]) -> list[Report]:
     """For each case: weights that the checkpoint lacks are what the first rank's seed draws."""
     return [attempt(str(case), lambda case=case: _lacking(case)) for case in cases]
@@ -154,6 +179,21 @@ def elements_read(folder: str, options: dict[str, Any]) -> tuple[int, int]:
     with mock.patch.object(modeling_utils, "safe_open", File):
         model = from_pretrained(folder, **options)
     return sum(counts), sum(p.to_local().numel() for p in model.parameters())
+
+
+class OwnMemory(StepAccounting):
+    """What a rank has in memory of its own; a mapped file is read again when it has to be."""
+
+    def _note(self, tensor: torch.Tensor, op: str | None) -> None:
+        super()._note(tensor, op if tensor.untyped_storage().resizable() else None)
+
+
+def peak(folder: str, options: dict[str, Any], **kwargs: Any) -> dict[str, int]:
+    """Bytes alive at most while this rank loads, and those that it keeps."""
+    with OwnMemory() as counted:
+        model = from_pretrained(folder, **options, **kwargs)
+    kept = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
+    return {"peak": counted.peak_bytes, "shard": kept}
 
 
 def other_layout(folder: str) -> tuple[str, str]:

@@ -132,6 +132,29 @@ def test_a_rank_reads_its_part(family, options, tmp_path):
         assert read == kept
 
 
+PEAKS = {
+    "dense": ("llama_tied", {}, {}),
+    "dense, in bfloat16": ("llama", {}, {"dtype": torch.bfloat16}),
+    "experts by features, in bfloat16": ("qwen3_moe", {}, {"dtype": torch.bfloat16}),
+    "whole experts, in bfloat16": ("mixtral", {"ep": 2}, {"dtype": torch.bfloat16}),
+    "whole experts": ("qwen3_moe", {"ep": 2}, {}),
+    "groups, in bfloat16": ("llama", {"tp": 1, "dp_shard": 2}, {"dtype": torch.bfloat16}),
+    "experts in groups, in bfloat16": (
+        "qwen3_moe",
+        {"tp": 1, "dp_shard": 2},
+        {"dtype": torch.bfloat16},
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "options", "kwargs"), PEAKS.values(), ids=PEAKS)
+def test_memory_of_a_rank(family, options, kwargs, tmp_path):
+    """At most its shard and a tenth: counted, where the largest weight might come on top."""
+    folder = saved(tmp_path, family)
+    for found in pool(2).run(jobs.peak, folder=folder, options=options, **kwargs):
+        assert found["peak"] <= 1.1 * found["shard"], found
+
+
 REFUSED = {
     "device_map": ({"device_map": "auto"}, "does not take device_map", "leave device_map out"),
     "quantised": ({"load_in_4bit": True}, "load_in_4bit", "cannot be cut"),
@@ -171,6 +194,20 @@ def test_ranks_with_other_files(tmp_path):
     for kind, message in pool(2).run(jobs.refusal, folder=folders[0], folders=folders[::2]):
         assert kind == "CheckpointError"
         assert "model.norm.weight" in message
+
+
+def test_by_name_from_the_cache(tmp_path):
+    """Without a network, by the name and the branch that a download has left there."""
+    repository = tmp_path / "models--somebody--tiny"
+    commit = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    saved(commit, "qwen3")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit.name)
+    options = {"name": "somebody/tiny", "cache_dir": str(tmp_path)}
+    assert pool(2).run(jobs.from_cache, folder=str(commit), **options) == [[]] * 2
+    (kind, message), _ = pool(2).run(jobs.from_cache_refused, **{**options, "name": "nobody/tiny"})
+    assert kind == "OSError"
+    assert "couldn't find them in the cached files" in message
 
 
 def test_another_shape(tmp_path):

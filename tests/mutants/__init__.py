@@ -1,6 +1,15 @@
 """Deliberate faults: each must turn a check red. `registry` holds them all, by name."""
 
-from mutants import adapters, dense, embedding_and_loss, experts, fsdp, loading, partial_gradients
+from mutants import (
+    adapters,
+    dense,
+    embedding_and_loss,
+    experts,
+    fsdp,
+    loading,
+    partial_gradients,
+    trl,
+)
 from mutants.registry import MUTANTS, Mutant, applied
 
 __all__ = [
@@ -14,4 +23,5 @@ __all__ = [
     "fsdp",
     "loading",
     "partial_gradients",
+    "trl",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from small import sizes
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,14 +30,9 @@ class _Log(TorchDispatchMode):
 def collective_log(sp: bool) -> dict[str, Any]:
     """A step's collectives in order, and their number by kind."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1792,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        num_hidden_layers=2,
-        vocab_size=128,
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    wide = sizes(vocab_size=128, hidden_size=512, intermediate_size=1792, **heads)
+    config = LlamaConfig(**wide)
     model = parallelize(LlamaForCausalLM(config).to(torch.bfloat16).train(), sp=sp)
     ids = torch.zeros(2, 37, dtype=torch.long)
 

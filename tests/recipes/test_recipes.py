@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -53,17 +54,27 @@ def test_yaml(path):
     if config.num_machines > 1:
         assert path.stem == f"nodes{config.num_machines}_tp{config.num_processes // 2}"
         return
-    tp = yaml.safe_load(path.read_text())["parallelism_config"]["parallelism_config_tp_size"]
-    assert config.num_processes == tp
-    assert path.stem.startswith(f"tp{tp}_sp")
+    sizes = yaml.safe_load(path.read_text())["parallelism_config"]
+    tp, dp = (sizes[f"parallelism_config_{name}_size"] for name in ("tp", "dp_shard"))
+    assert config.num_processes == tp * dp
+    assert path.stem.startswith(f"tp{tp}_sp" if dp == 1 else f"tp{tp}_dp{dp}_sp")
 
 
-def test_accelerate_launch(tmp_path):
+@pytest.mark.parametrize(("name", "groups"), [("tp2_sp_cpu", 1), ("tp2_dp2_sp", 2)])
+def test_accelerate_launch(name, groups, tmp_path):
+    """The degrees are the YAML's."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    config = ["--config_file", "recipes/accelerate/tp2_sp_cpu.yaml"]
-    _run([*launch, *config, "recipes/train_trainer.py", *TRAIN, "--output_dir", str(tmp_path)])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = (ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text()
+    for gpu, cpu in {"use_cpu: false": "use_cpu: true", "'bf16'": "'no'"}.items():
+        config = config.replace(gpu, cpu)
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(config + ("" if "process_port" in config else "main_process_port: 0\n"))
+    out = ["--output_dir", str(tmp_path / "out"), "--save_steps", "2"]
+    _run([*launch, "--config_file", str(path), "recipes/train_trainer.py", *TRAIN, *out])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == model.lm_head.weight.shape[0]
+    manifest = json.loads((tmp_path / "out" / "checkpoint-2" / "hf_sp_manifest.json").read_text())
+    assert (manifest["tp"], manifest["dp"]) == (2, groups)
 
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]

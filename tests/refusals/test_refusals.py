@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_sp import parallelize
 from hf_sp.checks import check_devices
+from hf_sp.comm.mesh import Degrees, resolve_degrees
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import fake_world
 from refusals import jobs
@@ -215,10 +216,20 @@ def test_environment(monkeypatch, name, value, part):
         parallelize(tiny.build("llama"))
 
 
-def test_tp_that_contradicts_accelerate(monkeypatch):
-    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "4")
-    with pytest.raises(ConfigError, match="contradicts accelerate"):
-        parallelize(tiny.build("llama"), tp=1)
+@pytest.mark.parametrize("name", ["tp", "dp_shard", "dp_replicate"])
+def test_degree_that_contradicts_accelerate(name, monkeypatch):
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "4")
+    with pytest.raises(ConfigError, match=f"{name} contradicts accelerate"):
+        parallelize(tiny.build("llama"), **{name: 2})
+
+
+def test_degrees_of_accelerate(monkeypatch):
+    """As its YAML has them; what it leaves at 1 may be given."""
+    sizes = {"WORLD": 8, **{f"PARALLELISM_CONFIG_{n}": 2 for n in ("TP", "DP_SHARD")}}
+    for name, size in {**sizes, "PARALLELISM_CONFIG_DP_REPLICATE": 1}.items():
+        monkeypatch.setenv(f"{name}_SIZE", str(size))
+    assert resolve_degrees(None, None, 2, None) == Degrees(2, 2, 2)
+    assert resolve_degrees(2, 2, 2, None) == Degrees(2, 2, 2)
 
 
 def _device_map(model):

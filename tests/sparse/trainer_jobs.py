@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from integrations.jobs import scene_of
+from small import sizes
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
 from hf_sp import parallel_state, parallelize
@@ -24,13 +25,8 @@ def on_rank(mode: str, out: str) -> dict:
 def train(mode: str, out: Path) -> dict:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
+        **sizes(hidden_size=64, intermediate_size=96, num_hidden_layers=3),
         moe_intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
