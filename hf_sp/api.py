@@ -22,7 +22,7 @@ from hf_sp.model.fsdp import shard_over_data
 from hf_sp.model.shard import agree_on_weights, placements, report_taken, shard_parameters
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.known_forms import check_sparse_blocks
-from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
+from hf_sp.state import ATTRIBUTE, Checkpoint, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def parallelize(
     loss_chunk: int = 4096,
     kernels: bool = True,
     recompute: Recompute | None = None,
+    checkpoint: Checkpoint = "hf",
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
@@ -86,6 +87,10 @@ def parallelize(
             - ``"norm+act"``: and ``silu(gate) * up``, ``(4h + 8)/t + C + 4f/t``
 
             Default: ``"norm+act"``; ``"none"`` with ``kernels=False``. It costs elementwise passes.
+        checkpoint: what Trainer's checkpoints hold. ``"hf"``: the whole model as transformers
+            loads it, written while training waits. ``"dcp"``: each rank's shards, which
+            ``torch.distributed.checkpoint`` reads, written by a thread while training goes on;
+            ``python -m hf_sp.consolidate`` makes a plain checkpoint of it.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data
@@ -107,7 +112,11 @@ def parallelize(
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
         switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
         ways = (None, *get_args(Recompute))
-        choices = {"cp_mode": (cp_mode, get_args(CpMode)), "recompute": (recompute, ways)}
+        choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
+            "cp_mode": (cp_mode, get_args(CpMode)),
+            "recompute": (recompute, ways),
+            "checkpoint": (checkpoint, get_args(Checkpoint)),
+        }
         checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
         checks.check_other_sequence_parallelism(cp)
         checks.check_model(model)
@@ -122,7 +131,7 @@ def parallelize(
         checks.check_optimizers(model)
     except HfSpError as error:
         problem = error
-    options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
+    options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=} {checkpoint=}"
     settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
     checks.agree(mesh, problem, settings)
     assert resolved is not None
@@ -140,6 +149,7 @@ def parallelize(
         loss_chunk=loss_chunk,
         kernels=kernels,
         recompute=recompute or ("norm+act" if kernels else "none"),
+        checkpoint=checkpoint,
     )
     with integrations.without_adapters(model) as whole:
         taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)

@@ -29,7 +29,7 @@ from hf_sp.errors import CheckpointError, ConfigError
 from hf_sp.integrations.loading import QUANTISED, Loading, patches
 from hf_sp.model.fsdp import make_buffers
 from hf_sp.model.shard import agree_on_weights, device_of, differing, report_taken
-from hf_sp.state import ParallelState, Recompute, parallel_state
+from hf_sp.state import Checkpoint, ParallelState, Recompute, parallel_state
 
 _PLACED = "each rank reads its own shards, straight to its device"
 _NATIVE = "hf_sp shards the model; transformers must not do it too"
@@ -64,6 +64,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     loss_chunk: int = 4096,
     kernels: bool = True,
     recompute: Recompute | None = None,
+    checkpoint: Checkpoint = "hf",
     **kwargs: Any,
 ) -> Any:
     """``parallelize(model_class.from_pretrained(name_or_path))``, read shard by shard.
@@ -76,7 +77,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
             ``state_dict``.
         model_class: a class of transformers, or an Auto class.
         tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
-            kernels, recompute: as for ``parallelize``.
+            kernels, recompute, checkpoint: as for ``parallelize``.
         **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
             ``revision``, ``local_files_only``, ``output_loading_info``, ...
 
@@ -97,6 +98,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
+        "checkpoint": checkpoint,
     }
     patches.apply()
     loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))

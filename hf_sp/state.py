@@ -22,6 +22,7 @@ from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import process_group
 
 Recompute = Literal["none", "norm", "norm+act"]
+Checkpoint = Literal["hf", "dcp"]
 # Forwards of each kind in which all that is known of the inputs is compared over the ranks.
 CHECKS, KINDS = 8, ("training", "evaluation", "decoding")
 ATTRIBUTE = "_hf_sp_state"
@@ -41,6 +42,7 @@ class ParallelState:
     loss_chunk: int  # tokens per chunk of the LM head's loss
     kernels: bool  # run Triton kernels where they can
     recompute: Recompute  # what is made again in backward instead of being saved
+    checkpoint: Checkpoint  # what Trainer's checkpoints hold
     # Forwards in which that is still done, by kind of forward; later ones compare digests.
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
 

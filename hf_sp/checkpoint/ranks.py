@@ -23,6 +23,7 @@ from hf_sp.torch_private import default_store
 
 logger = logging.getLogger(__name__)
 
+UNTOUCHED = "make room, or write elsewhere; the checkpoints that were there are untouched"
 _WARN_SECONDS = 10.0
 _LISTED = 8
 """Problems listed in full in one message."""

@@ -8,6 +8,8 @@ Shape letters: B batch, S sequence, H hidden, o local out features, r rank of a 
 
 from __future__ import annotations
 
+import functools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.model.dropout import Dropout
+from hf_sp.model.recompute import Recompute
 from hf_sp.torch_private import has_gradient_hooks, version
 
 _PORTS = "_hf_sp_ports"
@@ -48,6 +51,7 @@ class GatheredInput:
         ports: by reader.
         sequence_major: whether it lies so in memory, as it is gathered.
         dropped: x after dropout, by draw: one for all factors of the block.
+        recompute: what x is computed from again, where it has not been gathered.
     """
 
     x: Tensor
@@ -57,6 +61,7 @@ class GatheredInput:
     ports: dict[Any, Port]
     sequence_major: bool = False
     dropped: dict[int, Tensor] = field(default_factory=dict)
+    recompute: Recompute | None = None
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if ``x`` is the gathered tensor."""
@@ -88,7 +93,7 @@ def _is_view(x: Tensor, full: Tensor) -> bool:
     )
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class BlockInput:
     """What the hooks of a block tell its modules while it runs.
 
@@ -103,17 +108,46 @@ class BlockInput:
 
     def close(self) -> None:
         """The block has run. What it was given keeps its ports, for as long as it lives itself."""
-        gathered = self.gathered
-        if gathered is not None and gathered.version is not None:
-            known = gathered.version, gathered.batch_major, gathered.parts, gathered.ports
-            gathered.x.__dict__[_PORTS] = (*known, gathered.sequence_major)
+        known = self.gathered
+        if known is not None and known.version is not None and not torch.compiler.is_compiling():
+            # Not the tensor itself, which would hold itself.
+            rest = known.version, known.batch_major, known.parts, known.ports, known.sequence_major
+            make = functools.partial(_again, weakref.ref(known.x), rest, known.recompute)
+            _owner(known.x).__dict__.setdefault(_PORTS, {})[self] = make
         self.gathered = self.partial = None
 
+    def of(self, x: Tensor) -> GatheredInput | None:
+        """What the block was given.
 
-def gathered_before(x: Tensor) -> GatheredInput | None:
-    """Of x that a checkpoint in its block reads again in backward: it saves what it did before."""
-    known = x.__dict__.get(_PORTS)
-    return None if known is None else GatheredInput(x, *known)
+        A checkpoint inside of it reads that again in backward, after the block: it has to save what
+        the forward saved.
+        """
+        if self.gathered is not None or torch.compiler.is_compiling():
+            return self.gathered
+        before = _owner(x).__dict__.get(_PORTS, {}).get(self)
+        gathered = None if before is None else before()
+        # A reentrant checkpoint has another graph, from a copy without a past.
+        return gathered if gathered is not None and _follows(x, gathered.x) else None
+
+
+def _again(x: Any, known: tuple, recompute: Recompute | None) -> GatheredInput | None:
+    if (full := x()) is None:
+        return None
+    gathered = GatheredInput(full, *known)
+    gathered.recompute = recompute
+    return gathered
+
+
+def _owner(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
+
+
+def _follows(x: Tensor, full: Tensor) -> bool:
+    """Whether the gradient of a view of a tensor goes to that tensor."""
+    node = x.grad_fn
+    while node is not None and node is not full.grad_fn and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is full.grad_fn
 
 
 def column_linear(x: Tensor, port: Port, batch_major: bool) -> Tensor:
