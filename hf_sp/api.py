@@ -118,6 +118,7 @@ def parallelize(
             "checkpoint": (checkpoint, get_args(Checkpoint)),
         }
         checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
+        checks.check_environment()
         checks.check_other_sequence_parallelism(cp)
         checks.check_model(model)
         integrations.check_adapters(model)

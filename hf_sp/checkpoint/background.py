@@ -8,7 +8,6 @@ torch only.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hf_sp.checkpoint.ranks import UNTOUCHED, Ranks, Together
+from hf_sp.comm.watch import seconds
 from hf_sp.torch_private import default_store
 
 _PAUSE_S = 0.05
@@ -91,7 +91,7 @@ class Writing:
 
     def _hear(self, store: Any, files: dict[str, Any]) -> None:
         """Add what the others have written."""
-        patience = float(os.environ.get("HF_SP_SAVE_TIMEOUT", "180"))
+        patience = seconds("HF_SP_SAVE_TIMEOUT")
         for rank in map(str, range(1, self.ranks.size)):
             while not store.check([rank]):
                 time.sleep(_PAUSE_S)

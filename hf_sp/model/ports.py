@@ -8,7 +8,6 @@ Shape letters: B batch, S sequence, H hidden, o local out features, r rank of a 
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from hf_sp.model.recompute import Recompute
 from hf_sp.torch_private import has_gradient_hooks, version
 
 _PORTS = "_hf_sp_ports"
+_KNOWN = "version", "batch_major", "parts", "ports", "shape", "sequence_major", "recompute"
 
 
 class Port(NamedTuple):
@@ -49,6 +49,7 @@ class GatheredInput:
             sequence-major.
         parts: owners of the rows of x, for the masks of dropout.
         ports: by reader.
+        shape: of x.
         sequence_major: whether it lies so in memory, as it is gathered.
         dropped: x after dropout, by draw: one for all factors of the block.
         recompute: what x is computed from again, where it has not been gathered.
@@ -59,6 +60,7 @@ class GatheredInput:
     batch_major: bool
     parts: int
     ports: dict[Any, Port]
+    shape: torch.Size
     sequence_major: bool = False
     dropped: dict[int, Tensor] = field(default_factory=dict)
     recompute: Recompute | None = None
@@ -108,13 +110,18 @@ class BlockInput:
 
     def close(self) -> None:
         """The block has run. What it was given keeps its ports, for as long as it lives itself."""
-        known = self.gathered
-        if known is not None and known.version is not None and not torch.compiler.is_compiling():
-            # Not the tensor itself, which would hold itself.
-            rest = known.version, known.batch_major, known.parts, known.ports, known.sequence_major
-            make = functools.partial(_again, weakref.ref(known.x), rest, known.recompute)
-            _owner(known.x).__dict__.setdefault(_PORTS, {})[self] = make
+        gathered = self.gathered
+        if gathered is not None and gathered.version is not None:
+            self._remember(gathered.x, gathered)
+            base = gathered.x._base
+            if base is not None and not torch.compiler.is_compiling():
+                # Views of it are found by what they are views of; which must not hold it.
+                base.__dict__.setdefault(_PORTS, {})[self] = weakref.ref(gathered.x)
         self.gathered = self.partial = None
+
+    def _remember(self, x: Tensor, gathered: GatheredInput) -> None:
+        known = {f: getattr(gathered, f) for f in _KNOWN}
+        x.__dict__.setdefault(_PORTS, {})[self] = known
 
     def of(self, x: Tensor) -> GatheredInput | None:
         """What the block was given.
@@ -122,24 +129,24 @@ class BlockInput:
         A checkpoint inside of it reads that again in backward, after the block: it has to save what
         the forward saved.
         """
-        if self.gathered is not None or torch.compiler.is_compiling():
-            return self.gathered
-        before = _owner(x).__dict__.get(_PORTS, {}).get(self)
-        gathered = None if before is None else before()
+        gathered = self.gathered
+        if torch.compiler.is_compiling():
+            return gathered
+        if gathered is not None:
+            # A view may outlive it, as what such a checkpoint is given.
+            if x is not gathered.x and gathered.version is not None and gathered.reads(x):
+                self._remember(x, gathered)
+            return gathered
+        full: Tensor | None = x
+        known = x.__dict__.get(_PORTS, {}).get(self)
+        if known is None and (base := x._base) is not None:
+            known = base.__dict__.get(_PORTS, {}).get(self)
+            full = known() if isinstance(known, weakref.ref) else base
+            known = None if full is None else full.__dict__.get(_PORTS, {}).get(self)
         # A reentrant checkpoint has another graph, from a copy without a past.
-        return gathered if gathered is not None and _follows(x, gathered.x) else None
-
-
-def _again(x: Any, known: tuple, recompute: Recompute | None) -> GatheredInput | None:
-    if (full := x()) is None:
-        return None
-    gathered = GatheredInput(full, *known)
-    gathered.recompute = recompute
-    return gathered
-
-
-def _owner(x: Tensor) -> Tensor:
-    return x if x._base is None else x._base
+        if full is None or known is None or not _follows(x, full):
+            return None
+        return GatheredInput(full, **known)
 
 
 def _follows(x: Tensor, full: Tensor) -> bool:
@@ -184,7 +191,7 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
     Saves:    nothing
     """
     # Some blocks flatten what was gathered.
-    drop, seen = port.dropout, x.detach().view(gathered.x.shape)
+    drop, seen = port.dropout, x.detach().view(gathered.shape)
     seen = seen.transpose(0, 1) if gathered.sequence_major else seen
     if drop is not None:
         # One mask, and one pass over x, for all factors of the block.

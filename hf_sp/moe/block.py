@@ -69,7 +69,7 @@ class SparseBoundary(BlockBoundary):
             # With noise on the tokens they cannot be computed again: they are saved.
             recompute = None if jitters else recompute_of(x)
             x = x.contiguous()
-            gathered = GatheredInput(x, version(x), True, 1, {}, recompute=recompute)
+            gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
             top_k = int(self.router.top_k)
             gradient = functools.partial(gate_up_gradient, top_k=top_k)
