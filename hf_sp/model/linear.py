@@ -38,7 +38,7 @@ class ParallelLinear(nn.Linear):
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight and bias as this forward uses them, differentiable."""
         bias = None if self.bias is None else self._local(self.bias, like)
-        return self._local(self.weight, like), bias
+        return self._local(cast(Tensor, self._parameters["weight"]), like), bias
 
     def node_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same for an autograd node, which takes DTensors as they are."""
