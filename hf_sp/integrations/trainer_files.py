@@ -6,6 +6,7 @@ is written aside, and read when it is whole (``hf_sp.checkpoint.folder``).
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers.trainer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 import hf_sp.integrations.processes as processes
 from hf_sp.checkpoint import folder as folders
@@ -225,6 +229,27 @@ def refuse_missing_adapters(
     finally:
         vars(target).pop("load_adapter", None)
     refuse_missing({name for result in results for name in result.missing_keys}, _RESUMED)
+
+
+MODEL_PATCHES = Patches(lambda model: parallel_state(model) is not None)
+"""Patches of what is given a parallelized model."""
+
+
+@MODEL_PATCHES.on(transformers.trainer, "load_sharded_checkpoint")
+def load_all_files(
+    original: Patch, model: Any, folder: Any, strict: bool = True, prefer_safe: bool = True
+) -> Any:
+    """It loads one file after the other: experts of one layer, which lie in several, are no whole.
+
+    The files are mapped, not read into memory.
+    """
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return original(model, folder, strict=strict, prefer_safe=prefer_safe)
+    state: dict[str, Any] = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        state |= load_file(folders.inside(Path(folder), name))
+    return model.load_state_dict(state, strict=strict)
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")

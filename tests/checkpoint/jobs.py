@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
@@ -623,3 +624,14 @@ def stock_trains(folder: str, kind: str, resume: str) -> list[tuple[int, float, 
             trainer.model.load_state_dict(plain.state_dict())
         trainer.train(resume_from_checkpoint=resume)
         return history(trainer)
+
+
+def many_files(folder: str, kind: str, seed: int = 0, resume: str = "") -> dict[str, Any]:
+    """A run whose checkpoints have several files of weights, or the rest of it."""
+    with launched():
+        trainer = trainer_of(Path(folder), kind, seed=seed)
+        save = trainer.model.save_pretrained
+        vars(trainer.model)["save_pretrained"] = functools.partial(save, max_shard_size="40KB")
+        trainer.train(resume_from_checkpoint=resume or None)
+        files = len(list(Path(folder).glob("checkpoint-2/model-*.safetensors")))
+        return {"history": history(trainer), "weights": weights(trainer.model), "files": files}
