@@ -234,7 +234,7 @@ def _look(folder: Path, problems: list[str]) -> None:
     names = {p.name for p in folder.iterdir()}
     if old := names & {OLD_OPTIMIZER, ".metadata"}:
         problems.append(f"{min(old)}: of an earlier version of hf_sp, read by unpickling")
-    elif any("_shards" in name for name in names):
+    elif any("shards" in name for name in names):
         problems.append(f"{MANIFEST} is missing")
     if "trainer_state.json" in names:
         json.loads((folder / "trainer_state.json").read_text())

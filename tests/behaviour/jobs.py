@@ -86,6 +86,11 @@ def data_written() -> dict[str, list[str]]:
         vector = nn.utils.parameters_to_vector(parameters) * 1.5
         nn.utils.vector_to_parameters(vector, parameters)
 
+    def rows(p: nn.Parameter) -> Tensor:
+        tensor = whole(p).clone()
+        tensor[1:3].zero_()
+        return tensor
+
     def each(write: Any) -> Any:
         return lambda parameters: [setattr(p, "data", write(p)) for p in parameters]
 
@@ -93,6 +98,7 @@ def data_written() -> dict[str, list[str]]:
         "scaled": each(lambda p: p.data * 1.5),
         "cast": each(lambda p: p.data.float()),
         "whole": each(lambda p: torch.full(p.shape, 0.5, dtype=p.dtype)),
+        "rows": each(rows),
         "exchanged": exchanged,
         "from a vector": from_vector,
     }

@@ -44,7 +44,7 @@ def test_norm_of_gradients(family, ep):
 def test_data_is_written():
     for wrong in pool(2).run(jobs.data_written):
         assert {name: names for name, names in wrong.items() if names} == {}
-        assert len(wrong) == 5
+        assert len(wrong) == 6
 
 
 @pytest.mark.parametrize("ep", [1, 2])

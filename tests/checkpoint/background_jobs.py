@@ -36,9 +36,15 @@ class Held(TrainerCallback):
         self.free.set()
 
 
-def trains(folder: str, kind: str, options: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """A run whose checkpoints are in their place a step later; by step, what is there."""
+def trains(
+    folder: str, kind: str, options: dict[str, Any], copies: bool = True, **kwargs: Any
+) -> dict[str, Any]:
+    """A run whose checkpoints are in their place a step later; by step, what is there.
+
+    Without ``copies`` a thread writes what training has made of the tensors meanwhile.
+    """
     run = Path(folder)
+    copied = shards._copied if copies else lambda batch: dict(batch)
     with jobs.launched():
         trainer = jobs.trainer_of(run, kind, options={**options, **DCP}, **kwargs)
         held = Held(run)
@@ -51,7 +57,7 @@ def trains(folder: str, kind: str, options: dict[str, Any], **kwargs: Any) -> di
                 held.free.wait(60 if trainer.state.global_step < 4 else 0)
             write(path, batch)
 
-        with mock.patch.object(shards, "_write", late):
+        with mock.patch.multiple(shards, _write=late, _copied=copied):
             trainer.train()
         seen = [*held.seen, sorted(p.name for p in run.glob("checkpoint-*"))]
         return {

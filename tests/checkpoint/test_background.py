@@ -40,6 +40,31 @@ def test_resumed_run_is_the_uninterrupted_one(run, world):
         assert all(torch.equal(found["weights"][n], w) for n, w in whole["weights"].items())
 
 
+def test_mutant_that_copies_nothing_is_noticed(tmp_path):
+    whole = pool(2).run(
+        background_jobs.trains, folder=str(tmp_path), kind="llama", options={}, copies=False
+    )
+    resume = f"{tmp_path}/checkpoint-2"
+    found = pool(2).run(jobs.trains, folder=str(tmp_path), save_strategy="no", resume=resume)
+    assert found[0]["history"][2:] != whole[0]["history"][2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "ep"), [("llama", 1), ("qwen3_moe", 4)])
+def test_data_parallel_groups(kind, ep, tmp_path):
+    """Of FSDP's shards, and of experts over all ranks; resumed by as many groups of one rank."""
+    options = {"tp": 2, "dp_shard": 2, "ep": ep}
+    way = {"folder": str(tmp_path), "kind": kind}
+    whole = pool(4).run(background_jobs.trains, **way, options=options)[0]
+    options = {"tp": 1, "dp_shard": 2, "ep": 2 if ep > 1 else 1}
+    resume = f"{tmp_path}/checkpoint-2"
+    for found in pool(2).run(
+        jobs.trains, **way, options=options, save_strategy="no", resume=resume
+    ):
+        for mine, theirs in zip(found["history"], whole["history"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
+
+
 def test_torch_reads_it(run):
     folder, kind, options, _ = run
     wrong = pool(2).run(
