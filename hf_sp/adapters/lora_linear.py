@@ -215,7 +215,8 @@ class ColumnLoraLinear(ParallelLora, LoraLinear):
         return found
 
     def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
-        gathered = self.base_layer.block.of(x)
+        block = self.base_layer.block
+        gathered = block.gathered or block.before(x)
         port = None if gathered is None else gathered.port(self.lora_A[adapter], x)
         A, B = self._factors(adapter)
         if gathered is not None and port is not None:
@@ -264,10 +265,10 @@ class RowLoraLinear(ParallelLora, LoraLinear):
 class ReplicatedLoraLinear(ParallelLora, LoraLinear):
     """LoRA and DoRA on a linear with a whole weight.
 
-    Where every rank computes alike (a classifier) nothing is partial. Inside a TP block (the gate
-    of a shared expert) each rank's gradients are a part, as its base weight's.
+    Where every rank computes alike (a classifier) nothing is partial. On local heads (a linear that
+    a plan calls ``replicated_with_grad_allreduce``) the gradients are parts, as the base weight's.
 
-    Backward: in a TP block 1 all-reduce for each factor, else none
+    Backward: on local heads 1 all-reduce for each factor, else none
     """
 
     placements = (Replicate(), Replicate(), Replicate())

@@ -29,7 +29,7 @@ class VocabParallelEmbedding(nn.Embedding):
     axis: Axis
 
     @classmethod
-    def take_over(cls, module: nn.Embedding, axis: Axis) -> None:
+    def convert_(cls, module: nn.Embedding, axis: Axis) -> None:
         """Make an ``nn.Embedding`` one of these, in place."""
         module.__class__ = cls
         cast(VocabParallelEmbedding, module).axis = axis

@@ -90,7 +90,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        gathered = self.block.of(x)
+        gathered = self.block.gathered or self.block.before(x)
         port = None if gathered is None else gathered.port(self, x)
         if gathered is None or port is None:
             weight, bias = self.local_parameters(x)

@@ -22,7 +22,6 @@ from hf_sp.model.recompute import Recompute
 from hf_sp.torch_private import has_gradient_hooks, version
 
 _PORTS = "_hf_sp_ports"
-_KNOWN = "version", "batch_major", "parts", "ports", "shape", "sequence_major", "recompute"
 
 
 class Port(NamedTuple):
@@ -51,8 +50,9 @@ class GatheredInput:
         ports: by reader.
         shape: of x.
         sequence_major: whether it lies so in memory, as it is gathered.
-        dropped: x after dropout, by draw: one for all factors of the block.
         recompute: what x is computed from again, where it has not been gathered.
+        dropped: x after dropout, by draw: one for all factors of the block.
+        kept: what views of it keep of it, which may outlive it; filled when the block has run.
     """
 
     x: Tensor
@@ -62,12 +62,17 @@ class GatheredInput:
     ports: dict[Any, Port]
     shape: torch.Size
     sequence_major: bool = False
-    dropped: dict[int, Tensor] = field(default_factory=dict)
     recompute: Recompute | None = None
+    dropped: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[BlockInput, tuple] = field(default_factory=dict)
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if ``x`` is the gathered tensor."""
-        return self.ports[reader] if reader in self.ports and self.reads(x) else None
+        if reader not in self.ports or not self.reads(x):
+            return None
+        if x is not self.x:
+            x.__dict__[_PORTS] = self.kept
+        return self.ports[reader]
 
     def reads(self, x: Tensor) -> bool:
         """Whether ``x`` is the gathered tensor, as it was made."""
@@ -110,33 +115,25 @@ class BlockInput:
 
     def close(self) -> None:
         """The block has run. What it was given keeps its ports, for as long as it lives itself."""
-        gathered = self.gathered
-        if gathered is not None and gathered.version is not None:
-            self._remember(gathered.x, gathered)
-            base = gathered.x._base
-            if base is not None and not torch.compiler.is_compiling():
+        g = self.gathered
+        if g is not None and g.version is not None:
+            form = g.ports, g.shape, g.sequence_major
+            g.kept[self] = known = (g.version, g.batch_major, g.parts, *form, g.recompute)
+            g.x.__dict__.setdefault(_PORTS, {})[self] = known
+            base = g.x._base
+            if base is not None:
                 # Views of it are found by what they are views of; which must not hold it.
-                base.__dict__.setdefault(_PORTS, {})[self] = weakref.ref(gathered.x)
+                base.__dict__.setdefault(_PORTS, {})[self] = weakref.ref(g.x)
         self.gathered = self.partial = None
 
-    def _remember(self, x: Tensor, gathered: GatheredInput) -> None:
-        known = {f: getattr(gathered, f) for f in _KNOWN}
-        x.__dict__.setdefault(_PORTS, {})[self] = known
+    def before(self, x: Tensor) -> GatheredInput | None:
+        """What the block was given, of x that a checkpoint inside of it reads again in backward.
 
-    def of(self, x: Tensor) -> GatheredInput | None:
-        """What the block was given.
-
-        A checkpoint inside of it reads that again in backward, after the block: it has to save what
-        the forward saved.
+        It has to save what the forward saved.
         """
-        gathered = self.gathered
+        # A tracer cannot look into a tensor's __dict__.
         if torch.compiler.is_compiling():
-            return gathered
-        if gathered is not None:
-            # A view may outlive it, as what such a checkpoint is given.
-            if x is not gathered.x and gathered.version is not None and gathered.reads(x):
-                self._remember(x, gathered)
-            return gathered
+            return None
         full: Tensor | None = x
         known = x.__dict__.get(_PORTS, {}).get(self)
         if known is None and (base := x._base) is not None:
@@ -146,7 +143,7 @@ class BlockInput:
         # A reentrant checkpoint has another graph, from a copy without a past.
         if full is None or known is None or not _follows(x, full):
             return None
-        return GatheredInput(full, **known)
+        return GatheredInput(full, *known)
 
 
 def _follows(x: Tensor, full: Tensor) -> bool:

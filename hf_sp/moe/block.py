@@ -114,7 +114,7 @@ class SparseBoundary(BlockBoundary):
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if x is what the block was given; may be computed again, if so."""
-        gathered = self.block.of(x)
+        gathered = self.block.gathered or self.block.before(x)
         if gathered is None:
             return None
         if gathered.recompute is not None and gathered.reads(x):
