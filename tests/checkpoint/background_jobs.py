@@ -14,26 +14,27 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from checkpoint import jobs
 from hf_sp.checkpoint import shards
-from hf_sp.checkpoint.optimizer import OPTIMIZER_DIRECTORY
-from hf_sp.checkpoint.weights import WEIGHTS_DIRECTORY
 from hf_sp.integrations import trainer_files
 
 DCP = {"checkpoint": "dcp"}
 
 
 class Held(TrainerCallback):
-    """Files of a checkpoint are not written before the step after it has been taken."""
+    """What is there at the end of each step; files of a checkpoint wait for the step after it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.free, self.seen = folder, threading.Event(), []
-
-    def on_save(self, args, state, control, **_):
-        self.free.clear()
+        self.folder, self.seen, self.step = folder, [], threading.Condition()
 
     def on_step_end(self, args, state, control, **_):
-        names = sorted(p.name for p in self.folder.glob("checkpoint-*"))
-        self.seen.append(names)
-        self.free.set()
+        with self.step:
+            self.seen.append(sorted(p.name for p in self.folder.glob("checkpoint-*")))
+            self.step.notify_all()
+
+    def wait(self, path: Path) -> None:
+        number = next(int(part[11:]) for part in path.parts if part.startswith("checkpoint-"))
+        with self.step:
+            # No step follows the last one.
+            assert self.step.wait_for(lambda: len(self.seen) > number or number == 4, timeout=60)
 
 
 def trains(
@@ -52,9 +53,7 @@ def trains(
         write = shards._write
 
         def late(path: Path, batch: Any) -> None:
-            if WEIGHTS_DIRECTORY in path.parts or OPTIMIZER_DIRECTORY in path.parts:
-                # The last one is not followed by a step.
-                held.free.wait(60 if trainer.state.global_step < 4 else 0)
+            held.wait(path)
             write(path, batch)
 
         with mock.patch.multiple(shards, _write=late, _copied=copied):
