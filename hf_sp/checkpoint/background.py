@@ -100,6 +100,7 @@ class Writing:
                 if patience < 0:
                     raise RuntimeError(f"rank {rank} has said nothing")
             told: Mapping[str, Any] | None = json.loads(store.get(rank))
+            store.delete_key(rank)
             if told is None:
                 raise RuntimeError(f"rank {rank} could not write")
             files.update(told)

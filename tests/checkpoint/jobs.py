@@ -286,11 +286,12 @@ class Bomb:
         return (Path.touch, (Path(self.marker),))
 
 
-def planted(folder: str) -> dict[str, str]:
+def planted(folder: str, checkpoint: str) -> dict[str, str]:
     """A pickle in the place of each file, with a manifest that fits; what resuming said."""
     answers: dict[str, str] = {}
     with launched():
-        trainer = trainer_of(Path(folder) / "run", max_steps=1)
+        options = {"checkpoint": checkpoint}
+        trainer = trainer_of(Path(folder) / "run", max_steps=1, options=options)
         trainer.train()
         good = Path(folder) / "run" / "checkpoint-1"
         names = [
@@ -309,7 +310,8 @@ def planted(folder: str) -> dict[str, str]:
                     if name == "optimizer.pt":
                         shutil.rmtree(copy / "optimizer_shards")
                     if name == "pytorch_model.bin":
-                        (copy / "model.safetensors").unlink()
+                        (copy / "model.safetensors").unlink(missing_ok=True)
+                        shutil.rmtree(copy / "weights_shards", ignore_errors=True)
                     (copy / name).parent.mkdir(exist_ok=True)
                     bomb = Bomb(str(Path(folder) / "executed"))
                     data = io.BytesIO()

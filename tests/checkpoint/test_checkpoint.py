@@ -108,8 +108,9 @@ def test_damage_is_refused_on_all_ranks_before_the_model_is_touched(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    answers = pool(2).run(jobs.planted, folder=str(tmp_path))[0]
+@pytest.mark.parametrize("checkpoint", ["hf", "dcp"])
+def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
+    answers = pool(2).run(jobs.planted, folder=str(tmp_path), checkpoint=checkpoint)[0]
     assert not (tmp_path / "executed").exists()
     assert len(answers) > 20
     # What is not read cannot hurt.

@@ -16,7 +16,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
-from harness.pool import freeze_imports  # noqa: E402
+from frozen import freeze_imports  # noqa: E402
 
 from integrations import checkpoints, jobs  # noqa: E402
 from integrations.scene import Scene, launched  # noqa: E402
