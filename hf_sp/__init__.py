@@ -7,9 +7,10 @@ warn_if_untested()
 
 from hf_sp.api import parallelize
 from hf_sp.loading import from_pretrained
+from hf_sp.model.gradients import grad_norm
 from hf_sp.plan import Plan
 from hf_sp.state import parallel_state
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "__version__", "from_pretrained", "parallel_state", "parallelize"]
+__all__ = ["Plan", "__version__", "from_pretrained", "grad_norm", "parallel_state", "parallelize"]

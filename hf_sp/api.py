@@ -23,7 +23,7 @@ from hf_sp.model.fsdp import shard_over_data
 from hf_sp.model.shard import agree_on_weights, placements, report_taken, shard_parameters
 from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.known_forms import check_sparse_blocks
-from hf_sp.state import ATTRIBUTE, ParallelState, Recompute
+from hf_sp.state import ATTRIBUTE, Checkpoint, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def parallelize(
     recompute: Recompute | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
+    checkpoint: Checkpoint = "hf",
 ) -> Model:
     """Give an unmodified Hugging Face decoder Megatron's tensor + sequence parallelism, in place.
 
@@ -95,6 +96,10 @@ def parallelize(
             ``output_dtype`` is what the model returns.
         offload_policy: with data parallel groups, ``CPUOffloadPolicy()``: weights, gradients and
             optimizer state wait on the CPU, and the optimizer steps there.
+        checkpoint: what Trainer's checkpoints hold. ``"hf"``: the whole model as transformers
+            loads it, written while training waits. ``"dcp"``: each rank's shards, which
+            ``torch.distributed.checkpoint`` reads, written by a thread while training goes on;
+            ``python -m hf_sp.consolidate`` makes a plain checkpoint of it.
 
     Returns:
         The same object. Its parameters are DTensors on a mesh axis named ``tp`` (and on the data
@@ -116,8 +121,13 @@ def parallelize(
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
         switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
         ways = (None, *get_args(Recompute))
-        choices = {"cp_mode": (cp_mode, get_args(CpMode)), "recompute": (recompute, ways)}
+        choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
+            "cp_mode": (cp_mode, get_args(CpMode)),
+            "recompute": (recompute, ways),
+            "checkpoint": (checkpoint, get_args(Checkpoint)),
+        }
         checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
+        checks.check_environment()
         checks.check_other_sequence_parallelism(cp)
         checks.check_model(model)
         integrations.check_adapters(model)
@@ -133,7 +143,7 @@ def parallelize(
     except HfSpError as error:
         problem = error
     options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
-    options += f" {mp_policy=} {offload_policy=}"
+    options += f" {mp_policy=} {offload_policy=} {checkpoint=}"
     settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
     checks.agree(mesh, problem, settings)
     assert resolved is not None
@@ -154,6 +164,7 @@ def parallelize(
         recompute=recompute or ("norm+act" if kernels else "none"),
         mp_policy=mp_policy or MixedPrecisionPolicy(),
         offload_policy=offload_policy or OffloadPolicy(),
+        checkpoint=checkpoint,
     )
     with integrations.without_adapters(model) as whole:
         taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)

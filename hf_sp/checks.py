@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_sp.comm.mesh import launched_world, spans_world, start_distributed
+from hf_sp.comm.watch import TIMES, seconds
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.state import parallel_state
 
@@ -45,6 +46,12 @@ def check_arguments(
     if problems:
         what, got, legal = problems[0]
         raise ConfigError(what, got=got, legal=legal)
+
+
+def check_environment() -> None:
+    """Refuse what later could only be met in the middle of a run."""
+    for variable in TIMES:
+        seconds(variable)
 
 
 def check_other_sequence_parallelism(cp: int) -> None:

@@ -29,7 +29,7 @@ from hf_sp.comm.shard import shard_like
 from hf_sp.errors import CheckpointError, ConfigError
 from hf_sp.integrations.loading import QUANTISED, Loading, patches
 from hf_sp.model.shard import agree_on_weights, device_of, differing, home_of, report_taken
-from hf_sp.state import ParallelState, Recompute, parallel_state
+from hf_sp.state import Checkpoint, ParallelState, Recompute, parallel_state
 
 _PLACED = "each rank reads its own shards, straight to its device"
 _NATIVE = "hf_sp shards the model; transformers must not do it too"
@@ -66,6 +66,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     recompute: Recompute | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
+    checkpoint: Checkpoint = "hf",
     **kwargs: Any,
 ) -> Any:
     """``parallelize(model_class.from_pretrained(name_or_path))``, read shard by shard.
@@ -78,7 +79,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
             ``state_dict``.
         model_class: a class of transformers, or an Auto class.
         tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
-            kernels, recompute, mp_policy, offload_policy: as for ``parallelize``.
+            kernels, recompute, mp_policy, offload_policy, checkpoint: as for ``parallelize``.
         **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
             ``revision``, ``local_files_only``, ``output_loading_info``, ...
 
@@ -99,7 +100,7 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
-        **{"mp_policy": mp_policy, "offload_policy": offload_policy},
+        **{"mp_policy": mp_policy, "offload_policy": offload_policy, "checkpoint": checkpoint},
     }
     patches.apply()
     loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))

@@ -23,6 +23,7 @@ from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import process_group
 
 Recompute = Literal["none", "norm", "norm+act"]
+Checkpoint = Literal["hf", "dcp"]
 # Forwards of each kind in which all that is known of the inputs is compared over the ranks.
 CHECKS, KINDS = 8, ("training", "evaluation", "decoding")
 ATTRIBUTE = "_hf_sp_state"
@@ -45,6 +46,7 @@ class ParallelState:
     # What FSDP was given: dtypes to compute and to reduce in, where shards are kept.
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+    checkpoint: Checkpoint = "hf"  # what Trainer's checkpoints hold
     # Forwards in which that is still done, by kind of forward; later ones compare digests.
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
 

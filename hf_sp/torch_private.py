@@ -11,7 +11,7 @@ where they are used (``estimate``'s, hooks of modules), which that test lists by
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeGuard, cast
@@ -163,6 +163,29 @@ def _whole_number(op: Any, args: tuple[object, ...], kwargs: dict[str, object]) 
     whole = all(p.is_replicate() for p in x.placements)
     with torch.no_grad():
         return op(x._local_tensor if whole else x.full_tensor())
+
+
+def draw_by(draw: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """Let that fill DTensors with random numbers, instead of each rank its own part by itself."""
+    handlers: Any = DTensor._op_dispatcher._custom_op_handlers
+    for op in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+        handlers.setdefault(op, draw)
+
+
+def set_data_by(laid_out: Callable[[Any, Tensor], DTensor]) -> None:
+    """Let ``p.data = value`` of a DTensor write, after laying the value out as p.
+
+    torch writes the dtype and the shape that p shows, and not the values.
+    """
+
+    def write(p: Any, value: Tensor) -> None:
+        value = laid_out(p, value)
+        whole.__set__(p, value)
+        p._local_tensor.data = local_tensor(value)
+
+    if "data" not in vars(DTensor):
+        whole: Any = vars(torch._C.TensorBase)["data"]
+        setattr(DTensor, "data", property(whole.__get__, write))  # noqa: B010 (a Tensor to mypy)
 
 
 def is_fake(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Kills runs of the stock Trainer at random moments, and resumes them.
 
-    python scripts/kill_points.py --kills 60
+    python scripts/kill_points.py --kills 60 [--checkpoint dcp]
 
 Two ranks train and save each step; in every third round the checkpoint that is being saved replaces
 one of another model's run. One rank or both are ended with SIGKILL, in every second round inside a
@@ -24,16 +24,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
+CHECKPOINT = "hf"
 
 
-def rank_main(folder: Path, model: int, resume: bool) -> None:
+def rank_main(folder: Path, model: int, resume: bool, checkpoint: str) -> None:
     """One rank: trains, says when it saves, and writes the losses at the end."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     from checkpoint import jobs
 
     torch.set_num_threads(1)
-    trainer = jobs.trainer_of(folder / "run", seed=model, max_steps=STEPS)
+    options = {"checkpoint": checkpoint}
+    trainer = jobs.trainer_of(folder / "run", seed=model, max_steps=STEPS, options=options)
     rank = os.environ["RANK"]
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     save = trainer._save_checkpoint
@@ -53,7 +55,7 @@ def start(folder: Path, model: int, resume: bool = False) -> subprocess.Popen:
     """Both ranks; their output goes to a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [__file__, "--folder", str(folder), "--model", str(model)]
-    command += ["--resume"] if resume else []
+    command += [*(["--resume"] if resume else []), "--checkpoint", CHECKPOINT]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with (folder / "output").open("w") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -95,16 +97,19 @@ def one_round(number: int, truths: list, folder: Path, rng: random.Random) -> st
 
 
 def main() -> int:
+    global CHECKPOINT
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--model", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--checkpoint", choices=("hf", "dcp"), default=CHECKPOINT)
     given = parser.parse_args()
     if "RANK" in os.environ:
-        rank_main(given.folder, given.model, given.resume)
+        rank_main(given.folder, given.model, given.resume, given.checkpoint)
         return 0
+    CHECKPOINT = given.checkpoint
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

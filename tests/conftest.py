@@ -15,7 +15,8 @@ for _entry in (str(_TESTS.parent), str(_TESTS)):
     if _entry not in sys.path:
         sys.path.insert(0, _entry)
 
-from harness.pool import close_all, freeze_imports, pool  # noqa: E402 (needs the path above)
+from frozen import freeze_imports  # noqa: E402 (needs the path above)
+from harness.pool import close_all, pool  # noqa: E402
 
 # Sums must not depend on how many cores the machine has, and ranks share the cores.
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from hf_sp.model.dropout import Dropout
 from hf_sp.model.local import autocast_dtype, cast_for_autocast, local
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.parameters import PARTIAL
-from hf_sp.model.ports import gathered_before, low_rank_column
+from hf_sp.model.ports import low_rank_column
 
 _FACTORS = "_hf_sp_dora_factors"
 
@@ -215,7 +215,8 @@ class ColumnLoraLinear(ParallelLora, LoraLinear):
         return found
 
     def _delta(self: Any, adapter: str, x: Tensor) -> Tensor:
-        gathered = self.base_layer.block.gathered or gathered_before(x)
+        block = self.base_layer.block
+        gathered = block.gathered or block.before(x)
         port = None if gathered is None else gathered.port(self.lora_A[adapter], x)
         A, B = self._factors(adapter)
         if gathered is not None and port is not None:

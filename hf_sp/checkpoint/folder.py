@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_sp.checkpoint.ranks import Ranks, Together, listing
+from hf_sp.checkpoint.background import Writing
+from hf_sp.checkpoint.ranks import UNTOUCHED, Ranks, Together, listing
 from hf_sp.errors import CheckpointError
 from hf_sp.state import parallel_state
 
@@ -35,10 +36,8 @@ _RULE = "all files are there as they were saved, and are of this model"
 
 def about(model: nn.Module) -> dict[str, Any]:
     """What a manifest says of a model: how it is split, and its parameters' dtypes and shapes."""
-    state = parallel_state(model)
-    degrees = (1, 1, 1, 1)
-    if state is not None:
-        degrees = (state.everyone.size, state.tp, state.data, state.plan.ep)
+    s = parallel_state(model)
+    degrees = (1, 1, 1, 1) if s is None else (s.everyone.size, s.tp, s.data, s.plan.ep)
     named = {n: [str(p.dtype)[6:], list(p.shape)] for n, p in model.named_parameters()}
     return {**dict(zip(("world", "tp", "dp", "ep"), degrees, strict=True)), "parameters": named}
 
@@ -48,7 +47,11 @@ def about(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(
-    folder: str | Path, ranks: Ranks, entries: Mapping[str, Any], keep_others: bool = False
+    folder: str | Path,
+    ranks: Ranks,
+    entries: Mapping[str, Any],
+    keep_others: bool = False,
+    writing: Writing | None = None,
 ) -> Iterator[Path]:
     """Write a folder aside, and put it in place of an older one when all ranks have written.
 
@@ -61,14 +64,23 @@ def replacing(
         ranks: who writes.
         entries: of the manifest.
         keep_others: files that are not in the older one's manifest stay, unless they are replaced.
+        writing: takes over at the end of the block, and puts the folder in place later.
 
     Raises:
         CheckpointError: on all ranks, if one could not write.
     """
     folder = Path(folder)
     aside = folder.parent / f".{folder.name}{_ASIDE}" / folder.name
-    remedy = "make room, or write elsewhere; the checkpoints that were there are untouched"
-    failing = Together(ranks, "the checkpoint could not be written", folder, remedy)
+    failing = Together(ranks, "the checkpoint could not be written", folder, UNTOUCHED)
+
+    def put(files: dict[str, Any]) -> None:
+        manifest = {"format": _FORMAT, **entries, "files": dict(sorted(files.items()))}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _digest(aside / MANIFEST, sync=True)
+        if keep_others and folder.exists():
+            _carry_over(folder, aside)
+        _put_in_place(aside, folder)
+
     try:
         with failing:
             if ranks.first:
@@ -80,22 +92,18 @@ def replacing(
                 aside.mkdir(parents=True)
         with failing:
             yield aside
+        names = ranks.tell(_files(aside))
+        if writing is not None:
+            writing.start(names, lambda name: _digest(aside / name, sync=True), aside, put)
+            return
         with failing:
-            names = ranks.tell(_files(aside))
             mine = {n: _digest(aside / n, sync=True) for n in names[ranks.rank :: ranks.size]}
         files = {name: found for part in ranks.gather(mine) for name, found in part.items()}
         with failing:
             if ranks.first:
-                manifest = {"format": _FORMAT, **entries, "files": dict(sorted(files.items()))}
-                (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-                _digest(aside / MANIFEST, sync=True)
-                if keep_others and folder.exists():
-                    _carry_over(folder, aside)
-                for inner in (p for p in (aside, *aside.rglob("*")) if p.is_dir()):
-                    _sync(inner)
-                _put_in_place(aside, folder)
+                put(files)
     finally:
-        if ranks.first:
+        if ranks.first and not (writing and writing.started):
             shutil.rmtree(aside.parent, ignore_errors=True)
 
 
@@ -113,6 +121,8 @@ def _carry_over(folder: Path, aside: Path) -> None:
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
+    for inner in (p for p in (aside, *aside.rglob("*")) if p.is_dir()):
+        _sync(inner)
     old = folder.parent / f".{folder.name}{_OLD}"
     if folder.exists():
         folder.rename(old)
@@ -203,8 +213,7 @@ def faults(folder: str | Path, ranks: Ranks, model: nn.Module | None = None) -> 
 def _compare(folder: Path, ranks: Ranks, model: nn.Module | None, problems: list[str]) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest["format"] != _FORMAT:
-        problems.append(f"{MANIFEST}: format {manifest['format']}, this version reads {_FORMAT}")
-        return
+        raise ValueError(f"format {manifest['format']}, this version reads {_FORMAT}")
     for name, want in sorted(manifest["files"].items())[ranks.rank :: ranks.size]:
         path = inside(folder, name)
         if not path.is_file():
@@ -225,7 +234,7 @@ def _look(folder: Path, problems: list[str]) -> None:
     names = {p.name for p in folder.iterdir()}
     if old := names & {OLD_OPTIMIZER, ".metadata"}:
         problems.append(f"{min(old)}: of an earlier version of hf_sp, read by unpickling")
-    elif any(name.startswith("optimizer_shards") for name in names):
+    elif any("shards" in name for name in names):
         problems.append(f"{MANIFEST} is missing")
     if "trainer_state.json" in names:
         json.loads((folder / "trainer_state.json").read_text())

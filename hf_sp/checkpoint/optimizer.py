@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sp.checkpoint.background import Writing
 from hf_sp.checkpoint.folder import about, check, replacing
 from hf_sp.checkpoint.packed import packed_dims
 from hf_sp.checkpoint.ranks import Together, listing, ranks_of
@@ -93,8 +94,10 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> N
         write_optimizer(model, optimizer, aside)
 
 
-def write_optimizer(model: nn.Module, optimizer: Any, directory: Path) -> None:
-    """``save_optimizer`` into a folder that is put in place as a whole."""
+def write_optimizer(
+    model: nn.Module, optimizer: Any, directory: Path, writing: Writing | None = None
+) -> None:
+    """``save_optimizer`` into a folder that is put in place as a whole, perhaps later."""
     optimizer = _unwrapped(optimizer)
     groups = _group_names(model, optimizer)
     parameters = dict(model.named_parameters())
@@ -134,7 +137,8 @@ def write_optimizer(model: nn.Module, optimizer: Any, directory: Path) -> None:
             "of torch.optim",
         )
     halved = {k: packed[n] for k in tensors if (n := k.rpartition(".")[0]) in packed}
-    save_shards(tensors, halved, directory, ranks, {"scalars": scalars, "groups": described})
+    more, later = {"scalars": scalars, "groups": described}, writing.jobs if writing else None
+    save_shards(tensors, halved, directory, ranks, more, later)
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | Path) -> None:

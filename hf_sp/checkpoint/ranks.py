@@ -6,7 +6,6 @@ Must not know what is in the files.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_sp.comm.watch import seconds
 from hf_sp.errors import CheckpointError, HfSpError
 from hf_sp.state import parallel_state
 from hf_sp.torch_private import default_store
 
 logger = logging.getLogger(__name__)
 
+UNTOUCHED = "make room, or write elsewhere; the checkpoints that were there are untouched"
 _WARN_SECONDS = 10.0
 _LISTED = 8
 """Problems listed in full in one message."""
@@ -149,7 +150,7 @@ def meet(group: dist.ProcessGroup | None, what: str) -> None:
     count = _meetings.get(name, 0) + 1
     mine = f"{name}/{count}/{rank}"
     store.set(mine, "here")
-    patience = float(os.environ.get("HF_SP_SAVE_TIMEOUT", "180")) if rank == ranks[0] else 1800.0
+    patience = seconds("HF_SP_SAVE_TIMEOUT") if rank == ranks[0] else 1800.0
     started, pause, warned = time.monotonic(), 0.001, False
     absent = [r for r in ranks if r != rank]
     while True:

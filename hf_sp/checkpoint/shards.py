@@ -6,8 +6,10 @@ it needs. Nothing is unpickled. Knows torch only.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ INDEX = "index.json"
 _FILE_BYTES = 1 << 30
 """A file is closed when it has that many; a rank keeps one of them in memory."""
 
+Piece = tuple[list[int], Tensor]
+"""Where a rank's part of a tensor starts, and the part."""
 
-def _rectangles(parts: tuple[Tensor, ...], dim: int) -> Iterator[tuple[list[int], Tensor]]:
+
+def _rectangles(parts: tuple[Tensor, ...], dim: int) -> Iterator[Piece]:
     """Where this rank's part of each tensor starts in them joined along ``dim``, and the part."""
     for number, x in enumerate(parts):
         local, starts = x, [0] * x.dim()
@@ -48,12 +53,42 @@ def _owned(x: Tensor, ranks: Ranks) -> bool:
     return not any(copies) and x.to_local().numel() > 0
 
 
+def _batches(
+    tensors: Mapping[str, Tensor], packed: Mapping[str, int], ranks: Ranks
+) -> Iterator[tuple[str, dict[str, Piece]]]:
+    """The files that this rank writes: a name, and by key where its piece starts, and the piece.
+
+    A tensor's second rectangle is in another file than its first.
+    """
+    batches: dict[int, dict[str, Piece]] = {}
+    names = (f"rank-{ranks.rank:05d}-{number:05d}.safetensors" for number in itertools.count())
+    for key, x in tensors.items():
+        if not _owned(x, ranks):
+            continue
+        x, dim = x.detach(), packed.get(key, 0)
+        parts = split_gate_up(x, dim) if key in packed else (x,)
+        for i, piece in enumerate(_rectangles(parts, dim)):
+            batches.setdefault(i, {})[key] = piece
+            if sum(local.nbytes for _, local in batches[i].values()) >= _FILE_BYTES:
+                yield next(names), batches.pop(i)
+    for batch in batches.values():
+        yield next(names), batch
+
+
+def _write(path: Path, batch: dict[str, Piece]) -> None:
+    offsets = {key: {"saved_offsets": starts} for key, (starts, _) in batch.items()}
+    # By this torch.distributed.checkpoint's HuggingFaceStorageReader knows where pieces belong.
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    save_file({k: x.cpu().contiguous() for k, (_, x) in batch.items()}, path, metadata)
+
+
 def save_shards(
     tensors: Mapping[str, Tensor],
     packed: Mapping[str, int],
     folder: Path,
     ranks: Ranks,
     more: Mapping[str, Any],
+    later: list[Callable[[], Path]] | None = None,
 ) -> None:
     """Write tensors, DTensors by their parts, and an index. To be called on every rank.
 
@@ -63,24 +98,19 @@ def save_shards(
         folder: made if need be.
         ranks: who writes.
         more: other entries of the index; plain data, the same on every rank.
+        later: is given what writes each file of copies, instead of writing it now.
     """
     pieces: dict[str, list[Any]] = {}
-    batch: dict[str, Tensor] = {}
     failing = Together(ranks, "tensors could not be written", folder)
     with failing:
         folder.mkdir(parents=True, exist_ok=True)
-        owned = [key for key, x in tensors.items() if _owned(x, ranks)]
-        number = 0
-        for key in owned:
-            x, dim = tensors[key].detach(), packed.get(key, 0)
-            file = f"rank-{ranks.rank:05d}-{number:05d}.safetensors"
-            parts = split_gate_up(x, dim) if key in packed else (x,)
-            for i, (starts, local) in enumerate(_rectangles(parts, dim)):
-                batch[f"{key}/{i}"] = local.cpu().contiguous()
-                pieces.setdefault(key, []).append([file, f"{key}/{i}", starts, list(local.shape)])
-            if key == owned[-1] or sum(x.nbytes for x in batch.values()) >= _FILE_BYTES:
-                save_file(batch, folder / file)
-                batch, number = {}, number + 1
+        for file, batch in _batches(tensors, packed, ranks):
+            for key, (starts, local) in batch.items():
+                pieces.setdefault(key, []).append([file, key, starts, list(local.shape)])
+            if later is None:
+                _write(folder / file, batch)
+            else:
+                later.append(functools.partial(_write_copy, folder / file, _copied(batch)))
     everyone = ranks.gather(pieces)
     with failing:
         if ranks.first:
@@ -92,6 +122,16 @@ def save_shards(
                     "pieces": [piece for part in everyone for piece in part.get(key, ())],
                 }
             (folder / INDEX).write_text(json.dumps(index))
+
+
+def _copied(batch: dict[str, Piece]) -> dict[str, Piece]:
+    return {key: (starts, x.to("cpu", copy=True)) for key, (starts, x) in batch.items()}
+
+
+def _write_copy(path: Path, batch: dict[str, Piece]) -> Path:
+    _write(path, batch)
+    batch.clear()
+    return path
 
 
 class Shards:

@@ -1,12 +1,13 @@
-"""``load_state_dict`` of a parallelized model: whole tensors in, this rank's shards kept.
+"""Weights of a parallelized model: whole tensors in, this rank's shards kept; and shards on disk.
 
-The part that a rank keeps is cut in ``hf_sp.comm.shard``. What Trainer and accelerate make of it is
-in ``hf_sp.integrations``.
+``load_state_dict`` takes whole tensors; the part that a rank keeps is cut in ``hf_sp.comm.shard``.
+What Trainer and accelerate make of it is in ``hf_sp.integrations``.
 """
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_sp.checkpoint.background import Writing
 from hf_sp.checkpoint.packed import packed_dims
-from hf_sp.checkpoint.ranks import listing
+from hf_sp.checkpoint.ranks import Together, listing, ranks_of
+from hf_sp.checkpoint.shards import Shards, save_shards
 from hf_sp.comm.shard import shard_like
 from hf_sp.errors import CheckpointError
+
+WEIGHTS_DIRECTORY = "weights_shards"
+"""Name of the weights' directory inside a checkpoint folder that has shards of them."""
 
 _HOOKED = "_hf_sp_load_hook"
 
@@ -40,13 +46,7 @@ def _shard_incoming(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
         if state_dict[key].shape != parameter.shape
     ]
     if wrong:
-        raise CheckpointError(
-            "a checkpoint does not fit the parallelized model",
-            where=f"{type(module).__name__}.load_state_dict",
-            got=listing(wrong),
-            rule="tensors have the shape of the whole parameter, as plain transformers saves it",
-            remedy="load the checkpoint that was saved from this configuration of the model",
-        )
+        raise _misfit(f"{type(module).__name__}.load_state_dict", wrong)
     for key, parameter in incoming.items():
         state_dict[key] = shard_like(state_dict[key], parameter)
 
@@ -79,6 +79,48 @@ def _convert(model: PreTrainedModel, state_dict: dict[str, Any]) -> None:
         state_dict[name] = made[name]
     for name in strange - set(told["unexpected_keys"]):
         del state_dict[name]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their first name: a tied one is one."""
+    found = {id(x): (n, x) for n, x in reversed(model.state_dict(keep_vars=True).items())}
+    return dict(reversed(found.values()))
+
+
+def write_weights(model: nn.Module, directory: Path, writing: Writing) -> None:
+    """Copy the weights, to be written as shards. To be called on every rank."""
+    packed, tensors = packed_dims(model), _tensors(model)
+    halved = {name: packed[name] for name in tensors if name in packed}
+    save_shards(tensors, halved, directory, ranks_of(model), {}, writing.jobs)
+
+
+def read_weights(model: nn.Module, directory: Path) -> None:
+    """Read what ``write_weights`` wrote, at any degree. To be called on every rank.
+
+    Raises:
+        CheckpointError: it lacks weights, or is of others.
+    """
+    shards, packed, tensors = Shards(directory), packed_dims(model), _tensors(model)
+    wrong = [
+        f"{n}: {shards.shapes.get(n)} in the checkpoint, {tuple(x.shape)} in the model"
+        for n, x in tensors.items()
+        if shards.shapes.get(n) != tuple(x.shape)
+    ]
+    with Together(ranks_of(model), "the weights cannot be read", directory), torch.no_grad():
+        if wrong:
+            raise _misfit(str(directory), wrong)
+        for name, x in tensors.items():
+            x.copy_(shards.read(name, x, packed.get(name)))
+
+
+def _misfit(where: str, wrong: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "a checkpoint does not fit the parallelized model",
+        where=where,
+        got=listing(wrong),
+        rule="tensors have the shape of the whole parameter, as plain transformers saves it",
+        remedy="load the checkpoint that was saved from this configuration of the model",
+    )
 
 
 def install_load_hook(model: nn.Module) -> None:

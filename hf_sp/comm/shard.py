@@ -6,6 +6,7 @@ Nothing here communicates. Must not know models or plans.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from hf_sp.torch_private import is_packed
+from hf_sp.errors import ShapeError
+from hf_sp.torch_private import is_packed, local_tensor
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -80,6 +82,37 @@ def shard_like(full: Tensor, like: DTensor, device: torch.device | None = None) 
         device, rank = device or like.to_local().device, mesh.get_local_rank()
         return with_local(take_shard(full, placement, mesh.size(), rank, device), like)
     return distribute_tensor(full, mesh, like.placements, src_data_rank=None)
+
+
+def draw_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DTensor:
+    """Fill a DTensor with the random numbers of one process: those that the first rank draws.
+
+    torch draws each rank's part with that rank's generator on a CPU: ranks that are seeded alike
+    have the same numbers in all parts, others have other numbers in a replicated tensor.
+    """
+    x: DTensor = args[0]
+    drawn = op(torch.empty(x.shape, dtype=x.dtype, device=x.device), *args[1:], **kwargs)
+    told = distribute_tensor(drawn, x.device_mesh, [Replicate()] * x.device_mesh.ndim)
+    local_tensor(x).copy_(local_tensor(shard_like(local_tensor(told), x)))
+    return x
+
+
+def laid_out_as(x: DTensor, value: Tensor) -> DTensor:
+    """A whole tensor, the same on all ranks, or a DTensor of any layout, laid out as ``x``.
+
+    Raises:
+        ShapeError: it has another shape.
+    """
+    if value.shape != x.shape:
+        raise ShapeError(
+            "the data of a sharded parameter is of another shape",
+            got=f"{tuple(value.shape)}",
+            rule=f"p.data = value keeps the shape of the whole parameter, {tuple(x.shape)}",
+            remedy="change shapes before parallelize",
+        )
+    if isinstance(value, DTensor) and value.placements != x.placements:
+        value = value.full_tensor()
+    return shard_like(value, x)
 
 
 def split_gate_up(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

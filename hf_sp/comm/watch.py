@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hf_sp.errors import ConfigError
 from hf_sp.torch_private import collectives_launched, default_store
 
 PERIOD_S = 1.0
@@ -110,10 +111,32 @@ def look() -> tuple[bool, str, list[tuple[int, int]]]:
     return True, line(frames[0]), [(id(f.f_code), f.f_lasti) for f in frames]
 
 
+TIMES = {"HF_SP_HANG_SECONDS": 30.0, "HF_SP_SAVE_TIMEOUT": 180.0}
+"""Environment variables, and what they are if they are not set."""
+
+
+def seconds(variable: str) -> float:
+    """A time from the environment.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    text = os.environ.get(variable, "")
+    try:
+        return float(text or TIMES[variable])
+    except ValueError:
+        raise ConfigError(
+            f"{variable} is no number of seconds",
+            where="the environment, of every rank",
+            got=repr(text),
+            legal=f"a number, {TIMES[variable]:g} if it is not set",
+        ) from None
+
+
 def watch() -> None:
     """Watch this process and its peers from now on; once for each time torch.distributed starts."""
     global _current
-    limit = float(os.environ.get("HF_SP_HANG_SECONDS", "30"))
+    limit = seconds("HF_SP_HANG_SECONDS")
     if limit <= 0 or dist.get_world_size() == 1 or dist.get_backend() == "fake":
         return
     if _current is None:

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 
 from hf_sp.checkpoint.weights import install_load_hook
+from hf_sp.comm.shard import draw_whole, laid_out_as
 from hf_sp.patching import Patches
 from hf_sp.state import parallel_state
-from hf_sp.torch_private import allow_anomaly_mode, read_whole_numbers
+from hf_sp.torch_private import allow_anomaly_mode, draw_by, read_whole_numbers, set_data_by
 
 
 def install(model: nn.Module) -> None:
@@ -51,17 +52,21 @@ def install(model: nn.Module) -> None:
     tables = [x for module in modules for x in vars(module).values() if isinstance(x, Patches)]
     for patches in tables:
         patches.apply()
+    state = parallel_state(model)
+    assert state is not None
     if isinstance(model, PreTrainedModel):
         # The light mark, no more. With ``_tp_size`` Trainer would count tp ranks as processes. With
         # ``_device_mesh`` PEFT would shard adapters again. With
         # ``_is_distributed_loading_by_transformers`` Trainer would broadcast and average what is
         # not a DTensor, and refuse to save what can be resumed. Not written to config.json.
-        state = parallel_state(model)
-        assert state is not None
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
     install_load_hook(model)
     allow_anomaly_mode()
     read_whole_numbers()
+    set_data_by(laid_out_as)
+    if state.mesh.device_type == "cpu":
+        # On a GPU torch has one stream of random numbers for all parts.
+        draw_by(draw_whole)
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -158,6 +158,11 @@ NAMES: tuple[Name, ...] = (
         ("model.load_state_dict(state_dict, False)", "self._issue_warnings_after_load"),
     ),
     Name(_TRAINER + "_build_accelerator_args", None, ('"] = self.args.parallelism_config',)),
+    Name(
+        "transformers.trainer:load_sharded_checkpoint",
+        "(model, folder, strict=True, prefer_safe=True)",
+        ("model.load_state_dict(state_dict, strict=False)",),
+    ),
     Name(_TRAINER + "_load_best_model", "(self)", ("model.load_state_dict(state_dict, False)",)),
     # accelerate: replaced methods
     Name(_CONFIG + "_validate_accelerator", "(self, accelerator)", ("accelerator.multi_device",)),

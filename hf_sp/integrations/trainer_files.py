@@ -6,16 +6,23 @@ is written aside, and read when it is whole (``hf_sp.checkpoint.folder``).
 
 from __future__ import annotations
 
+import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import transformers.trainer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 import hf_sp.integrations.processes as processes
 from hf_sp.checkpoint import folder as folders
+from hf_sp.checkpoint.background import Writing
 from hf_sp.checkpoint.gather import gather_state_dict
 from hf_sp.checkpoint.optimizer import (
     OPTIMIZER_DIRECTORY,
@@ -24,6 +31,7 @@ from hf_sp.checkpoint.optimizer import (
     write_optimizer,
 )
 from hf_sp.checkpoint.ranks import Together, ranks_of
+from hf_sp.checkpoint.weights import WEIGHTS_DIRECTORY, read_weights, write_weights
 from hf_sp.integrations.stock_files import (
     read_plain,
     refuse_missing,
@@ -34,6 +42,9 @@ from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
 
 logger = logging.getLogger(__name__)
+
+_WRITING: WeakKeyDictionary[Any, Writing] = WeakKeyDictionary()
+"""By Trainer, the checkpoint that is being written while it trains."""
 
 _RESUMED = "resume_from_checkpoint / load_best_model_at_end"
 
@@ -54,10 +65,14 @@ def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
     step = self.state.global_step
     target = run / f"checkpoint-{step}"
     entries = {"step": step, **folders.about(self.model)}
+    _finish(self)
+    if parallel_state(self.model).checkpoint == "dcp":  # type: ignore[union-attr]
+        _WRITING[self] = Writing(ranks_of(self.model), target)
+    writing = _WRITING.get(self)
     push, self.args.push_to_hub = self.args.push_to_hub, False
     best = self.state.best_model_checkpoint
     try:
-        with folders.replacing(target, ranks_of(self.model), entries) as aside:
+        with folders.replacing(target, ranks_of(self.model), entries, writing=writing) as aside:
             vars(self)["_get_output_dir"] = lambda trial=None: str(aside.parent)
             original(self, model, trial)
             if self.state.best_model_checkpoint == str(aside):
@@ -66,14 +81,32 @@ def write_aside(original: Patch, self: Any, model: Any, trial: Any) -> None:
                     self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
         best = self.state.best_model_checkpoint
     finally:
+        if writing is not None and not writing.started:
+            del _WRITING[self]
         self.state.best_model_checkpoint = best
         vars(self).pop("_get_output_dir", None)
         self.args.push_to_hub = push
     if push:
+        _finish(self)
         self._push_from_checkpoint(str(target))
-    if self.args.should_save:
-        keep = {target} if best is None else {target, Path(best)}
-        folders.rotate(run, self.args.save_total_limit, keep)
+    if writing is None:
+        _rotate(self, target)
+
+
+def _rotate(trainer: Any, newest: Path) -> None:
+    """Delete older checkpoints, when the newest is there."""
+    if trainer.args.should_save:
+        best = trainer.state.best_model_checkpoint
+        keep = {newest} if best is None else {newest, Path(best)}
+        folders.rotate(newest.parent, trainer.args.save_total_limit, keep)
+
+
+def _finish(trainer: Any) -> None:
+    """Wait for the checkpoint that is being written. To be called on every rank."""
+    writing = _WRITING.pop(trainer, None)
+    if writing is not None:
+        writing.finish()
+        _rotate(trainer, writing.folder)
 
 
 @PATCHES.on(Trainer, "save_model")
@@ -107,6 +140,17 @@ def gather_on_all_ranks(
     with failing:
         if self.args.should_save:
             Path(target).mkdir(parents=True, exist_ok=True)
+    writing = _WRITING.get(self)
+    if writing is not None and not writing.started and isinstance(self.model, PreTrainedModel):
+        write_weights(self.model, Path(target) / WEIGHTS_DIRECTORY, writing)
+        with failing:
+            if self.args.should_save:
+                vars(self.model)["save_pretrained"] = partial(_save_configs, self.model)
+                try:
+                    original(self, target, state_dict)
+                finally:
+                    del vars(self.model)["save_pretrained"]
+        return
     with failing:
         saves_itself = isinstance(self.model, PreTrainedModel) or hasattr(self.model, "peft_config")
         if not saves_itself and state_dict is None:
@@ -117,10 +161,18 @@ def gather_on_all_ranks(
             self.model.save_pretrained(target, state_dict=state_dict, is_main_process=False)
 
 
+def _save_configs(model: PreTrainedModel, folder: str, **_: Any) -> None:
+    """What ``save_pretrained`` writes beside the weights."""
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
 @PATCHES.on(Trainer, "_save_optimizer_and_scheduler")
 def save_optimizer_shards(original: Patch, self: Any, output_dir: str) -> None:
     """Trainer writes the first rank's optimizer state, and gives it to every rank on resume."""
-    write_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
+    directory = Path(output_dir) / OPTIMIZER_DIRECTORY
+    write_optimizer(self.model, self.optimizer, directory, _WRITING.get(self))
     if self.args.should_save:
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -138,22 +190,36 @@ def resume_from_complete(
         resume_from_checkpoint = str(folders.last_complete(self.args.output_dir, ranks, self.model))
     elif resume_from_checkpoint:
         folders.check(resume_from_checkpoint, ranks, self.model)
-    return original(self, resume_from_checkpoint, *args, **kwargs)
+    result = original(self, resume_from_checkpoint, *args, **kwargs)
+    _finish(self)
+    return result
 
 
 @PATCHES.on(Trainer, "_load_best_model")
 def check_best_model(original: Patch, self: Any) -> None:
-    """As ``resume_from_complete``."""
-    folders.check(self.state.best_model_checkpoint, ranks_of(self.model), self.model)
-    original(self)
+    """As ``resume_from_complete``; it knows no shards."""
+    _finish(self)
+    best = Path(self.state.best_model_checkpoint)
+    folders.check(best, ranks_of(self.model), self.model)
+    if (best / WEIGHTS_DIRECTORY).is_dir():
+        read_weights(self.model, best / WEIGHTS_DIRECTORY)
+    else:
+        original(self)
 
 
 @PATCHES.on(Trainer, "_load_from_checkpoint")
 def refuse_missing_adapters(
     original: Patch, self: Any, resume_from_checkpoint: str, model: Any = None
 ) -> None:
-    """Trainer does not look at what PEFT missed, and trains on with fresh factors."""
+    """Trainer does not look at what PEFT missed, and trains on with fresh factors.
+
+    It knows no shards.
+    """
     target = self.model if model is None else model
+    shards = Path(resume_from_checkpoint) / WEIGHTS_DIRECTORY
+    if shards.is_dir():
+        read_weights(target, shards)
+        return
     results: list[Any] = []
     if hasattr(target, "peft_config"):
         load = target.load_adapter
@@ -163,6 +229,27 @@ def refuse_missing_adapters(
     finally:
         vars(target).pop("load_adapter", None)
     refuse_missing({name for result in results for name in result.missing_keys}, _RESUMED)
+
+
+MODEL_PATCHES = Patches(lambda model: parallel_state(model) is not None)
+"""Patches of what is given a parallelized model."""
+
+
+@MODEL_PATCHES.on(transformers.trainer, "load_sharded_checkpoint")
+def load_all_files(
+    original: Patch, model: Any, folder: Any, strict: bool = True, prefer_safe: bool = True
+) -> Any:
+    """It loads one file after the other: experts of one layer, which lie in several, are no whole.
+
+    The files are mapped, not read into memory.
+    """
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return original(model, folder, strict=strict, prefer_safe=prefer_safe)
+    state: dict[str, Any] = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        state |= load_file(folders.inside(Path(folder), name))
+    return model.load_state_dict(state, strict=strict)
 
 
 @PATCHES.on(Trainer, "_load_optimizer_and_scheduler")

@@ -105,7 +105,7 @@ def gather_columns(
         x = cast_for_autocast(x, x)
         full = comm.gather_sequence(x, length, axis) if sharded else x
         full = full.contiguous() if contiguous else full
-        return GatheredInput(full, version(full), batch_major, 1, {})
+        return GatheredInput(full, version(full), batch_major, 1, {}, full.shape)
     function, inputs = saved_form(x)
     x = cast_for_autocast(x, x)
     parameters: list[Tensor | None] = []
@@ -129,7 +129,7 @@ def gather_columns(
         ports[experts.key] = Port(tuple(outputs[-3:]), values[-1])
     written = None if torch.compiler.is_compiling() else version(full)
     parts = axis.size if sharded else 1
-    return GatheredInput(full, written, batch_major, parts, ports, sharded)
+    return GatheredInput(full, written, batch_major, parts, ports, full.shape, sharded)
 
 
 @dataclass(frozen=True, slots=True)

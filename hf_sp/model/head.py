@@ -17,9 +17,9 @@ from hf_sp.errors import ShapeError
 from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
 from hf_sp.model.chunks import HeadSpec
-from hf_sp.model.lazy import LazyLogits
+from hf_sp.model.lazy import LazyLogits, LazyWeight
 from hf_sp.model.linear import ParallelLinear
-from hf_sp.model.local import cast_for_autocast
+from hf_sp.model.local import cast_for_autocast, local
 from hf_sp.model.loss import linear_cross_entropy, scaled_loss
 from hf_sp.state import ParallelState
 
@@ -58,6 +58,8 @@ class VocabParallelHead(ParallelLinear):
         self.state, self.axis, self.vocab = state, state.axis, module.out_features
         start, stop = vocab_range(self.vocab, self.axis)
         self.out_features = stop - start
+        self.register_forward_pre_hook(show_whole_weight)
+        self.register_forward_hook(hide_whole_weight, always_call=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
@@ -103,6 +105,26 @@ class VocabParallelHead(ParallelLinear):
     def extra_repr(self) -> str:
         """Local sizes, the place on the tp axis, the whole vocabulary."""
         return f"{super().extra_repr()}, vocab={self.vocab}"
+
+
+def show_whole_weight(head: VocabParallelHead, args: Any) -> None:
+    """A forward that somebody has put in place of the head's own computes with the whole weight.
+
+    As on hidden states that are equal on all ranks: each computes it all.
+    """
+    if "forward" not in head.__dict__:
+        return
+
+    def whole() -> Tensor:
+        rows = local(cast(Tensor, head._parameters["weight"]))
+        return pairs.concat_slice(rows, 0, vocab_sizes(head.vocab, head.axis), head.axis)
+
+    head.__dict__["weight"] = LazyWeight(whole)
+
+
+def hide_whole_weight(head: VocabParallelHead, args: Any, output: Any) -> None:
+    """Give the registered parameter back."""
+    head.__dict__.pop("weight", None)
 
 
 class CausalLMLoss:

@@ -3,7 +3,8 @@
 HF's forward calls the LM head before it knows of labels, and hands the result to
 ``loss_function``, which needs no logits where it can run the chunked linear form. So the parallel
 head returns a stand-in. The first operation on it makes the whole tensor, with its gradient path;
-let through are a number's product and a tanh, which the loss can apply by itself.
+let through are a number's product and a tanh, which the loss can apply by itself. And the head's
+whole weight, likewise.
 """
 
 from __future__ import annotations
@@ -52,6 +53,24 @@ class _Carry(torch.autograd.Function):
             rule="hf_sp cannot tell how its gradient reaches the head",
             remedy="parallelize(..., keep_logits=True)",
         )
+
+
+class LazyWeight:
+    """What a forward of somebody's own reads as its module's weight: the whole, when touched."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = functools.cache(make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._make()[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = tree_map_only(cls, lambda weight: weight._make(), (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
 
 
 class LazyLogits(Tensor):

@@ -18,7 +18,7 @@ from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.model.local import autocast_dtype, cast_for_autocast, check_gathered, local
-from hf_sp.model.ports import BlockInput, column_linear, gathered_before
+from hf_sp.model.ports import BlockInput, column_linear
 from hf_sp.model.recompute import recompute_of
 from hf_sp.torch_private import has_gradient_hooks, pack, unpack
 
@@ -38,7 +38,7 @@ class ParallelLinear(nn.Linear):
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight and bias as this forward uses them, differentiable."""
         bias = None if self.bias is None else self._local(self.bias, like)
-        return self._local(self.weight, like), bias
+        return self._local(cast(Tensor, self._parameters["weight"]), like), bias
 
     def node_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same for an autograd node, which takes DTensors as they are."""
@@ -90,7 +90,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""
-        gathered = self.block.gathered or gathered_before(x)
+        gathered = self.block.gathered or self.block.before(x)
         port = None if gathered is None else gathered.port(self, x)
         if gathered is None or port is None:
             weight, bias = self.local_parameters(x)

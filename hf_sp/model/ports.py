@@ -8,6 +8,7 @@ Shape letters: B batch, S sequence, H hidden, o local out features, r rank of a 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.model.dropout import Dropout
+from hf_sp.model.recompute import Recompute
 from hf_sp.torch_private import has_gradient_hooks, version
 
 _PORTS = "_hf_sp_ports"
@@ -46,8 +48,11 @@ class GatheredInput:
             sequence-major.
         parts: owners of the rows of x, for the masks of dropout.
         ports: by reader.
+        shape: of x.
         sequence_major: whether it lies so in memory, as it is gathered.
+        recompute: what x is computed from again, where it has not been gathered.
         dropped: x after dropout, by draw: one for all factors of the block.
+        kept: what views of it keep of it, which may outlive it; filled when the block has run.
     """
 
     x: Tensor
@@ -55,12 +60,19 @@ class GatheredInput:
     batch_major: bool
     parts: int
     ports: dict[Any, Port]
+    shape: torch.Size
     sequence_major: bool = False
+    recompute: Recompute | None = None
     dropped: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[BlockInput, tuple] = field(default_factory=dict)
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if ``x`` is the gathered tensor."""
-        return self.ports[reader] if reader in self.ports and self.reads(x) else None
+        if reader not in self.ports or not self.reads(x):
+            return None
+        if x is not self.x:
+            x.__dict__[_PORTS] = self.kept
+        return self.ports[reader]
 
     def reads(self, x: Tensor) -> bool:
         """Whether ``x`` is the gathered tensor, as it was made."""
@@ -88,7 +100,7 @@ def _is_view(x: Tensor, full: Tensor) -> bool:
     )
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class BlockInput:
     """What the hooks of a block tell its modules while it runs.
 
@@ -103,18 +115,43 @@ class BlockInput:
 
     def close(self) -> None:
         """The block has run. What it was given keeps its ports, for as long as it lives itself."""
-        gathered = self.gathered
-        if gathered is not None and gathered.version is not None:
-            known = gathered.version, gathered.batch_major, gathered.parts, gathered.ports
-            gathered.x.__dict__[_PORTS] = (*known, gathered.sequence_major)
+        g = self.gathered
+        if g is not None and g.version is not None:
+            form = g.ports, g.shape, g.sequence_major
+            g.kept[self] = known = (g.version, g.batch_major, g.parts, *form, g.recompute)
+            g.x.__dict__.setdefault(_PORTS, {})[self] = known
+            base = g.x._base
+            if base is not None:
+                # Views of it are found by what they are views of; which must not hold it.
+                base.__dict__.setdefault(_PORTS, {})[self] = weakref.ref(g.x)
         self.gathered = self.partial = None
 
+    def before(self, x: Tensor) -> GatheredInput | None:
+        """What the block was given, of x that a checkpoint inside of it reads again in backward.
 
-def gathered_before(x: Tensor) -> GatheredInput | None:
-    """Of x that a checkpoint in its block reads again in backward: it saves what it did before."""
-    # A tracer cannot look into a tensor's __dict__.
-    known = None if torch.compiler.is_compiling() else x.__dict__.get(_PORTS)
-    return None if known is None else GatheredInput(x, *known)
+        It has to save what the forward saved.
+        """
+        # A tracer cannot look into a tensor's __dict__.
+        if torch.compiler.is_compiling():
+            return None
+        full: Tensor | None = x
+        known = x.__dict__.get(_PORTS, {}).get(self)
+        if known is None and (base := x._base) is not None:
+            known = base.__dict__.get(_PORTS, {}).get(self)
+            full = known() if isinstance(known, weakref.ref) else base
+            known = None if full is None else full.__dict__.get(_PORTS, {}).get(self)
+        # A reentrant checkpoint has another graph, from a copy without a past.
+        if full is None or known is None or not _follows(x, full):
+            return None
+        return GatheredInput(full, *known)
+
+
+def _follows(x: Tensor, full: Tensor) -> bool:
+    """Whether the gradient of a view of a tensor goes to that tensor."""
+    node = x.grad_fn
+    while node is not None and node is not full.grad_fn and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is full.grad_fn
 
 
 def column_linear(x: Tensor, port: Port, batch_major: bool) -> Tensor:
@@ -151,7 +188,7 @@ def low_rank_column(x: Tensor, port: Port, gathered: GatheredInput) -> Tensor:
     Saves:    nothing
     """
     # Some blocks flatten what was gathered.
-    drop, seen = port.dropout, x.detach().view(gathered.x.shape)
+    drop, seen = port.dropout, x.detach().view(gathered.shape)
     seen = seen.transpose(0, 1) if gathered.sequence_major else seen
     if drop is not None:
         # One mask, and one pass over x, for all factors of the block.

@@ -51,7 +51,6 @@ class SparseBoundary(BlockBoundary):
         super().__init__(state, BlockInput(), columns, attention=False)
         self.router, self.parameters = router, RouterParameters(state, router, self.route)
         self.linears.insert(0, (router, self.parameters))
-        self.recompute: Recompute | None = None
         for column in columns:
             column.block = self.block
 
@@ -68,9 +67,9 @@ class SparseBoundary(BlockBoundary):
         jitters = module.training and float(getattr(module, "jitter_noise", 0) or 0) > 0
         if self.whole_experts:
             # With noise on the tokens they cannot be computed again: they are saved.
-            self.recompute = None if jitters else recompute_of(x)
+            recompute = None if jitters else recompute_of(x)
             x = x.contiguous()
-            gathered = GatheredInput(x, version(x), True, 1, {})
+            gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
             top_k = int(self.router.top_k)
             gradient = functools.partial(gate_up_gradient, top_k=top_k)
@@ -97,7 +96,6 @@ class SparseBoundary(BlockBoundary):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output, unless its tokens are this rank's own."""
-        self.recompute = None
         if not self.whole_experts:
             return super().leave(module, args, output)
         self.dropout.stop()
@@ -116,11 +114,11 @@ class SparseBoundary(BlockBoundary):
 
     def port(self, reader: object, x: Tensor) -> Port | None:
         """The reader's port, if x is what the block was given; may be computed again, if so."""
-        gathered = self.block.gathered
+        gathered = self.block.gathered or self.block.before(x)
         if gathered is None:
             return None
-        if self.recompute is not None and gathered.reads(x):
-            _attach_reshaped(x, self.recompute)
+        if gathered.recompute is not None and gathered.reads(x):
+            _attach_reshaped(x, gathered.recompute)
         return gathered.port(reader, x)
 
     def route(self, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -189,11 +189,12 @@ def _block(
 
 def _heads(model: Any, block: Any) -> tuple[int, int, int]:
     """Size of a head, and numbers of query and key/value heads; zeros but for attention."""
-    if not getattr(block, "head_dim", 0):
+    size = getattr(block, "head_dim", 0) or getattr(block, "head_size", 0)
+    if not size:
         return 0, 0, 0
     config = getattr(block, "config", model.config).get_text_config()
     query = getattr(config, "num_attention_heads", 0)
-    return block.head_dim, query, getattr(config, "num_key_value_heads", None) or query
+    return size, query, getattr(config, "num_key_value_heads", None) or query
 
 
 def _leaf(
@@ -217,6 +218,9 @@ def _leaf(
     if not dim:
         return leaf
     count, rest = divmod(leaf.parts, dim)
+    if count == 3 * query:
+        # q, k and v of one head after the other, or no plan could split them by columns.
+        count = query
     if rest or count not in (query, key_value):
         raise PlanError(
             "an attention projection is not made of whole heads",

@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hf_sp import parallel_state, parallelize
+from hf_sp import grad_norm, parallel_state, parallelize
 
 
 def _report(name: str) -> Report:
@@ -50,6 +50,85 @@ def classifier(kind: str, sp: bool) -> Report:
     compare_loss(report, parallel(**batch).loss, model(**batch).loss)
     compare_gradients(report, gradients(parallel, report), gradients(model))
     return report
+
+
+def norm_of_gradients(family: str, ep: int) -> Report:
+    """As of the unsharded model and a head of one's own, for norms of three kinds."""
+    model, parallel = pair(Case(family, parallelize=(("ep", ep),)))
+    report, norms = _report(f"{family} {ep=}"), []
+    for one, measure in ((model, nn.utils.get_total_norm), (parallel, grad_norm)):
+        value = nn.Linear(64, 1, bias=False, dtype=torch.float64)
+        nn.init.constant_(value.weight, 0.1)
+        output = one(input_ids=batches.plain(2, 17)["input_ids"], output_hidden_states=True)
+        (output.logits.square().mean() + value(output.hidden_states[-1]).square().mean()).backward()
+        found = [*one.parameters(), *value.parameters()]
+        given = found if one is parallel else [p.grad for p in found if p.grad is not None]
+        norms.append([measure(given, kind) for kind in (2.0, 1.0, float("inf"))])
+    for number, (want, got) in enumerate(zip(*norms, strict=True)):
+        report.compare(f"norm {number}", got, want)
+    clipped = nn.utils.clip_grad_norm_(parallel.parameters(), 1e9)
+    report.compare("as clipping", grad_norm(parallel), clipped.detach())
+    return report
+
+
+def data_written() -> dict[str, list[str]]:
+    """Names of weights that are not as in one process after each way to give them other data."""
+
+    def exchanged(parameters: list[nn.Parameter]) -> None:
+        kept = [p.detach().clone() * 1.5 for p in parameters]
+        for p, other in zip(parameters, kept, strict=True):
+            p.data, other.data = other.data, p.data
+        assert all(
+            torch.equal(whole(p), 1.5 * whole(o)) for p, o in zip(parameters, kept, strict=True)
+        )
+
+    def from_vector(parameters: list[nn.Parameter]) -> None:
+        vector = nn.utils.parameters_to_vector(parameters) * 1.5
+        nn.utils.vector_to_parameters(vector, parameters)
+
+    def rows(p: nn.Parameter) -> Tensor:
+        tensor = whole(p).clone()
+        tensor[1:3].zero_()
+        return tensor
+
+    def each(write: Any) -> Any:
+        return lambda parameters: [setattr(p, "data", write(p)) for p in parameters]
+
+    ways = {
+        "scaled": each(lambda p: p.data * 1.5),
+        "cast": each(lambda p: p.data.float()),
+        "whole": each(lambda p: torch.full(p.shape, 0.5, dtype=p.dtype)),
+        "rows": each(rows),
+        "exchanged": exchanged,
+        "from a vector": from_vector,
+    }
+    wrong = {}
+    for name, write in ways.items():
+        # torch cannot make a vector of packed experts' shards, and says so.
+        model, parallel = pair(Case("llama_tied" if name == "from a vector" else "qwen3_moe"))
+        for one in (model, parallel):
+            with torch.no_grad():
+                write(list(one.parameters()))
+        pairs = zip(model.named_parameters(), parallel.parameters(), strict=True)
+        wrong[name] = [
+            n
+            for (n, p), q in pairs
+            if p.dtype != q.to_local().dtype or not torch.equal(p, whole(q))
+        ]
+    return wrong
+
+
+def initialised_again(**options: Any) -> list[str]:
+    """Names of weights that are not one process's, after transformers has drawn them again."""
+    model, parallel = pair(Case("qwen3_moe", parallelize=tuple(options.items())))
+    wrong = []
+    for seed in (3, 50 + dist.get_rank()):
+        for one, number in ((model, 3 if seed == 3 else 50), (parallel, seed)):
+            torch.manual_seed(number)
+            one.apply(one._init_weights)
+        pairs = zip(model.named_parameters(), parallel.parameters(), strict=True)
+        wrong += [f"{seed} {n}" for (n, p), q in pairs if not torch.equal(p, whole(q))]
+    return wrong
 
 
 def kin(model_type: str, **config: Any) -> Report:

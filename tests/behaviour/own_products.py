@@ -97,14 +97,25 @@ def head_called_by_hand(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def product_with_a_shard(labels: bool) -> str:
-    """A head's own forward over its weight, which is a DTensor: raised by torch, not wrong."""
-    model = parallelize(tiny.build("llama"))
-    batch = batches.plain(2, 17)
+@use
+def heads_own_product(model: nn.Module, batch: Batch) -> Tensor:
+    """A forward of one's own over the head's weight, in a forward with labels and in one without.
+
+    Not the loss: that of real logits is transformers' own, in float32.
+    """
     head = model.lm_head
-    head.forward = lambda x: x @ head.weight.T
+    head.forward = lambda x: 0.5 * (x @ head.weight.T) + x @ head.weight[:1].t()
+    labelled = model(**batch).logits
+    (labelled.square().mean() + model(input_ids=batch["input_ids"]).logits.mean()).backward()
+    return labelled
+
+
+def product_outside() -> str:
+    """A product with the weight outside of its module: raised by torch, not wrong."""
+    model = parallelize(tiny.build("llama"))
+    hidden = model.model(input_ids=batches.plain(2, 17)["input_ids"]).last_hidden_state
     try:
-        model(**batch) if labels else model(input_ids=batch["input_ids"])
+        hidden @ model.lm_head.weight.T
     except RuntimeError as error:
         return str(error)
     return ""

@@ -28,10 +28,29 @@ def test_classifiers(kind, sp):
         # Biases on q, k and v and none on o; a head_dim of its own.
         ("seed_oss", {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
         ("smollm3", {"no_rope_layers": [1, 0]}),
+        # q, k and v in one projection; its attention has a head_size, and no head_dim.
+        ("gpt_neox", {"attention_dropout": 0.0, "hidden_dropout": 0.0}),
     ],
 )
 def test_kin_outside_the_matrix(model_type, config):
     assert_parity(pool(2).run(jobs.kin, model_type=model_type, **config))
+
+
+@pytest.mark.parametrize(("family", "ep"), [("llama_tied", 1), ("qwen2_moe", 1), ("qwen2_moe", 2)])
+def test_norm_of_gradients(family, ep):
+    assert_parity(pool(2).run(jobs.norm_of_gradients, family=family, ep=ep))
+
+
+def test_data_is_written():
+    for wrong in pool(2).run(jobs.data_written):
+        assert {name: names for name, names in wrong.items() if names} == {}
+        assert len(wrong) == 6
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_weights_drawn_again(ep):
+    """Ranks seeded alike, and apart: what the first rank would draw alone."""
+    assert pool(2).run(jobs.initialised_again, ep=ep) == [[], []]
 
 
 @pytest.mark.parametrize("sp", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
@@ -285,11 +286,12 @@ class Bomb:
         return (Path.touch, (Path(self.marker),))
 
 
-def planted(folder: str) -> dict[str, str]:
+def planted(folder: str, checkpoint: str) -> dict[str, str]:
     """A pickle in the place of each file, with a manifest that fits; what resuming said."""
     answers: dict[str, str] = {}
     with launched():
-        trainer = trainer_of(Path(folder) / "run", max_steps=1)
+        options = {"checkpoint": checkpoint}
+        trainer = trainer_of(Path(folder) / "run", max_steps=1, options=options)
         trainer.train()
         good = Path(folder) / "run" / "checkpoint-1"
         names = [
@@ -308,7 +310,8 @@ def planted(folder: str) -> dict[str, str]:
                     if name == "optimizer.pt":
                         shutil.rmtree(copy / "optimizer_shards")
                     if name == "pytorch_model.bin":
-                        (copy / "model.safetensors").unlink()
+                        (copy / "model.safetensors").unlink(missing_ok=True)
+                        shutil.rmtree(copy / "weights_shards", ignore_errors=True)
                     (copy / name).parent.mkdir(exist_ok=True)
                     bomb = Bomb(str(Path(folder) / "executed"))
                     data = io.BytesIO()
@@ -623,3 +626,14 @@ def stock_trains(folder: str, kind: str, resume: str) -> list[tuple[int, float, 
             trainer.model.load_state_dict(plain.state_dict())
         trainer.train(resume_from_checkpoint=resume)
         return history(trainer)
+
+
+def many_files(folder: str, kind: str, seed: int = 0, resume: str = "") -> dict[str, Any]:
+    """A run whose checkpoints have several files of weights, or the rest of it."""
+    with launched():
+        trainer = trainer_of(Path(folder), kind, seed=seed)
+        save = trainer.model.save_pretrained
+        vars(trainer.model)["save_pretrained"] = functools.partial(save, max_shard_size="40KB")
+        trainer.train(resume_from_checkpoint=resume or None)
+        files = len(list(Path(folder).glob("checkpoint-2/model-*.safetensors")))
+        return {"history": history(trainer), "weights": weights(trainer.model), "files": files}

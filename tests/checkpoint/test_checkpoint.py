@@ -108,8 +108,9 @@ def test_damage_is_refused_on_all_ranks_before_the_model_is_touched(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    answers = pool(2).run(jobs.planted, folder=str(tmp_path))[0]
+@pytest.mark.parametrize("checkpoint", ["hf", "dcp"])
+def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
+    answers = pool(2).run(jobs.planted, folder=str(tmp_path), checkpoint=checkpoint)[0]
     assert not (tmp_path / "executed").exists()
     assert len(answers) > 20
     # What is not read cannot hurt.
@@ -231,3 +232,16 @@ def test_stock_trainer_goes_on(run, tmp_path):
     found = pool(1).run(jobs.stock_trains, folder=str(tmp_path), kind=kind, resume=str(copy))[0]
     for mine, theirs in zip(found, whole["history"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 1])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_weights_in_several_files(kind, world, tmp_path):
+    """Experts are written one by one, and those of one layer lie in several of them."""
+    way = {"folder": str(tmp_path), "kind": kind}
+    whole = pool(world).run(jobs.many_files, **way)[0]
+    assert whole["files"] > 5
+    resume = str(tmp_path / "checkpoint-2")
+    found = pool(world).run(jobs.many_files, **way, seed=5, resume=resume)[0]
+    assert found["history"] == whole["history"]
+    assert all(torch.equal(found["weights"][n], w) for n, w in whole["weights"].items())

@@ -37,6 +37,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from frozen import freeze_imports
+
 TIMEOUT_S = 120.0
 # Once a rank has failed its peers usually hang in a collective: how long to wait for their own
 # error.
@@ -348,22 +350,6 @@ def _answer(
         return Answer(True, value)
     except Exception:  # the boundary of the process: whatever it was goes to the parent as text
         return Answer(False, traceback.format_exc())
-
-
-def freeze_imports() -> None:
-    """What is imported stays: spare later collections, and walks over the live objects, of it.
-
-    Again when more is imported. Counting bytes collects before and after each step, and
-    ``parallelize`` looks for optimizers among all objects: half a second each, unfrozen.
-    """
-    global _frozen
-    if len(sys.modules) != _frozen:
-        gc.collect()
-        gc.freeze()
-        _frozen = len(sys.modules)
-
-
-_frozen = 0
 
 
 def _check_clean(world: int, sequence: int) -> None:

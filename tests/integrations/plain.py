@@ -6,7 +6,6 @@ degree one, without torchrun. Reports JSON.
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from frozen import freeze_imports  # noqa: E402
 
 from integrations import checkpoints, jobs  # noqa: E402
 from integrations.scene import Scene, launched  # noqa: E402
@@ -27,9 +27,7 @@ ONE = (checkpoints.resume, checkpoints.save, checkpoints.dropout_resume, checkpo
 def run(scene, job):
     started = time.monotonic()
     random.seed(0)
-    # As in the pool's ranks; not by the harness, which imports hf_sp.
-    gc.collect()
-    gc.freeze()
+    freeze_imports()
     report = job(scene)
     print(f"{scene.mode} {job.__name__} {time.monotonic() - started:.1f} s", flush=True)
     return report

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers.trainer
 from harness import tiny
 from loading.jobs import peak
 from safetensors.torch import load_file, save_file
@@ -212,6 +213,19 @@ def checkpoint_without_a_factor(scene):
     )
     scene.trainer("probe", model)._load_from_checkpoint(str(folder))
     return "taken"
+
+
+@row(
+    "transformers.trainer.load_sharded_checkpoint",
+    right=True,
+    wrong=Raises("RuntimeError", "above report"),
+)
+def experts_in_several_files(scene):
+    saved, other = (hf_sp.parallelize(tiny.build("qwen3_moe", seed=seed)) for seed in (0, 1))
+    folder = scene.fresh("experts")
+    saved.save_pretrained(str(folder), max_shard_size="40KB")
+    transformers.trainer.load_sharded_checkpoint(other, str(folder), strict=False)
+    return same(weights(saved), weights(other))
 
 
 # Kinds of draws after the resume.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +28,7 @@ from harness.parity import Case, pair
 from harness.report import Report
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from hf_sp import parallel_state, parallelize
@@ -63,6 +66,24 @@ def inputs(family: str, ep: int) -> Report:
             zip(got.router_logits, want.router_logits, strict=True)
         ):
             report.compare(f"{name} router logits {layer}", one, other)
+    return report
+
+
+def recomputed(ep: int, kernels: bool, sp: bool) -> Report:
+    """Parts of a sparse block under a checkpoint of the user's, inside of the block."""
+    way = _case("qwen2_moe", ep, sp=sp)
+    way = replace(way, parallelize=(*way.parallelize, ("kernels", kernels)))
+    report = _report(f"{way}")
+    batch = batches.plain(2, 17)
+    for path in ("mlp", "mlp reentrant", "mlp.experts", "mlp.shared_expert"):
+        model, parallel = pair(way)
+        for one in (model, parallel):
+            for layer in one.model.layers:
+                module: Any = layer.get_submodule(path.split()[0])
+                reentrant = path.endswith("reentrant")
+                module.forward = partial(checkpoint, module.forward, use_reentrant=reentrant)
+            one(input_ids=batch["input_ids"]).logits.square().mean().backward()
+        compare_gradients(report, gradients(parallel, report), gradients(model), f"{path} ")
     return report
 
 

@@ -24,6 +24,13 @@ def test_inputs(family, ep):
     assert_parity(pool(2).run(jobs.inputs, family=family, ep=ep))
 
 
+@pytest.mark.parametrize(
+    ("ep", "kernels", "sp"), [(1, True, True), (2, True, True), (1, False, False)]
+)
+def test_checkpoints_inside_of_a_block(ep, kernels, sp):
+    assert_parity(pool(2).run(jobs.recomputed, ep=ep, kernels=kernels, sp=sp))
+
+
 @pytest.mark.parametrize("ep", [1, 4])
 def test_inputs_on_four_ranks(ep):
     assert_parity(pool(4).run(jobs.inputs, family="qwen2_moe", ep=ep))

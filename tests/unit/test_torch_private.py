@@ -121,6 +121,32 @@ def test_numbers_are_whole():
             assert (part.item(), float(part)) == (7.0, 7.0)
 
 
+def test_random_numbers_and_data_of_shards():
+    def draw(op, args, kwargs):
+        args[0].to_local().fill_(op(torch.ones(1), *args[1:], **kwargs).shape[0])
+        return args[0]
+
+    def laid_out(x, value):
+        return DTensor.from_local(value[:2], x.device_mesh, x.placements)
+
+    handlers, data = DTensor._op_dispatcher._custom_op_handlers, vars(DTensor).get("data")
+    with fake_world(2, rank=1) as mesh, unittest.mock.patch.dict(handlers, clear=True):
+        if data is not None:
+            del DTensor.data
+        try:
+            private.draw_by(draw)
+            private.set_data_by(laid_out)
+            x = DTensor.from_local(torch.zeros(2), mesh, [Shard(0)])
+            assert x.normal_().to_local().tolist() == [1.0, 1.0]
+            assert x.uniform_(0, 1).to_local().tolist() == [1.0, 1.0]
+            x.data = torch.arange(4.0)
+            assert x.data.to_local().tolist() == x.to_local().tolist() == [0.0, 1.0]
+        finally:
+            del DTensor.data
+            if data is not None:
+                DTensor.data = data
+
+
 def test_device_assert():
     private.device_assert(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="not so"):
