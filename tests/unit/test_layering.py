@@ -15,7 +15,7 @@ MAX_LINES = 300
 LONGER = {}
 # The package in all, and the attributes that it leaves on modules and tensors of others. It was
 # 11,741 before checkpoints had a manifest, Trainer data parallel ranks and hf-sp its commands.
-MAX_LINES_OF_ALL = 15_250
+MAX_LINES_OF_ALL = 15_260
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
