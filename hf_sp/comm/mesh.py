@@ -109,7 +109,7 @@ def resolve_degrees(
 
 def _configured(name: str, given: int | None) -> int | None:
     """A degree as it was given, else as accelerate's configuration has it."""
-    variable = f"PARALLELISM_CONFIG_{name.upper()}_SIZE"
+    variable = f"parallelism_config_{name}_size".upper()
     announced = os.environ.get(variable, "")
     configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
     if given is not None and configured not in (None, 1, given):

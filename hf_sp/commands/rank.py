@@ -25,6 +25,7 @@ from hf_sp.estimate import (
     fake_tensors,
     fake_world,
 )
+from hf_sp.model.fsdp import make_buffers
 
 Library = Literal["hf_sp", "transformers tp", "one GPU"]
 LIBRARIES: tuple[Library, ...] = ("hf_sp", "transformers tp", "one GPU")
@@ -195,6 +196,7 @@ def _prepare(model: nn.Module, run: Run) -> nn.Module:
         model = with_adapters(model, run.lora)
         if run.checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
+    make_buffers(model)  # as after a first step
     return model
 
 

@@ -125,7 +125,7 @@ class _Buffers:
     """A hook of the first forward: FSDP's buffers, made in inference mode, could not be trained in.
 
     In any other mode FSDP makes them as it goes.
-    Collectives, in inference mode: 1 all-gather for each group.
+    Collectives, in inference mode: those of ``make_buffers``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -141,10 +141,18 @@ class _Buffers:
         if not torch.is_inference_mode_enabled():
             return
         with torch.inference_mode(False):
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.unshard()
-                    module.reshard()
+            make_buffers(model)
+
+
+def make_buffers(model: nn.Module) -> None:
+    """Have FSDP make its buffers now.
+
+    Collectives: 1 all-gather for each group.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def _inside_only(state: ParallelState, layer: nn.Module, args: Any) -> None:

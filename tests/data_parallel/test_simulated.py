@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sp import parallel_state, parallelize
 from hf_sp.comm.mesh import Degrees, build_mesh
 from hf_sp.estimate import CollectiveCount, count_step, fake_tensors, fake_world, per_layer
+from hf_sp.model.fsdp import make_buffers
 from scripts.bench._cost.layers import kernels_bytes_per_token
 
 pytestmark = pytest.mark.slow
@@ -38,8 +39,7 @@ def rank_of(layers: int, groups: int, rank: int):
             state = parallel_state(model)
             stored = sum(p.to_local().numel() for p in model.parameters())
             ids = torch.zeros(1, LENGTH, dtype=torch.long)
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=False)  # FSDP makes its buffers
+            make_buffers(model)  # as after a first step
             step = count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
         meshes = state.mesh.mesh.tolist(), state.whole.mesh.view(-1, TP).tolist()
     return step, stored, *meshes
