@@ -38,6 +38,7 @@ from refusals import jobs
         ({"cp_mode": "x"}, "ConfigError", ["'ulysses', 'ring', 'hybrid'"]),
         ({"loss_chunk": 0}, "ConfigError", ["loss_chunk"]),
         ({"kernels": "triton"}, "ConfigError", ["kernels is True or False", "'triton'"]),
+        ({"checkpoint": "torch"}, "ConfigError", ["unknown checkpoint", "'dcp'"]),
         ({"recompute": "act"}, "ConfigError", ["unknown recompute", "'norm+act'"]),
         ({"recompute": True}, "ConfigError", ["unknown recompute", "True"]),
         ({"per_rank": {1: {"recompute": "none"}}}, "ConfigError", ["asked for different things"]),
@@ -208,6 +209,8 @@ def test_without_a_launcher_tp_is_refused():
         ("PARALLELISM_CONFIG_SP_SIZE", "2", "DeepSpeed Ulysses"),
         ("PARALLELISM_CONFIG_CP_SIZE", "2", "not built yet"),
         ("PARALLELISM_CONFIG_TP_SIZE", "3", "does not make up the world"),
+        ("HF_SP_HANG_SECONDS", "abc", "HF_SP_HANG_SECONDS is no number of seconds"),
+        ("HF_SP_SAVE_TIMEOUT", "3 min", "HF_SP_SAVE_TIMEOUT is no number of seconds"),
     ],
 )
 def test_environment(monkeypatch, name, value, part):
