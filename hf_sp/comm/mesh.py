@@ -2,7 +2,7 @@
 
 One axis named ``tp``; with data parallel ranks, ``dp_shard`` before it, and ``dp_replicate`` before
 that (accelerate's names and order). Starts ``torch.distributed`` where nobody has, and the watch
-over its ranks.
+over its ranks. Holds the meshes that it has built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import atexit
 import functools
 import logging
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,7 @@ from hf_sp.torch_private import flatten, real_tensors
 logger = logging.getLogger(__name__)
 
 AXES = ("dp_replicate", "dp_shard", "tp")
+_ACCELERATES = "PARALLELISM_CONFIG_{}_SIZE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def resolve_degrees(
 
 def _configured(name: str, given: int | None) -> int | None:
     """A degree as it was given, else as accelerate's configuration has it."""
-    variable = f"parallelism_config_{name}_size".upper()
+    variable = _ACCELERATES.format(name.upper())
     announced = os.environ.get(variable, "")
     configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
     if given is not None and configured not in (None, 1, given):
@@ -204,10 +208,7 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
         first = 0 if degrees.dp_replicate > 1 else 1 if degrees.dp_shard > 1 else 2
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)[first:]
         device = "cuda" if "nccl" in dist.get_backend_config() and _use_cuda() else "cpu"
-        # Estimates build the model, and so the mesh, under FakeTensorMode.
-        with real_tensors():
-            mesh = init_device_mesh(device, shape, mesh_dim_names=AXES[first:])
-            flatten(mesh)
+        mesh = _mesh_over_all(device, shape, AXES[first:])
     watch()
     _warn_of_nodes(degrees.tp)
     names = [n for n in _sizes(mesh) if n in AXES[:2]]
@@ -221,6 +222,26 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
     whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
     return Mesh(tp, data, whole, everyone)
+
+
+def _mesh_over_all(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """The mesh of that shape; the same one for every model of this world.
+
+    Each new mesh makes process groups, which live as long as the world: with gloo their threads
+    wake a hundred times a second.
+    """
+    world, key = dist.group.WORLD, (device, shape, names)
+    known = _meshes.get(key)
+    if known is None or known[0]() is not world:
+        # Estimates build the model, and so the mesh, under FakeTensorMode.
+        with real_tensors():
+            mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+            flatten(mesh)
+        known = _meshes[key] = weakref.ref(world), mesh
+    return known[1]
+
+
+_meshes: dict[tuple, tuple[Callable[[], Any], DeviceMesh]] = {}
 
 
 def _warn_of_nodes(tp: int) -> None:
