@@ -102,11 +102,19 @@ def _styles(**changes):
     ("styles", "message"),
     [
         ({}, "has no tensor parallel plan"),
-        (_styles(mlp__up_proj="mla_kv_a_proj"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="magic"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="embedding_rowwise"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="mla_kv_a_proj"), "read by no column linear"),
+        (_styles(self_attn__k_proj="mla_kv_a_proj"), "read by no column linear"),
+        (_styles(mlp__up_proj="packed_colwise"), "does not make what its row"),
+        (_styles(input_layernorm="colwise"), "does not pair"),
         (_styles(mlp__up_proj=None), "claimed by no key"),
         (_styles(mlp__down_proj=None), "does not pair"),
         (_styles(mlp__third_proj="colwise"), "match no module"),
-        ({"lm_head": "colwise_gather_output"}, "does not name one stack"),
+        (
+            {"lm_head": "colwise_gather_output"},
+            "transformers has no layer plan for LlamaForCausalLM",
+        ),
         ({**_styles(), "model.nothing": "colwise"}, "matches no module"),
     ],
 )
