@@ -15,7 +15,7 @@ for _entry in (str(_TESTS.parent), str(_TESTS)):
     if _entry not in sys.path:
         sys.path.insert(0, _entry)
 
-from harness.pool import close_all, pool  # noqa: E402 (needs the path above)
+from harness.pool import close_all, freeze_imports, pool  # noqa: E402 (needs the path above)
 
 # Sums must not depend on how many cores the machine has, and ranks share the cores.
 torch.set_num_threads(1)
@@ -34,6 +34,11 @@ def pytest_collection_modifyitems(items):
         return next((i for i, name in enumerate(_LONG) if path.startswith(name)), len(_LONG))
 
     items.sort(key=turn)
+
+
+def pytest_runtest_setup():
+    """Count and collect only what a test makes."""
+    freeze_imports()
 
 
 @pytest.fixture(scope="session")

@@ -53,16 +53,18 @@ def watched_all_the_time() -> bool:
 def held_by_gloo() -> tuple[bool, bool]:
     """Whether gloo's thread holds a tensor of a finished collective: before `finish`, and after.
 
-    It waits for the interpreter's lock, which this thread keeps, as at exit.
+    Of rank 0, where it waits for the interpreter's lock, which this thread keeps, as at exit.
     """
+    if dist.get_rank() == 1:
+        time.sleep(0.5)  # or rank 0's thread may be through before it has begun to keep the lock
     mine = torch.ones(2)
     kept = weakref.ref(mine)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     dist.all_gather([torch.empty(2) for _ in range(2)], mine, async_op=True)
     del mine
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until:
+    until = time.monotonic() + 1.5
+    while dist.get_rank() == 0 and time.monotonic() < until:
         pass
     before = kept() is not None
     gloo.finish()

@@ -1,4 +1,4 @@
-"""Persistent gloo ranks: spawned once a test run, fed with functions, rebuilt after a failure.
+"""Persistent gloo ranks: forked once a test run, fed with functions, rebuilt after a failure.
 
 Owns: processes, rendezvous (a FileStore: no ports, no retries), timeouts, tracebacks of every rank.
 Must not know: models, hf_sp.
@@ -41,8 +41,10 @@ TIMEOUT_S = 120.0
 # Once a rank has failed its peers usually hang in a collective: how long to wait for their own
 # error.
 GRACE_S = 3.0
-# A rank imports torch and transformers before it answers; five others may be doing so on two cores.
+# The first rank of a run waits for the imports; other processes may be importing on two cores.
 START_S = 180.0
+# What ranks are forked with, instead of importing it anew each (4 s): one thread, and no state.
+PRELOADED = ["hf_sp", "harness.pool"]
 
 
 class RankError(AssertionError):
@@ -159,16 +161,21 @@ class Pool:
     def _start(self) -> None:
         self.starts += 1
         self._dir = tempfile.TemporaryDirectory(prefix="hf_sp_pool_", ignore_cleanup_errors=True)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         with _environment(
-            OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false"
+            OMP_NUM_THREADS="1",
+            TRANSFORMERS_VERBOSITY="error",
+            TOKENIZERS_PARALLELISM="false",
+            PYTHONPATH=os.pathsep.join(sys.path),
         ):
+            environment = dict(os.environ)
             for index in range(self.world):
                 ours, theirs = context.Pipe()
                 stacks = Path(self._dir.name) / f"stacks_{index}.txt"
                 process = context.Process(
                     target=_serve,
-                    args=(index, self.world, self._dir.name, str(stacks), theirs),
+                    args=(index, self.world, self._dir.name, str(stacks), environment, theirs),
                     daemon=True,
                 )
                 process.start()
@@ -197,21 +204,20 @@ class Pool:
         return answers
 
     def _report(self, path: str, answers: list[Answer | None], timeout: float) -> str:
-        silent = [
-            i for i, a in enumerate(answers) if a is None and self._ranks[i].process.is_alive()
-        ]
-        for index in silent:
-            os.kill(self._ranks[index].process.pid, signal.SIGUSR1)
+        silent = [rank for rank, a in zip(self._ranks, answers, strict=True) if a is None]
+        for rank in silent:
+            # One that has just died is still alive to its parent, the server.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.process.pid, signal.SIGUSR1)
         if silent:
-            time.sleep(
-                0.5
-            )  # faulthandler writes from the signal handler; there is nothing to wait on
+            # faulthandler writes from the signal handler; there is nothing to wait on
+            time.sleep(0.5)
         failed = [i for i, a in enumerate(answers) if a is None or not a.ok]
         lines = [f"{path} failed on ranks {failed} of {self.world} (limit {timeout:g} s)"]
         for index, (rank, answer) in enumerate(zip(self._ranks, answers, strict=True)):
             if answer is not None:
                 text = "finished" if answer.ok else answer.value
-            elif index in silent:
+            elif rank.process.is_alive():
                 text = "no answer; its stack was:\n" + rank.stacks.read_text()
             else:
                 rank.process.join(1.0)
@@ -274,11 +280,21 @@ def _as_path(fn: Callable) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def _serve(rank: int, world: int, folder: str, stacks: str, connection: Connection) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    folder: str,
+    stacks: str,
+    environment: dict[str, str],
+    connection: Connection,
+) -> None:
     """Main of a rank.
 
     Initialise once, then answer jobs until told to stop or until the parent is gone.
     """
+    # The server that forked it has the variables of its own start.
+    os.environ.clear()
+    os.environ.update(environment)
     # The parent decides about Ctrl-C; a rank that stops by itself would leave its peers in a
     # collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -320,7 +336,7 @@ def _answer(
     import torch
 
     sys.path.extend(entry for entry in search_path if entry not in sys.path)
-    _freeze_imports()
+    freeze_imports()
     try:
         module, name = path.split(":")
         function = getattr(importlib.import_module(module), name)
@@ -334,10 +350,11 @@ def _answer(
         return Answer(False, traceback.format_exc())
 
 
-def _freeze_imports() -> None:
+def freeze_imports() -> None:
     """What is imported stays: spare later collections, and walks over the live objects, of it.
 
-    Again when a job has imported more: ``parallelize`` looks for optimizers among all objects.
+    Again when more is imported. Counting bytes collects before and after each step, and
+    ``parallelize`` looks for optimizers among all objects: half a second each, unfrozen.
     """
     global _frozen
     if len(sys.modules) != _frozen:

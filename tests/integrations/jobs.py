@@ -21,7 +21,7 @@ from integrations import (
     refusals,
     training,
 )
-from integrations.scene import Scene, freeze_imports, launched
+from integrations.scene import Scene, launched
 
 
 def name_of(job):
@@ -88,7 +88,6 @@ def on_rank(job: str, mode: str, out: str, groups: int = 1, replicas: int = 1, *
 def scene_of(mode: str, out: str, groups: int = 1, replicas: int = 1):
     """This rank of a pool, as a process that torchrun has started."""
     random.seed(0)
-    freeze_imports()
     rank, world = dist.get_rank(), dist.get_world_size()
     with launched(rank, world), _forking(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,7 +98,7 @@ def scene_of(mode: str, out: str, groups: int = 1, replicas: int = 1):
 def _forking():
     """Loader workers are children, which a daemon cannot have, and forked in most processes.
 
-    The ranks of a pool are spawned, and would spawn: six seconds of imports for each worker.
+    The ranks of a pool would ask its server for them.
     """
     process, method = multiprocessing.current_process(), multiprocessing.get_start_method()
     process.daemon = False

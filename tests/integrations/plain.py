@@ -16,9 +16,10 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from harness.pool import freeze_imports  # noqa: E402
 
 from integrations import checkpoints, jobs  # noqa: E402
-from integrations.scene import Scene, freeze_imports, launched  # noqa: E402
+from integrations.scene import Scene, launched  # noqa: E402
 
 ONE = (checkpoints.resume, checkpoints.save, checkpoints.dropout_resume, checkpoints.cross)
 

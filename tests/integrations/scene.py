@@ -7,7 +7,6 @@ added. What differs between two reports is what the integration got wrong.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +179,6 @@ def launched(rank, world):
         reset_accelerate()
         os.environ.clear()
         os.environ.update(before)
-
-
-def freeze_imports():
-    """Spare collections and ``parallelize``'s walk over the live objects what is imported."""
-    gc.collect()
-    gc.freeze()
 
 
 def reset_accelerate():

@@ -20,8 +20,10 @@ from harness.pool import pool
 
 pytestmark = pytest.mark.slow
 
-# Each family at one degree in bfloat16 and at the other under autocast.
-CELLS = [(family, (2, 4)[i % 2], True) for i, family in enumerate(tiny.FAMILIES)]
+# Each family at one degree in bfloat16 and at the other under autocast; but for those that round
+# where another one does, and differ in which heads share a key.
+FAMILIES = [f for f in tiny.FAMILIES if f not in ("llama_mha", "llama_kv2", "mistral")]
+CELLS = [(family, (2, 4)[i % 2], True) for i, family in enumerate(FAMILIES)]
 CELLS += [("llama_bias", 2, False), ("qwen3_tied", 4, False)]
 
 

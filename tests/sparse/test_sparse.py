@@ -88,8 +88,11 @@ def test_experts_implementation_of_the_user():
     assert_parity(pool(2).run(jobs.grouped_implementation, dtype="float32"))
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 1), (4, 4)])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+# Every two of family, tp and how experts are split.
+@pytest.mark.parametrize(
+    ("family", "tp", "ep"),
+    [("mixtral", 2, 1), ("mixtral", 4, 4), ("qwen2_moe", 2, 2), ("qwen2_moe", 4, 1)],
+)
 def test_bfloat16_gradients(family, tp, ep):
     """As test_low_precision, with the choice of experts held.
 
