@@ -77,7 +77,8 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
 def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None:
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
-    BlockBoundary(state, shared, columns, block.attention).install(module)
+    heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
+    BlockBoundary(state, shared, columns, block.attention, heads).install(module)
     if not block.attention:
         _install_gated(module, block.path, block.leaves, state)
     else:
@@ -104,13 +105,13 @@ class LocalConfig:
     """A config with other values of some names; for the rest it is that config, also later."""
 
     def __init__(self, config: Any, **local: int) -> None:
-        self.__dict__.update(local, _config=config)
+        self.__dict__.update(local, whole=config)
 
     def __getattr__(self, name: str) -> Any:
         # A copy is without its attributes at first.
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.__dict__["_config"], name)
+        return getattr(self.__dict__["whole"], name)
 
 
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:

@@ -74,10 +74,8 @@ def verdict(family: str) -> tuple[str, str]:
     if found:
         return "", ""
     what, *rest = found.reason.partition(": ")[2].splitlines()
-    # Of the same family alone.
-    what = re.sub(
-        r"^\w+: ", "", re.sub(r"\b\w+(ForCausalLM|ForConditionalGeneration)\b", "it", what)
-    )
+    # Without the name of the class: families share reasons.
+    what = re.sub(r"^\w+: ", "", re.sub(r"(^|for )[A-Z]\w+( has no|$)", r"\1it\2", what))
     parts = dict(line.strip().split(":", 1) for line in rest if re.match(r"  (where|got):", line))
     where = parts.get("where", parts.get("got", "")).strip()
     return what, re.sub(r"^.*?\.(\d+|\*)\.", "", where)

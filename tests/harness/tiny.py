@@ -142,6 +142,10 @@ RELATIVES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         ),
     }
 )
+# Where transformers computes in float32 whatever the dtype, and a rank has a part of the numbers:
+# norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
+# tests/sparse/test_parity.py has it.
+FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
 
 
 class LlamaCapped(LlamaForCausalLM):

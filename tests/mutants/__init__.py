@@ -1,6 +1,15 @@
 """Deliberate faults: each must turn a check red. `registry` holds them all, by name."""
 
-from mutants import adapters, dense, embedding_and_loss, experts, fsdp, loading, partial_gradients
+from mutants import (
+    adapters,
+    dense,
+    embedding_and_loss,
+    experts,
+    families,
+    fsdp,
+    loading,
+    partial_gradients,
+)
 from mutants.registry import MUTANTS, Mutant, applied
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "dense",
     "embedding_and_loss",
     "experts",
+    "families",
     "fsdp",
     "loading",
     "partial_gradients",

@@ -8,15 +8,11 @@ correction: every gradient and two clipped steps, as in the matrix. A slice of w
 from __future__ import annotations
 
 import pytest
+from harness import tiny
 from harness.parity import Case, assert_parity, train_all
 from harness.pool import pool, run_once
 
 from scripts._families.compare import check
-
-# Where transformers computes in float32 whatever the dtype, and a rank has a part of the numbers:
-# norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
-# tests/sparse/test_parity.py has it.
-FLOAT32 = {"gemma3", "olmo2", "deepseek_v3"}
 
 
 def _cases(tp: int) -> tuple[Case, ...]:
@@ -57,7 +53,7 @@ CELLS = [
 def test_training_matches_the_unsharded_model(tp, index):
     cases = _cases(tp)
     per_rank = run_once(tp, train_all, timeout=240, cases=cases)
-    tolerance = 1e-6 if cases[index].family in FLOAT32 else None
+    tolerance = tiny.FLOAT32.get(cases[index].family)
     assert_parity([reports[index] for reports in per_rank], tol=tolerance)
 
 
