@@ -75,7 +75,7 @@ def verdict(family: str) -> tuple[str, str]:
         return "", ""
     what, *rest = found.reason.partition(": ")[2].splitlines()
     # Without the name of the class: families share reasons.
-    what = re.sub(r"^\w+: ", "", re.sub(r"(^|for )[A-Z]\w+( has no|$)", r"\1it\2", what))
+    what = re.sub(r"^\w+: ", "", re.sub(r"(^|for )\w*[A-Z]\w*( has no|$)", r"\1it\2", what))
     parts = dict(line.strip().split(":", 1) for line in rest if re.match(r"  (where|got):", line))
     where = parts.get("where", parts.get("got", "")).strip()
     return what, re.sub(r"^.*?\.(\d+|\*)\.", "", where)

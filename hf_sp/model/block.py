@@ -107,8 +107,7 @@ class BlockBoundary:
         if drops and float(getattr(module, "attention_dropout", False)):
             self.dropout.start(gathered.x)
         mask = kwargs.get("attention_mask")
-        by_head = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1
-        if by_head:
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:
             own = self.heads // state.tp
             kwargs = {**kwargs, "attention_mask": mask.narrow(1, state.rank * own, own)}
         return replace_hidden_states(args, kwargs, gathered.x)
