@@ -1,4 +1,4 @@
-"""The one voice in which hf_sp refuses: the exception classes and the form of their messages."""
+"""The exceptions that hf_sp raises, and the form of their messages."""
 
 from __future__ import annotations
 

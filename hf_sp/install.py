@@ -56,7 +56,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
 
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     embedding: Any = model.get_submodule(plan.embedding)
-    VocabParallelEmbedding.take_over(embedding, state.axis)
+    VocabParallelEmbedding.convert_(embedding, state.axis)
     first, stack = model.get_submodule(plan.layers[0]), StackBoundary(state)
     first.register_forward_pre_hook(stack.enter, with_kwargs=True, prepend=True)
     model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
@@ -67,7 +67,7 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     if plan.head is None:
         return
     head: Any = model.get_submodule(plan.head)
-    VocabParallelHead.take_over(head, state)
+    VocabParallelHead.convert_(head, state)
     # A loss function that the user has set is theirs: it gets logits. HF's is looked up by name.
     original: Any = getattr(model, "loss_function", None)
     if getattr(original, "__name__", "") == "ForCausalLMLoss":

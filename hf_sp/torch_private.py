@@ -1,9 +1,11 @@
-"""Every private name of torch that hf_sp (outside ``estimate`` and ``checkpoint``) stands on.
+"""The private names of torch that hf_sp stands on.
 
 One place to look when torch changes; each says why it is needed and is held, with the versions
 torch 2.11 to 2.14 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
 
-Not listed: ``nn.Module._parameters`` and its kin, which every package that edits modules uses.
+Not here: ``nn.Module._parameters`` and its kin, which every package that edits modules uses;
+``adapters`` and ``integrations``, which have tables of their own; and the few names that stand
+where they are used (``estimate``'s, hooks of modules), which that test lists by file.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def below_autograd() -> AbstractContextManager[Any]:
 
 
 def graph_task() -> int:
-    """Number of the backward pass that is running: what a node has stored belongs to one pass."""
+    """Number of the backward pass that is running, -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 

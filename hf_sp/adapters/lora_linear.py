@@ -267,10 +267,10 @@ class RowLoraLinear(ParallelLora, LoraLinear):
 class ReplicatedLoraLinear(ParallelLora, LoraLinear):
     """LoRA and DoRA on a linear with a whole weight.
 
-    Where every rank computes alike (a classifier) nothing is partial. Inside a TP block (the gate
-    of a shared expert) each rank's gradients are a part, as its base weight's.
+    Where every rank computes alike (a classifier) nothing is partial. On local heads (a linear that
+    a plan calls ``replicated_with_grad_allreduce``) the gradients are parts, as the base weight's.
 
-    Backward: in a TP block 1 all-reduce for each factor, else none
+    Backward: on local heads 1 all-reduce for each factor, else none
     """
 
     placements = (Replicate(), Replicate(), Replicate())

@@ -1,4 +1,4 @@
-"""Shards to whole tensors, for the one rank that writes them, when it wants them. Knows torch only.
+"""Shards to whole tensors, for the one rank that writes them, when it wants them.
 
 Weights are written as whole tensors under Hugging Face's names. The writing rank runs other
 packages' code, which decides what is written in which order; the others serve what it asks for.

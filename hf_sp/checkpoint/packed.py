@@ -1,6 +1,6 @@
 """Packed parameters (gate and up in one tensor), whose shards are no rectangles: their halves' are.
 
-Knows torch only.
+Must not know transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ranks that write and read files together: who is here, and that they fail together.
 
-Knows torch only.
+Must not know what is in the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The only files that talk to the wire: collectives here, their autograd pairs in ``pairs``.
+"""The collectives of a forward and its backward; their autograd pairs are in ``pairs``.
+
+What ranks tell each other beside that (digests, texts, files) goes through ``torch.distributed``
+where it is needed.
 
 Collectives run on contiguous dim-0 buffers, so hidden states are handled sequence-major inside and
 shown to the model as ``[B, S, H]`` views; with B = 1 nothing is copied.

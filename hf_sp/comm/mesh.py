@@ -1,8 +1,8 @@
 """The mesh: taken from the user or built over the launcher's ranks.
 
 One axis named ``tp``; with data parallel ranks, ``dp_shard`` before it, and ``dp_replicate`` before
-that (accelerate's names and order). Starts ``torch.distributed`` where nobody has. Holds nothing
-global.
+that (accelerate's names and order). Starts ``torch.distributed`` where nobody has, and the watch
+over its ranks.
 """
 
 from __future__ import annotations

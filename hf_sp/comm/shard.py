@@ -1,6 +1,6 @@
 """Full tensors, this rank's shards of them, and DTensors: each made of the other here alone.
 
-Nothing here communicates but ``distribute_tensor`` on meshes of several axes. Knows torch only.
+Nothing here communicates. Must not know models or plans.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """``torch.compile`` of a parallelized model: each decoder layer by itself.
 
 The hooks around the model compare batches over the ranks, and the loss runs in chunks: both stay
-eager. A dense layer's forward is one graph.
+eager. A dense layer's forward is one graph. A layer with experts stays eager: torch's tracer fails
+in the autograd Functions of its entry and its experts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from hf_sp.state import parallel_model, parallel_state
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile the decoder layers in place, as ``layer.compile(fullgraph=True)`` on each does.
 
-    A layer with experts, whose number of rows is read from the device, and one with attention
-    dropout, which seeds its generator on the host, may have breaks between their graphs.
+    Those without experts. There may be breaks between the graphs of one with attention dropout,
+    which seeds its generator on the host, and where transformers records router logits.
 
     Args:
         model: a parallelized model, or what holds it.
@@ -28,7 +29,8 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     assert whole is not None
     sparse = [block.path for block in state.plan.blocks if block.experts is not None]
     for path in state.plan.layers:
+        if any(block.startswith(path + ".") for block in sparse):
+            continue
         layer = whole.get_submodule(path)
         drops = any(float(getattr(m, "attention_dropout", 0) or 0) for m in layer.modules())
-        breaks = drops or any(block.startswith(path + ".") for block in sparse)
-        layer.compile(**{**options, "fullgraph": not breaks})
+        layer.compile(**{**options, "fullgraph": not (drops or sparse)})

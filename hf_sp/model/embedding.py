@@ -30,7 +30,7 @@ class VocabParallelEmbedding(nn.Embedding):
     axis: Axis
 
     @classmethod
-    def take_over(cls, module: nn.Embedding, axis: Axis) -> None:
+    def convert_(cls, module: nn.Embedding, axis: Axis) -> None:
         """Make an ``nn.Embedding`` one of these, in place."""
         # A scaled one calls what stands behind it in the order of classes.
         kind: Any = type(module)

@@ -51,7 +51,7 @@ class VocabParallelHead(ParallelLinear):
     vocab: int
 
     @classmethod
-    def take_over(cls, module: nn.Linear, state: ParallelState) -> None:
+    def convert_(cls, module: nn.Linear, state: ParallelState) -> None:
         """Make an ``nn.Linear`` one of these, in place."""
         module.__class__ = cls
         self = cast(VocabParallelHead, module)

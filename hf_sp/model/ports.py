@@ -112,7 +112,8 @@ class BlockInput:
 
 def gathered_before(x: Tensor) -> GatheredInput | None:
     """Of x that a checkpoint in its block reads again in backward: it saves what it did before."""
-    known = x.__dict__.get(_PORTS)
+    # A tracer cannot look into a tensor's __dict__.
+    known = None if torch.compiler.is_compiling() else x.__dict__.get(_PORTS)
     return None if known is None else GatheredInput(x, *known)
 
 

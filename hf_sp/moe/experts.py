@@ -61,7 +61,7 @@ def experts_backward(
 def gate_up_gradient(
     dgate_up: Tensor, rows: Tensor, ends: Tensor, x_TH: Tensor, top_k: int
 ) -> Tensor:
-    """The packed gate and up weight's gradient, from the tokens; ``model.columns.RowGradient``.
+    """The packed gate and up weight's gradient: ``gradient`` of ``model.columns.Experts``.
 
     Shapes:   dgate_up [R, 2f], rows [R] in [T * k] by expert, ends [E], x [T, H] -> [E, 2f, H]
     """

@@ -90,7 +90,7 @@ def find_final_norm(
         wide = {path: False for path in paths if path in modules}
     if list(wide.values()) != [False]:
         raise PlanError(
-            "the decoder's final norm could not be told",
+            "the decoder's final norm could not be determined",
             where=decoder or "the model",
             got=", ".join(sorted(wide)) or "no module with weights besides the layers",
             rule="beside the embedding and the layers, the decoder owns one module with "

@@ -5,6 +5,8 @@ What a compiled layer keeps for backward is the shard, not what was gathered fro
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from harness import tiny
@@ -13,7 +15,10 @@ from harness.pool import pool
 from harness.report import assert_parity
 
 from hf_sp import parallelize
+from hf_sp.comm import collectives as comm
 from hf_sp.estimate.simulate import fake_world
+from hf_sp.model import columns
+from hf_sp.model.compile import compile_layers
 from parity import compile_jobs
 
 # torch's tracer looks at the attribute of what it traces.
@@ -69,9 +74,24 @@ def saved(compiled: bool, length: int = 60, tp: int = 4) -> list[torch.Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_shard_is_saved(compiled):
     """No tensor of all tokens and all features: with plain collectives it would be."""
-    shapes = [tuple(x.shape) for x in saved(compiled)]
-    assert (1, 15, 64) in shapes
-    assert not [shape for shape in shapes if 60 in shape and 64 in shape], shapes
+    found = saved(compiled)
+    assert (1, 15, 64) in [tuple(x.shape) for x in found]
+    assert whole(found) == []
+
+
+def whole(tensors):
+    """Shapes of all tokens and all features."""
+    return [tuple(x.shape) for x in tensors if 60 in x.shape and 64 in x.shape]
+
+
+def test_a_plain_gather_in_backward_is_noticed():
+    """The partitioner takes it for the forward's: the inputs of both blocks are saved."""
+
+    def gather(x, axis, grads):
+        return comm.launch_all_gather(x, axis)
+
+    with mock.patch.object(columns, "_gather_again", gather):
+        assert len(whole(saved(compiled=True))) == 2
 
 
 def test_no_more_bytes_than_eager():
@@ -79,3 +99,26 @@ def test_no_more_bytes_than_eager():
         sum(x.untyped_storage().nbytes() for x in saved(compiled)) for compiled in (False, True)
     )
     assert compiled <= eager, (compiled, eager)
+
+
+def test_layers_with_experts_stay_eager():
+    """As Trainer compiles a model; its dense layers are compiled."""
+    with fake_world(2) as mesh:
+        model = tiny.build("qwen3_moe", torch.float32, 0, "sdpa").train()
+        model = parallelize(model, mesh=mesh)
+        torch._dynamo.reset()
+        ids = torch.arange(17).view(1, 17)
+
+        def gradients():
+            model.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            return {n: p.grad.to_local() for n, p in model.named_parameters()}
+
+        eager = gradients()
+        compile_layers(model, backend="aot_eager")
+        layers = model.model.layers
+        sparse = [hasattr(layer.mlp, "experts") for layer in layers]
+        assert set(sparse) == {True, False}
+        assert [layer._compiled_call_impl is None for layer in layers] == sparse
+        # float32, some operators decomposed
+        torch.testing.assert_close(gradients(), eager, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 from harness.pool import pool
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -176,6 +177,34 @@ def test_collectives_of_a_layer_are_the_planned_ones(cls, partial):
     assert layer.collectives["all_gather"].bytes == 6 * whole
     assert layer.collectives["reduce_scatter"].bytes == 4 * whole
     assert layer.collectives["all_reduce"].bytes == partial * 4
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the tensors of at least ``numel`` elements that are put together from others."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.found = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        joins = func._overloadpacket.__name__ in ("cat", "constant_pad_nd")
+        self.found += joins and result.numel() >= self.numel
+        return result
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_length_that_tp_does_not_divide_is_padded_without_a_copy(batch):
+    """Of a layer, forward and backward; the ends of the stack pad a shard's worth once."""
+    found = []
+    for layers in (1, 2):
+        with fake_world(4) as mesh, fake_tensors(), _Copies(batch * 253 * 512) as copies:
+            model = AutoModelForCausalLM.from_config(_config(LlamaConfig, SMALL, layers, 128))
+            model = parallelize(model.train(), mesh=mesh)
+            ids = torch.zeros(batch, 253, dtype=torch.long)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append(copies.found)
+    assert found[0] == found[1]
 
 
 def test_collectives_of_a_plain_tp_layer():

@@ -150,9 +150,8 @@ def test_a_sum_that_is_waited_for_on_the_spot_is_noticed():
         check_norms(backward_of("llama", layers=3))
 
 
-def test_lora_block():
+def check_lora(trace):
     """Nothing reads x again: one reduce-scatter a block, of dx and du together, and no gather."""
-    trace = backward_of("llama", adapters=True)
     scatters = trace.flights("reduce_scatter")
     # The first layer's attention needs no gradient of its input, but its factors do.
     assert len(scatters) == 2
@@ -160,10 +159,13 @@ def test_lora_block():
     assert len(trace.flights("all_gather")) == 2
 
 
-def test_sparse_block():
+def test_lora_block():
+    check_lora(backward_of("llama", adapters=True))
+
+
+def check_sparse(trace):
     """Experts split by features: the router's input gradient beside the gather of x, the router's
     and the experts' weight gradients beside the reduce-scatter."""
-    trace = backward_of("mixtral")
     scatters, gathers = trace.flights("reduce_scatter"), trace.flights("all_gather")
     # The sparse block's entry comes before the attention's.
     start, beside = scatters[0]
@@ -173,9 +175,12 @@ def test_sparse_block():
     assert before[0][1] >= 1, trace.events
 
 
-def test_whole_experts():
+def test_sparse_block():
+    check_sparse(backward_of("mixtral"))
+
+
+def check_whole_experts(trace):
     """The tokens' rows travel again beside the input gradients, dx beside the weight gradients."""
-    trace = backward_of("mixtral", ep=2)
     flights = trace.flights("all_to_all")
     # dy, the tokens again, d scale, dx.
     assert len(flights) == 4, trace.events
@@ -184,18 +189,44 @@ def test_whole_experts():
     assert dx >= 1, trace.events
 
 
+def test_whole_experts():
+    check_whole_experts(backward_of("mixtral", ep=2))
+
+
 def _waits_at_launch(name):
     right = getattr(comm, name)
     return mock.patch.object(comm, name, lambda *args: comm.wait(right(*args)))
 
 
-@pytest.mark.parametrize("name", ["launch_reduce_scatter", "launch_all_gather"])
-def test_an_order_without_overlap_is_noticed(name):
+@pytest.mark.parametrize(
+    ("check", "family", "options", "name"),
+    [
+        (check_dense, "llama", {}, "launch_reduce_scatter"),
+        (check_dense, "llama", {}, "launch_all_gather"),
+        (check_sparse, "mixtral", {}, "launch_reduce_scatter"),
+        (check_sparse, "mixtral", {}, "launch_all_gather"),
+        (check_whole_experts, "mixtral", {"ep": 2}, "launch_all_to_all"),
+    ],
+)
+def test_an_order_without_overlap_is_noticed(check, family, options, name):
     with _waits_at_launch(name), pytest.raises(AssertionError):
-        check_dense(backward_of("llama"))
+        check(backward_of(family, **options))
 
 
-def test_a_gather_behind_the_reduce_scatter_is_noticed():
+def test_a_gather_that_a_lora_block_does_not_need_is_noticed():
+    real = comm.launch_reduce_scatter
+
+    def scatter(x, axis):
+        comm.wait(comm.launch_all_gather(x[: x.shape[0] // axis.size], axis))
+        return real(x, axis)
+
+    patch = mock.patch.object(comm, "launch_reduce_scatter", scatter)
+    with patch, pytest.raises(AssertionError):
+        check_lora(backward_of("llama", adapters=True))
+
+
+@pytest.mark.parametrize(("check", "family"), [(check_dense, "llama"), (check_sparse, "mixtral")])
+def test_a_gather_behind_the_reduce_scatter_is_noticed(check, family):
     """What the first version did: launched together, but in the other order."""
     right = columns._gather_again
     waiting = []
@@ -216,4 +247,4 @@ def test_a_gather_behind_the_reduce_scatter_is_noticed():
         mock.patch.object(comm, "launch_reduce_scatter", scatter),
         pytest.raises((AssertionError, pytest.fail.Exception)),
     ):
-        check_dense(backward_of("llama"))
+        check(backward_of(family))
