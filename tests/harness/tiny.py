@@ -101,6 +101,11 @@ RELATIVES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         # Gemma 2's forward around the head on a model that takes padded batches: Gemma's attention
         # makes NaN of rows that see nothing
         "llama_capped": (LlamaConfig, {"final_logit_softcapping": 1.5}),
+    }
+)
+# One for each mechanism that plans have besides column and row linears.
+MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
+    {
         # q, k and v in one linear, gate and up in another
         "phi3": (Phi3Config, {"pad_token_id": None}),
         "phi3_mha": (Phi3Config, {"pad_token_id": None, "num_key_value_heads": 8}),
@@ -178,7 +183,7 @@ SPARSE: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 
 def config(family: str, **overrides: Any):
     """The family's configuration. `overrides` are configuration fields."""
-    cls, fields = {**FAMILIES, **RELATIVES, **SPARSE}[family]
+    cls, fields = {**FAMILIES, **RELATIVES, **MECHANISMS, **SPARSE}[family]
     return cls(**{**_BASE, **fields, **overrides})
 
 
