@@ -34,7 +34,7 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("deepseek_v3", parallelize=more[:1]),
     )
     loaded = (Case("phi3", loaded=True), Case("olmo2", loaded=True))
-    return cases + loaded if tp == 2 else cases
+    return cases + (loaded if tp == 2 else (Case("phi3", data=2), Case("olmo2", data=2)))
 
 
 CELLS = [
