@@ -15,7 +15,7 @@ MAX_LINES = 300
 LONGER = {}
 # The package in all (11,741 before checkpoints had a manifest), and the attributes that it leaves
 # on modules and tensors of others.
-MAX_LINES_OF_ALL = 14_920
+MAX_LINES_OF_ALL = 14_950
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
