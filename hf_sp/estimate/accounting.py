@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-Phase = Literal["forward", "backward"]
+Phase = Literal["build", "forward", "backward", "optimizer"]
 
 # What an op's name begins with, underscores aside; the first match wins. A trailing underscore (the
 # in-place and c10d forms), `_coalesced` and `_out` are the same collective.
@@ -103,7 +103,12 @@ class StepAccounting(TorchDispatchMode):
         self.phase: Phase = "forward"
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._collectives: dict[Phase, dict[str, CollectiveCount]] = {"forward": {}, "backward": {}}
+        self._collectives: dict[Phase, dict[str, CollectiveCount]] = {
+            phase: {} for phase in get_args(Phase)
+        }
+        # What came (True) and went, and how much of it had come about when the peak was reached.
+        self._events: list[tuple[bool, LiveStorage]] = []
+        self._peak_event = 0
         # By address of the C++ storage, which is unique while it lives: a reference that tells when
         # it is gone, and what made it. None: it was there before.
         self._storages: dict[int, tuple[weakref.ref, LiveStorage | None]] = {}
@@ -122,6 +127,29 @@ class StepAccounting(TorchDispatchMode):
         """Return the storages made so far that are alive now, largest first."""
         made = [record for _, record in self._storages.values() if record is not None]
         return sorted(made, key=lambda record: record.nbytes, reverse=True)
+
+    def made(self, tensors: Iterable[Tensor]) -> list[LiveStorage]:
+        """Return the records of those tensors' storages, but for storages that were there before.
+
+        Of each storage once, and the same objects as `at_peak` returns.
+        """
+        storages = {t.untyped_storage()._cdata for t in _plain_tensors(list(tensors))}
+        found = [self._storages[s][1] for s in storages if s in self._storages]
+        return [record for record in found if record is not None]
+
+    def restart_peak(self) -> None:
+        """Look for the peak from now on."""
+        self.peak_bytes, self._peak_event = self.live_bytes, len(self._events)
+
+    def at_peak(self) -> list[LiveStorage]:
+        """Return the storages made so far that were alive at the peak."""
+        alive: dict[int, LiveStorage] = {}
+        for came, record in self._events[: self._peak_event]:
+            if came:
+                alive[id(record)] = record
+            else:
+                del alive[id(record)]
+        return list(alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one op."""
@@ -142,7 +170,8 @@ class StepAccounting(TorchDispatchMode):
             return args[0]
         for tensor in _plain_tensors(out):
             self._note(tensor, op)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self._peak_event = self.live_bytes, len(self._events)
         kind = _collective_kind(op)
         if kind is not None:
             counts = self._collectives[self.phase]
@@ -164,17 +193,22 @@ class StepAccounting(TorchDispatchMode):
             if op is not None:
                 made = LiveStorage(op, tuple(tensor.shape), tensor.dtype, self.phase, nbytes)
                 self.live_bytes += nbytes
+                self._events.append((True, made))
             self._storages[address] = ref, made
             return
         ref, made = self._storages[address]
         if made is not None and made.nbytes != nbytes:  # resize_ and its like
             self.live_bytes += nbytes - made.nbytes
+            self._events.append((False, made))
             made = dataclasses.replace(made, shape=tuple(tensor.shape), nbytes=nbytes)
+            self._events.append((True, made))
             self._storages[address] = ref, made
 
     def _forget(self, address: int) -> None:
         _, made = self._storages.pop(address)
-        self.live_bytes -= 0 if made is None else made.nbytes
+        if made is not None:
+            self.live_bytes -= made.nbytes
+            self._events.append((False, made))
 
 
 def _fake_depth() -> tuple[int, int]:

@@ -13,9 +13,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
 # Longer today; the list may only get shorter, and so may the files.
 LONGER = {}
-# The package in all (11,741 before checkpoints had a manifest), and the attributes that it leaves
-# on modules and tensors of others.
-MAX_LINES_OF_ALL = 14_950
+# The package in all, and the attributes that it leaves on modules and tensors of others. It was
+# 11,741 before checkpoints had a manifest, Trainer data parallel ranks, hf-sp its
+# commands and families plans of our own.
+MAX_LINES_OF_ALL = 15_710
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
@@ -29,6 +30,7 @@ LAYERS: list[list[set[str]]] = [
     [{"install", "checkpoint", "optimizer_state"}, {"checks"}],
     [{"adapters"}],
     [{"integrations", "api", "consolidate", "loading"}],
+    [{"commands", "__main__"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
 # handed; it must not know how the model was made parallel.
@@ -224,7 +226,7 @@ def test_the_rules_bite(source, module, word):
         ("from hf_sp.comm.collectives import Axis\nfrom hf_sp.plan import Plan", "state"),
         ("from hf_sp.comm import collectives\nfrom hf_sp.errors import ShapeError", "kernels.norm"),
         ("from transformers import Trainer\nimport peft", "integrations.trainer"),
-        ("from hf_sp.estimate import simulate", "integrations.trainer"),
+        ("from hf_sp.estimate import simulate", "commands.rank"),
     ],
 )
 def test_the_rules_allow(source, module):

@@ -1,0 +1,35 @@
+"""The command line: ``hf-sp COMMAND ...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hf_sp.commands import estimate
+from hf_sp.errors import HfSpError
+
+COMMANDS = {"estimate": estimate}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a refusal is printed, and ends with status 2."""
+    parser = argparse.ArgumentParser(prog="hf-sp", description="hf_sp, before a run.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        doc = str(module.__doc__)
+        known = commands.add_parser(
+            name,
+            help=doc.partition("\n")[0],
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        known.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        module.add_arguments(known)
+        known.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except HfSpError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)

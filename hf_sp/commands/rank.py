@@ -1,0 +1,220 @@
+"""One rank of a training run that is not there: a model's config, degrees and a batch.
+
+Needs no weights, no GPU and no launcher: the training code itself runs on fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_sp.adapters.fake import with_adapters
+from hf_sp.api import parallelize
+from hf_sp.errors import ConfigError
+from hf_sp.estimate import (
+    CollectiveCount,
+    TrainingCount,
+    count_training,
+    fake_tensors,
+    fake_world,
+)
+
+Library = Literal["hf_sp", "transformers tp", "one GPU"]
+LIBRARIES: tuple[Library, ...] = ("hf_sp", "transformers tp", "one GPU")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """What is and what is no DTensor apart: torch steps over both together in a loop alone."""
+    known: dict[type, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        known.setdefault(type(parameter.data), []).append(parameter)
+    return [{"params": group} for group in known.values()]
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None] = {
+    # Trainer's. Those after it are torch's own: intermediates of all parameters at once.
+    "adamw": lambda parameters: torch.optim.AdamW(_groups(parameters), fused=True),
+    "adamw_foreach": lambda parameters: torch.optim.AdamW(_groups(parameters), foreach=True),
+    "sgd": lambda parameters: torch.optim.SGD(_groups(parameters), foreach=True),
+    "none": None,
+}
+LONGEST = 2**24
+"""Tokens beyond which nobody looks whether a row fits."""
+# SDPA under a name that transformers makes no mask for: flash kernels get none either.
+_ATTENTION = "sdpa_without_mask"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, as one of its ranks sees it.
+
+    Args:
+        tp: tensor parallel degree.
+        dp_shard: data parallel groups that share weights, gradients and optimizer state.
+        ep: expert parallel degree, as in ``parallelize``.
+        seq: tokens of a row.
+        batch: rows of a group's forward.
+        sp: sequence parallelism.
+        recompute: as in ``parallelize``.
+        checkpointing: transformers' gradient checkpointing, of each layer.
+        lora: rank of adapters on all linears; 0: full training.
+        dtype: of weights, gradients and optimizer state.
+        optimizer: a key of ``OPTIMIZERS``.
+        library: who makes the model parallel.
+    """
+
+    tp: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+    seq: int = 8192
+    batch: int = 1
+    sp: bool = True
+    recompute: Any = None
+    checkpointing: bool = False
+    lora: int = 0
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    library: Library = "hf_sp"
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of the run."""
+        return 1 if self.library == "one GPU" else self.tp * self.dp_shard
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a local folder or file, or of a name in the local hub cache.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "no config is known by that name on this machine",
+            where="NAME",
+            got=f"{name_or_path!r} ({str(error).splitlines()[0]})",
+            legal="a folder with a config.json, such a file, or a name in the local hub cache",
+            remedy="download the config alone: hf download NAME config.json",
+        ) from error
+
+
+def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
+    """Count a step of rank 0.
+
+    Raises:
+        ConfigError, PlanError: as ``parallelize``; or transformers has no causal LM of the config.
+    """
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    config = deepcopy(config)
+    config.use_cache = False
+    with fake_world(run.ranks) as mesh:
+        apply = _APPLY[run.library](mesh, run)
+        with fake_tensors(DTYPES[run.dtype]):
+            ids = torch.zeros(run.batch, run.seq, dtype=torch.long)
+            return count_training(
+                lambda: _prepare(apply(_build(config)), run),
+                lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss,
+                OPTIMIZERS[run.optimizer],
+            )
+
+
+def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
+    """Collectives of one layer, the third, by phase and kind."""
+    two, three = (count(_with_layers(config, n), run).collectives for n in (2, 3))
+    none = CollectiveCount()
+    more = {
+        phase: {kind: c - two[phase].get(kind, none) for kind, c in kinds.items()}
+        for phase, kinds in three.items()
+    }
+    return {phase: {k: c for k, c in kinds.items() if c.calls} for phase, kinds in more.items()}
+
+
+def longest(config: PreTrainedConfig, run: Run, capacity: int) -> int:
+    """The most tokens a row may have for the peak to stay within `capacity` bytes; 0: none.
+
+    At most `LONGEST`, and a multiple of 1024 and tp. The peak is the largest of several lines in
+    the number of tokens: the line through two counts says where to look, until one length fits and
+    the next does not.
+    """
+    step = 1024 * run.tp
+    low, high, most = 0, None, max(1, LONGEST // step)
+    at, before = max(1, run.seq // step), None
+    while high is None or high - low > 1:
+        found = count(config, replace(run, seq=at * step)).peak
+        low, high = (at, high) if found <= capacity else (low, at)
+        if low == most or high == 1:
+            break
+        ahead = 2 * at if found <= capacity else at // 2
+        if before is not None:
+            slope = (found - before[1]) / (at - before[0])
+            # One beyond where the line meets the limit: there it is seen that no more fits.
+            ahead = at + int((capacity - found) / slope) + (found <= capacity)
+        before = at, found
+        at = min(max(ahead, low + 1), (high or most + 1) - 1)
+    return low * step
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config of a model of so many layers; what it lists of each goes with them."""
+    config = deepcopy(config)
+    whole = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == whole:
+            setattr(config, name, (value + value[-1:] * layers)[:layers])
+    config.num_hidden_layers = layers
+    return config
+
+
+def _build(config: PreTrainedConfig) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
+    except ValueError as error:
+        raise ConfigError(
+            "transformers has no causal language model of that config",
+            where="NAME",
+            got=type(config).__name__,
+            legal="the config of a model that AutoModelForCausalLM makes",
+        ) from error
+
+
+def _prepare(model: nn.Module, run: Run) -> nn.Module:
+    model.train()
+    if run.checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if run.lora:
+        model = with_adapters(model, run.lora)
+        if run.checkpointing:
+            model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def _with_hf_sp(mesh: Any, run: Run) -> Callable[[nn.Module], nn.Module]:
+    degrees: dict[str, Any] = {"tp": run.tp, "dp_shard": run.dp_shard}
+    if run.dp_shard == 1:
+        degrees = {"mesh": mesh}
+    return lambda model: parallelize(
+        model, **degrees, sp=run.sp, ep=run.ep, recompute=run.recompute
+    )
+
+
+def _with_transformers(mesh: Any, run: Run) -> Callable[[Any], nn.Module]:
+    from hf_sp.integrations.transformers_tp import distribute
+
+    return distribute(run.tp)
+
+
+_APPLY: dict[str, Callable[[Any, Run], Callable[[nn.Module], nn.Module]]] = {
+    "hf_sp": _with_hf_sp,
+    "transformers tp": _with_transformers,
+    "one GPU": lambda mesh, run: lambda model: model,
+}

@@ -1,0 +1,156 @@
+"""``hf-sp estimate``: what it says is what real ranks have, and what fits, fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from commands import jobs
+from harness.pool import pool
+from transformers import AutoConfig
+
+from hf_sp.commands import rank
+from hf_sp.commands.main import main
+from hf_sp.commands.rank import Run, count, longest
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 250}
+LLAMA = {"model_type": "llama", "intermediate_size": 128, "num_key_value_heads": 4, **SIZES}
+QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
+SPARSE = {**QWEN, "model_type": "qwen3_moe", "moe_intermediate_size": 32}
+SPARSE |= {"num_experts": 8, "num_experts_per_tok": 2}
+SHORT = Run(tp=2, seq=256)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path / "config.json")
+
+
+def answer(capsys, *arguments):
+    main(["estimate", *arguments, "--json"])
+    return json.loads(capsys.readouterr().out)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("config", "run"),
+    [
+        (LLAMA, SHORT),
+        (QWEN, replace(SHORT, seq=511, batch=2, dtype="float32", optimizer="sgd")),
+        (LLAMA, replace(SHORT, checkpointing=True, sp=False)),
+        (SPARSE, SHORT),
+    ],
+    ids=["plain", "odd", "checkpointing", "sparse"],
+)
+def test_real_ranks_have_what_is_estimated(config, run):
+    """All kinds together to 2 %, and each of those that a run is made for to the byte.
+
+    But for a few scalars that threads of gloo may hold for a while.
+    """
+    real = pool(2).run(jobs.counted, config=config, run=run)[0]
+    estimate = count(AutoConfig.for_model(**config), run)
+    assert estimate.peak == pytest.approx(real.peak, rel=0.02)
+    assert estimate.when == real.when
+    for kind in ("weights", "optimizer", "activations", "gradients"):
+        assert getattr(estimate.kinds, kind) == pytest.approx(getattr(real.kinds, kind), abs=64)
+    assert estimate.kept == real.kept
+    # Real ranks also compare what they are given in their first forwards.
+    gathered = [c.collectives["forward"].pop("all_gather").bytes for c in (estimate, real)]
+    assert gathered[0] == pytest.approx(gathered[1], abs=1000)
+    assert estimate.collectives == real.collectives
+
+
+def test_the_kinds_are_the_peak():
+    found = count(AutoConfig.for_model(**LLAMA), SHORT)
+    assert sum(asdict(found.kinds).values()) == found.peak == max(found.peaks.values())
+
+
+def test_weights_and_state_are_known(capsys, llama):
+    """Of bfloat16 and AdamW, by hand: norms are whole, all else is halved."""
+    row = answer(capsys, llama, "--tp", "2", "--seq", "64")[0]
+    attention, mlp, norms = 64 * (64 + 32 + 32 + 64), 3 * 64 * 128, 2 * 64
+    weights = 2 * ((attention + mlp) // 2 + norms) + 2 * 250 * 64 // 2 + 64
+    rotary = 2 * 4 * 4  # its frequencies, twice
+    steps = 4 * (2 * 9 + 3)  # a count of each parameter's steps
+    assert row["kinds"]["optimizer"] == 2 * 2 * weights + steps
+    assert row["kinds"]["weights"] == 2 * weights + rotary
+
+
+def test_it_stands_beside_others(capsys, llama):
+    mine, native, alone = answer(capsys, llama, "--tp", "2", "--seq", "256")
+    assert [r["library"] for r in (mine, native, alone)] == list(rank.LIBRARIES)
+    assert mine["peak"] < native["peak"] < alone["peak"]
+    calls = {k: c["calls"] for k, c in mine["layer"]["forward"].items()}
+    assert calls == {"all_gather": 2, "reduce_scatter": 2}
+    assert alone["layer"] == {"forward": {}, "backward": {}, "optimizer": {}}
+
+
+def test_the_longest_fits_and_a_longer_one_does_not():
+    config = AutoConfig.for_model(**LLAMA)
+    capacity = count(config, replace(SHORT, seq=9000)).peak
+    found = longest(config, SHORT, capacity)
+    assert count(config, replace(SHORT, seq=found)).peak <= capacity
+    assert count(config, replace(SHORT, seq=found + 2048)).peak > capacity
+    assert longest(config, SHORT, 1000) == 0
+
+
+def test_no_longer_than_anybody_asks(monkeypatch):
+    monkeypatch.setattr(rank, "LONGEST", 8192)
+    assert longest(AutoConfig.for_model(**LLAMA), SHORT, 10**12) == 8192
+
+
+def test_search_puts_what_fits_first(capsys, llama):
+    rows = answer(capsys, llama, "--search", "4", "--seq", "1024", "--gpu", "0.004")
+    fits = [row["peak"] <= 0.004e9 * 0.92 for row in rows]
+    assert fits == sorted(fits, reverse=True)
+    assert len(set(fits)) == 2
+    assert {(r["tp"], r["dp_shard"]) for r in rows} == {(1, 4), (2, 2), (4, 1)}
+    assert "tp must divide" in answer(capsys, llama, "--search", "3")[-1]["error"]
+
+
+def test_adapters(capsys, llama):
+    """They have gradients and state; the base has none."""
+    row = answer(capsys, llama, "--tp", "2", "--lora", "4", "--seq", "64")[0]
+    assert row["kinds"]["optimizer"] < row["kinds"]["weights"]
+
+
+def test_for_people(capsys, llama, tmp_path):
+    main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
+    printed = capsys.readouterr().out
+    assert "hf_sp, a layer: forward 2 all_gather" in printed
+    main(["estimate", llama, "--seq", "64", "--gpu", "0.01", "--plot", str(tmp_path / "x.png")])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "3"], "legal:  tp = 1, 2, 4, 8"),
+        (["--gpu", "abacus"], "legal:  4090, "),
+        (["--ep", "3"], "legal:"),
+    ],
+)
+def test_refusals(capsys, llama, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["estimate", llama, *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["estimate", "nobody/nothing"])
+    assert "hf download" in capsys.readouterr().err
+
+
+def test_the_documented_numbers():
+    text = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text()
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256}
+    found = count(AutoConfig.for_model("llama", **shape), Run(tp=8, seq=32768))
+    kinds = asdict(found.kinds)
+    gradients = kinds.pop("gradients")
+    row = [*(f"{kind / 2**30:.2f}" for kind in kinds.values()), f"{found.peak / 2**30:.2f}"]
+    assert f"| hf_sp, tp=8 | {' | '.join(row)} | {found.when} |" in text
+    assert f"there are {gradients / 2**30:.2f} GiB of them" in " ".join(text.split())
