@@ -5,7 +5,7 @@ from hf_sp.versions import warn_if_untested
 # Before the rest, which a version that is too new may fail to import.
 warn_if_untested()
 
-from hf_sp.api import parallelize
+from hf_sp.api import Support, parallelize, supports
 from hf_sp.loading import from_pretrained
 from hf_sp.model.gradients import grad_norm
 from hf_sp.plan import Plan
@@ -13,4 +13,13 @@ from hf_sp.state import parallel_state
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "__version__", "from_pretrained", "grad_norm", "parallel_state", "parallelize"]
+__all__ = [
+    "Plan",
+    "Support",
+    "__version__",
+    "from_pretrained",
+    "grad_norm",
+    "parallel_state",
+    "parallelize",
+    "supports",
+]

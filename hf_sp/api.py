@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sp import checks, checks_fsdp, integrations
 from hf_sp.comm.collectives import Axis
@@ -135,9 +138,7 @@ def parallelize(
         checks_fsdp.check_policies(mp_policy, offload_policy, degrees, ep)
         reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
         with integrations.without_adapters(model) as whole:
-            resolved = derive_plan(whole, degrees.tp, sp, plan, ep, reach)
-            placements(whole, resolved)
-            check_sparse_blocks(whole, resolved)
+            resolved = _checked_plan(whole, degrees.tp, sp, plan, ep, reach)
         checks_fsdp.check_data_parallel(model, resolved, degrees)
         checks.check_optimizers(model)
     except HfSpError as error:
@@ -179,3 +180,67 @@ def parallelize(
         logger.info("%s", resolved)
     report_taken(taken, state)
     return model
+
+
+def _checked_plan(model: nn.Module, *how: Any) -> Plan:
+    plan = derive_plan(model, *how)
+    placements(model, plan)
+    check_sparse_blocks(model, plan)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether ``parallelize`` takes a model: true with the plan, or false with the reason.
+
+    Attributes:
+        plan: what it would do; None if it refuses.
+        reason: the refusal, as ``parallelize`` says it; "" if it does not refuse.
+    """
+
+    plan: Plan | None
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.plan is not None
+
+    def __str__(self) -> str:
+        return self.reason or str(self.plan)
+
+
+def supports(
+    name_or_config: Any,
+    tp: int = 8,
+    sp: bool = True,
+    *,
+    ep: int = 1,
+    plan: Mapping[str, str] | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> Support:
+    """Whether a model can be parallelized, without weights, ranks or a launch.
+
+    Args:
+        name_or_config: a model's name or folder, of which the config is read, or its config.
+        tp: as in ``parallelize``, as are ``sp``, ``ep`` and ``plan``.
+        sp: shard the sequence.
+        ep: expert parallel degree.
+        plan: plan strings to use instead of the model's own.
+        model_class: whose ``from_config`` builds the model, on meta.
+        **kwargs: of ``AutoConfig.from_pretrained``, for a name.
+
+    Returns:
+        True with the plan, or False with the reason. What only the weights, the environment or the
+        adapters of a run could make ``parallelize`` refuse is not looked at.
+    """
+    config = name_or_config
+    if not hasattr(config, "get_text_config"):
+        config = AutoConfig.from_pretrained(config, **kwargs)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    try:
+        checks.check_arguments({"tp": tp, "ep": ep}, {"sp": sp}, {})
+        checks.check_model(model)
+        return Support(_checked_plan(model, tp, sp, plan, ep))
+    except HfSpError as error:
+        return Support(None, f"{type(error).__name__}: {error}")

@@ -71,7 +71,7 @@ def check_backends(offload_policy: OffloadPolicy | None) -> None:
 
 
 def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
-    """Refuse weights that FSDP cannot reduce together."""
+    """Refuse what FSDP cannot take, or would not find."""
     if degrees.data == 1:
         return
     experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
@@ -79,6 +79,18 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     seen: dict[str, tuple[str, torch.dtype]] = {}
     # Paths of the plan are the transformers model's.
     base = getattr(model, "get_base_model", lambda: model)()
+    names = {name for name, _ in base.named_parameters()}
+    for leaf in (leaf for block in plan.blocks for leaf in block.leaves if leaf.style == "packed"):
+        # An adapter holds the linear inside.
+        biased = {f"{leaf.path}.bias", f"{leaf.path}.base_layer.bias"} & names
+        if biased or leaf.shape[1] % degrees.dp_shard:
+            raise ConfigError(
+                "a packed linear cannot be sharded over data parallel ranks",
+                where=leaf.path,
+                got=f"{leaf.shape[1]} input features, " + ("with a bias" if biased else "no bias"),
+                rule="tp splits its output features, FSDP its input features, evenly",
+                legal="dp_shard that divides these, and no bias",
+            )
     for name, p in base.named_parameters():
         if name.startswith(alone) or not p.requires_grad:
             continue

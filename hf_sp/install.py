@@ -13,6 +13,7 @@ from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
+from hf_sp.model.norm_over_heads import OverHeadsForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
@@ -31,6 +32,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
         install_block = _install_block if block.experts is None else _install_sparse
         install_block(model, block, state)
         kinds |= dict.fromkeys(block.partial, Partial.HEADS)
+        for path in block.over_heads:
+            OverHeadsForward.install(model.get_submodule(path), state.axis)
     kinds |= dict.fromkeys(plan.shard_norms, Partial.TOKENS)
     kinds[plan.norm] = Partial.DECODER_TOKENS
     norms = {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
@@ -74,15 +77,41 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
 def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None:
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
-    BlockBoundary(state, shared, columns, block.attention).install(module)
+    heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
+    BlockBoundary(state, shared, columns, block.attention, heads).install(module)
     if not block.attention:
         _install_gated(module, block.path, block.leaves, state)
-    elif hasattr(module, "num_key_value_groups"):
-        # Query heads per key/value head, as this rank sees them.
-        query = next(leaf.heads for leaf in block.leaves if leaf.style == "row")
-        key_value = min(leaf.heads for leaf in block.leaves if leaf.style != "row")
-        groups = (query // state.tp) // max(1, key_value // state.tp)
-        setattr(module, "num_key_value_groups", groups)  # noqa: B010 (no attribute of nn.Module)
+    else:
+        _tell_heads(module, block, state.tp)
+
+
+def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
+    """Tell an attention how many heads it has on this rank, where it asks."""
+    heads = [leaf.heads for leaf in block.leaves if leaf.heads and leaf.style != "row"]
+    query = next(leaf.heads for leaf in block.leaves if leaf.style == "row")
+    own, key_value = query // tp, max(1, min(heads) // tp)
+    local = {"num_heads": own, "num_attention_heads": own, "num_key_value_heads": key_value}
+    local["num_key_value_groups"] = own // key_value
+    for name, count in local.items():
+        if name in module.__dict__:
+            setattr(module, name, count)
+    if any(leaf.segments for leaf in block.leaves):
+        # What cuts its q, k and v out of one tensor asks its config too.
+        config = LocalConfig(module.__dict__["config"], **local)
+        setattr(module, "config", config)  # noqa: B010 (no attribute of nn.Module)
+
+
+class LocalConfig:
+    """A config with other values of some names; for the rest it is that config, also later."""
+
+    def __init__(self, config: Any, **local: int) -> None:
+        self.__dict__.update(local, whole=config)
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy is without its attributes at first.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["whole"], name)
 
 
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:
@@ -112,8 +141,9 @@ def _convert(
         if leaf.style == "row":
             RowParallelLinear.convert_(module, state.axis, block, sp=sp)
         else:
-            heads = {"column_replicated": leaf.heads, "replicated": 1}.get(leaf.style, 0)
-            ColumnParallelLinear.convert_(module, state.axis, block, heads)
+            rows = leaf.rows(state.tp, state.rank)
+            packed = leaf.style == "packed"
+            ColumnParallelLinear.convert_(module, state.axis, block, rows, packed=packed)
             columns.append(module)
     return columns
 

@@ -30,6 +30,7 @@ from hf_sp.model.local import autocast_dtype, cast_for_autocast, local
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.parameters import PARTIAL
 from hf_sp.model.ports import low_rank_column
+from hf_sp.torch_private import packed_halves
 
 _FACTORS = "_hf_sp_dora_factors"
 
@@ -97,8 +98,8 @@ class ParallelLora:
 
     def _rows(self: Any, tensor: Tensor) -> Tensor:
         """Of something by output row, those that this rank computes."""
-        rows = getattr(self.base_layer, "rows", None)
-        return tensor if rows is None else tensor.narrow(0, *rows)
+        own = getattr(self.base_layer, "own_rows", None)
+        return tensor if own is None else own(tensor)
 
     # --- DoRA --------------------------------------------------------------------------------
 
@@ -201,7 +202,9 @@ class ColumnLoraLinear(ParallelLora, LoraLinear):
     @property
     def placements(self: Any) -> tuple[Placement, Placement, Placement]:  # type: ignore[override]
         """B as the rows, unless the weight is stored whole (k/v heads fewer than tp)."""
-        rows = Shard(0) if self.get_base_layer().rows is None else Replicate()
+        base = self.get_base_layer()
+        whole = Shard(0) if not base.packed else packed_halves(0)
+        rows = whole if base.rows is None else Replicate()
         return Replicate(), rows, rows
 
     def entry_factors(self: Any, x: Tensor) -> list[Factor]:

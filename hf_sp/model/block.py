@@ -62,7 +62,7 @@ def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
 class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
-    ``attention``: it needs the true sequence length, padding stripped.
+    ``attention``: it needs the true sequence length, padding stripped; it has that many ``heads``.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class BlockBoundary:
         block: BlockInput,
         linears: Sequence[ColumnLinear],
         attention: bool,
+        heads: int = 0,
     ) -> None:
-        self.state, self.block, self.attention = state, block, attention
+        self.state, self.block, self.attention, self.heads = state, block, attention, heads
         self.linears = [(linear, linear) for linear in linears]
         self.dropout = LocalDropout(state)
 
@@ -105,6 +106,10 @@ class BlockBoundary:
         drops = self.attention and module.training
         if drops and float(getattr(module, "attention_dropout", False)):
             self.dropout.start(gathered.x)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:
+            own = self.heads // state.tp
+            kwargs = {**kwargs, "attention_mask": mask.narrow(1, state.rank * own, own)}
         return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:

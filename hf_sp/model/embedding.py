@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ class VocabParallelEmbedding(nn.Embedding):
     @classmethod
     def convert_(cls, module: nn.Embedding, axis: Axis) -> None:
         """Make an ``nn.Embedding`` one of these, in place."""
-        module.__class__ = cls
+        # A scaled one calls what stands behind it in the order of classes.
+        kind: Any = type(module)
+        module.__class__ = cls if kind is nn.Embedding else _before(kind)
         cast(VocabParallelEmbedding, module).axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,3 +54,10 @@ class VocabParallelEmbedding(nn.Embedding):
             padding = padding - start if start <= padding < stop else None
         rows = F.embedding(ids, weight, padding)
         return pairs.allreduce_identity(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+
+
+@functools.cache
+def _before(kind: Any) -> type[nn.Embedding]:
+    """The class of a kind whose ``super().forward`` is the vocab-parallel one."""
+    bases = (kind, VocabParallelEmbedding)
+    return type(kind.__name__, bases, {"__module__": kind.__module__})

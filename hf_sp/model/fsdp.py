@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hf_sp.errors import ConfigError
 from hf_sp.model.block import get_hidden_states
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.model.shard import spread_experts
 from hf_sp.state import ATTRIBUTE, ParallelState
-from hf_sp.torch_private import graph_task, real_tensors
+from hf_sp.torch_private import graph_task, is_packed, real_tensors
 
 
 def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) -> None:
@@ -95,6 +95,12 @@ class _KeptInput:
             attach_recompute(get_hidden_states(args, kwargs), recompute)
 
 
+def _beside_halves(p: nn.Parameter) -> Shard | None:
+    """Another dim than the one whose halves tp has split: two strided shards of one do not join."""
+    halves = isinstance(p, DTensor) and any(is_packed(of) and of.dim == 0 for of in p.placements)
+    return Shard(1) if halves else None
+
+
 def _shard(
     modules: Sequence[nn.Module],
     mesh: DeviceMesh,
@@ -114,6 +120,7 @@ def _shard(
                 mp_policy=precision,
                 offload_policy=state.offload_policy,
                 ignored_params=ignored,
+                shard_placement_fn=_beside_halves,
             )
     for module in modules:
         # Trainer and others go by the name of a model's class, which FSDP derives one from.

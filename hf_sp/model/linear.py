@@ -32,8 +32,10 @@ class ParallelLinear(nn.Linear):
 
     axis: Axis
     block: BlockInput
-    # Rows of a weight that is stored whole (k/v heads fewer than tp): (first row, rows).
-    rows: tuple[int, int] | None = None
+    # Rows of a weight that is stored whole (k/v heads fewer than tp): stretches (first row, rows).
+    rows: tuple[tuple[int, int], ...] | None = None
+    # Whether it is two linears in one, each split by itself.
+    packed: bool = False
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight and bias as this forward uses them, differentiable."""
@@ -53,8 +55,15 @@ class ParallelLinear(nn.Linear):
         tensor = local(parameter)
         if self.rows is not None:
             # Each rank uses its head's rows only: the whole gradient is the sum over ranks.
-            tensor = pairs.identity_allreduce(tensor, self.axis).narrow(0, *self.rows)
+            tensor = self.own_rows(pairs.identity_allreduce(tensor, self.axis))
         return cast_for_autocast(tensor, like)
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """Of something by output row, the rows that this rank computes, if all are stored."""
+        if self.rows is None:
+            return whole
+        parts = [whole.narrow(0, *stretch) for stretch in self.rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def extra_repr(self) -> str:
         """Local sizes and the place on the tp axis."""
@@ -72,21 +81,27 @@ class ColumnParallelLinear(ParallelLinear):
     """
 
     @classmethod
-    def convert_(cls, module: nn.Linear, axis: Axis, block: BlockInput, heads: int = 0) -> None:
+    def convert_(
+        cls,
+        module: nn.Linear,
+        axis: Axis,
+        block: BlockInput,
+        rows: tuple[tuple[int, int], ...] | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
         """Make an ``nn.Linear`` one of these, in place.
 
-        ``heads`` is the number of heads of a linear with fewer heads than ranks, else 0.
+        ``rows``: stretches of the weight's rows, which is stored whole then.
         """
         module.__class__ = cls
         self = cast(ColumnParallelLinear, module)
         self.axis, self.block = axis, block
-        if heads:
-            # Ranks r * tp / heads to (r + 1) * tp / heads share head r.
-            width = module.out_features // heads
-            self.rows = (axis.rank * heads // axis.size * width, width)
-            self.out_features = width
-        else:
+        self.rows, self.packed = rows, packed
+        if rows is None:
             self.out_features //= axis.size
+        else:
+            self.out_features = sum(count for _, count in rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows of the weight."""

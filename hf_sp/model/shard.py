@@ -37,8 +37,11 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
         for leaf in block.leaves:
             if leaf.style == "column":
                 wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = Shard(0)
+            elif leaf.style == "packed":
+                wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = packed_halves(0)
             elif leaf.style == "row":
                 wanted[f"{leaf.path}.weight"] = Shard(1)
+        wanted |= {f"{path}.weight": Shard(0) for path in block.over_heads}
         experts = block.experts
         if experts is not None:
             features = experts.split == "features"

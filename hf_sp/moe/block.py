@@ -185,13 +185,14 @@ class SharedBoundary(BlockBoundary):
         self, state: ParallelState, block: BlockInput, columns: list[Any], around: SparseBoundary
     ) -> None:
         super().__init__(state, block, columns, attention=False)
-        self.around = around
+        self.around, self.flat = around, True
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """All-gather ``[T, H]`` to ``[1, tp * T, H]``."""
+        """All-gather ``[T, H]`` to ``[1, tp * T, H]``, or ``[B, s, H]`` along s."""
         x = get_hidden_states(args, kwargs)
         self.around.port(module, x)
-        recompute, x = recompute_of(x), x.unsqueeze(0)
+        self.flat = x.dim() == 2
+        recompute, x = recompute_of(x), x.unsqueeze(0) if self.flat else x
         if recompute is not None:
             _attach_reshaped(x, recompute)
         return super().enter(module, *replace_hidden_states(args, kwargs, x))
@@ -199,7 +200,7 @@ class SharedBoundary(BlockBoundary):
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce-scatter, back to ``[T, H]``."""
         out = super().leave(module, args, output)
-        return out.squeeze(0) if isinstance(out, Tensor) else out
+        return out.squeeze(0) if isinstance(out, Tensor) and self.flat else out
 
 
 def _attach_reshaped(x: Tensor, recompute: Recompute) -> None:

@@ -25,7 +25,8 @@ def check_tp(model: str, plan: Plan) -> None:
                 continue
             name = "features" if experts is None else "shared expert features"
             if leaf.heads:
-                fewer = leaf.style != "row" and leaf.heads < query
+                # What is normalised over all heads is split by heads, and nothing else.
+                fewer = leaf.style != "row" and leaf.heads < query and not block.over_heads
                 name = _REPLICABLE if fewer else "num_attention_heads"
             sizes.setdefault((name, leaf.parts), leaf.path)
     bad = [size for size in sizes if not _allows(*size, plan.tp)]

@@ -5,23 +5,25 @@ understand whole. Runs on meta tensors; changes nothing.
 
 A plan key such as ``model.layers.*.self_attn.q_proj`` names a linear inside a decoder layer. The
 layer's child that owns it (``self_attn``) is the TP block. Nothing here is written per family:
-what a family needs beyond its own plan strings would be an entry in ``_STYLES``.
+what a family needs beyond its own plan strings is a row in ``families``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
 from hf_sp.errors import PlanError
+from hf_sp.plan.blocks import tp_block
 from hf_sp.plan.check import check_ep, check_tp
 from hf_sp.plan.experts import STYLES as EXPERTS_STYLES
 from hf_sp.plan.experts import experts_block, is_experts, sparse_blocks, style_of_experts
+from hf_sp.plan.families import plan_strings
 from hf_sp.plan.outer import (
     Modules,
-    class_name,
     find_embedding,
     find_final_norm,
     find_head,
@@ -29,13 +31,16 @@ from hf_sp.plan.outer import (
     inside,
     owners,
 )
-from hf_sp.plan.schema import Block, Kind, Leaf, Plan, Style
+from hf_sp.plan.schema import Block, Kind, Plan
 
 # HF's strings -> what we do to a module of a layer.
 _STYLES: dict[str, Kind] = {
     "colwise": "column",
     "rowwise": "row",
     "replicated_with_grad_allreduce": "partial",
+    "packed_colwise": "packed",
+    "mla_kv_a_proj": "replicated",
+    "colwise_by_head": "column_by_head",
 }
 # Styles of modules outside the layers; how these are split is read off the modules themselves.
 _OUTER_STYLES = {"colwise_gather_output", "colwise", "embedding_rowwise"}
@@ -64,7 +69,7 @@ def derive_plan(
             claims, a layer of another shape than the plan needs, sizes that tp cannot divide, or
             an ep that the model or this release does not have.
     """
-    styles = getattr(model, "tp_plan", None) if styles is None else styles
+    styles = plan_strings(model) if styles is None else styles
     name = type(model).__name__
     if not styles:
         raise PlanError(
@@ -99,7 +104,7 @@ def derive_plan(
                 blocks.append(experts_block(modules, path, sparse[child], named, ep))
             else:
                 named = {key: kind for key, kind in named.items() if key in modules}
-                blocks += [_block(model, modules, path, named, tp)] if named else []
+                blocks += [tp_block(model, modules, path, named, tp)] if named else []
             matched |= {key.removeprefix(f"{layer}.") for key in named}
         norms += _norms(modules, layer, [b for b in blocks if inside(b.path, layer)])
     missing = [f"{container}.*.{key}" for key in sorted(keys.keys() - matched)]
@@ -141,97 +146,45 @@ def _layered_keys(
     containers: set[str] = set()
     keys: dict[str, Kind] = {}
     unknown: list[str] = []
+    named = {re.sub(r"\.\d+\.", ".*.", path) for path in modules}
     for key, style in styles.items():
         container, layered, below = key.partition(".*.")
         of_experts = style_of_experts(key, experts)
-        others = _STYLES if layered else _OUTER_STYLES
+        others: Any = _STYLES if layered else _OUTER_STYLES
+        if style == "packed_colwise" and key not in named:
+            others = ()  # a parameter of experts of another form
         if style != of_experts and (of_experts or style not in others):
             unknown.append(f"{key}: {style}")
         elif layered and not of_experts:
             containers.add(container)
             keys[below] = _STYLES[style]
     if unknown:
+        inner, outer = ", ".join(_STYLES), ", ".join(sorted(_OUTER_STYLES))
+        experts_styles = ", ".join(
+            f"{end or 'the module'}: {s}" for end, s in EXPERTS_STYLES.items()
+        )
         raise PlanError(
             f"{name}: the plan uses styles that hf_sp does not carry out",
             where="\n".join(unknown),
-            rule="a plan is carried out whole or not at all; experts' features are split on both "
-            "halves of gate_up_proj, whole experts by parallelize(..., ep=tp)",
-            legal=", ".join(sorted({*_STYLES, *_OUTER_STYLES, *EXPERTS_STYLES.values()})),
+            rule="a plan is carried out whole or not at all",
+            legal=f"linears and norms in a layer: {inner}\nexperts of a form that hf_sp knows: "
+            f"{experts_styles}\noutside the layers: {outer}",
+        )
+    if not containers:
+        raise PlanError(
+            f"transformers has no layer plan for {name}",
+            where=f"{name}.tp_plan",
+            got=", ".join(styles),
+            rule="hf_sp splits what the plan says of a decoder layer's linears",
+            remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
     if len(containers) != 1 or not isinstance(modules.get(*containers), nn.ModuleList):
         raise PlanError(
             f"{name}: the plan does not name one stack of decoder layers",
-            got=", ".join(sorted(containers)) or "no key with '.*.'",
+            got=", ".join(sorted(containers)),
             rule="all layered keys share one ModuleList of decoder layers",
         )
     return containers.pop(), keys
-
-
-def _block(
-    model: nn.Module, modules: Modules, path: str, keys: Mapping[str, Kind], tp: int
-) -> Block:
-    """The TP block of the modules that the plan names."""
-    heads = _heads(model, modules[path])
-    partial = tuple(key for key, kind in keys.items() if kind == "partial")
-    leaves = tuple(
-        _leaf(key, modules[key], kind, heads, tp) for key, kind in keys.items() if kind != "partial"
-    )
-    styles = {leaf.style for leaf in leaves}
-    if "row" not in styles or len(styles) == 1:
-        raise PlanError(
-            "a block of the plan does not pair column with row linears",
-            where=path,
-            got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
-            rule="a TP block gathers before its column and reduce-scatters after its row linears",
-        )
-    return Block(path, leaves, partial, attention=heads[0] > 0)
-
-
-def _heads(model: Any, block: Any) -> tuple[int, int, int]:
-    """Size of a head, and numbers of query and key/value heads; zeros but for attention."""
-    size = getattr(block, "head_dim", 0) or getattr(block, "head_size", 0)
-    if not size:
-        return 0, 0, 0
-    config = getattr(block, "config", model.config).get_text_config()
-    query = getattr(config, "num_attention_heads", 0)
-    return size, query, getattr(config, "num_key_value_heads", None) or query
-
-
-def _leaf(
-    path: str,
-    module: nn.Module,
-    kind: Literal["column", "row"],
-    heads: tuple[int, int, int],
-    tp: int,
-) -> Leaf:
-    dim, query, key_value = heads
-    # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
-    if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
-        raise PlanError(
-            "a linear of the plan is not a plain torch.nn.Linear",
-            where=path,
-            got=class_name(module),
-            rule="hf_sp shards plain linears; quantised or wrapped ones are not sliced",
-            remedy="parallelize the model before it is quantised or given adapters",
-        )
-    leaf = Leaf(path, kind, (module.out_features, module.in_features))
-    if not dim:
-        return leaf
-    count, rest = divmod(leaf.parts, dim)
-    if count == 3 * query:
-        # q, k and v of one head after the other, or no plan could split them by columns.
-        count = query
-    if rest or count not in (query, key_value):
-        raise PlanError(
-            "an attention projection is not made of whole heads",
-            where=path,
-            got=f"{leaf.parts} features with head_dim {dim}",
-            rule=f"its split dim must hold {query} query or {key_value} key/value heads",
-        )
-    # With as many kv as query heads, all projections are split alike.
-    fewer = kind == "column" and count == key_value != query
-    style: Style = "column_replicated" if fewer and count < tp and tp % count == 0 else kind
-    return Leaf(path, style, leaf.shape, count)
 
 
 def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
@@ -240,7 +193,7 @@ def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
     for path, own in owners(modules, layer):
         block = next((b for b in blocks if inside(path, b.path)), None)
         if block is not None:
-            claimed = [*block.partial, *(leaf.path for leaf in block.leaves)]
+            claimed = [*block.partial, *block.over_heads, *(leaf.path for leaf in block.leaves)]
             # experts_block has looked at all weights of a sparse one.
             if block.experts or any(inside(path, one) for one in claimed):
                 continue

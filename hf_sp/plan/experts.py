@@ -77,10 +77,12 @@ def experts_block(
         if other == experts:
             continue
         owner, _, name = other.removeprefix(f"{path}.").rpartition(".")
-        linear, kind = type(modules[other]) is nn.Linear, dense.get(f"{path}.{name}", "partial")
+        linear = type(modules[other]) is nn.Linear
+        kind = dense.get(other, dense.get(f"{path}.{name}", "partial"))
         size = tuple(own["weight"].shape) if "weight" in own else ()
         child = not owner and len(own) == 1
-        if linear and kind != "partial" and owner and "." not in owner and shared in ("", owner):
+        inner = linear and owner and "." not in owner and shared in ("", owner)
+        if inner and (kind == "column" or kind == "row"):
             leaves.append(Leaf(other, kind, (size[0], size[1])))
             shared = owner
         elif linear and child and size == (1, hidden):

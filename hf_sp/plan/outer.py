@@ -8,7 +8,11 @@ from typing import Any
 from torch import nn
 
 from hf_sp.errors import PlanError
+from hf_sp.plan.source import known
 
+_SCALED = {
+    "gemma": "def forward(self, x): return super().forward(x) * self.scale.to(self.weight.dtype)"
+}
 Modules = Mapping[str, nn.Module]
 """All modules of a model by path."""
 
@@ -35,7 +39,8 @@ def find_embedding(model: Any, modules: Modules, decoder: str) -> str:
     module = model.get_input_embeddings()
     path = next(path for path, other in modules.items() if other is module)
     problem = ""
-    if type(module) is not nn.Embedding:
+    scaled = type(module).__bases__ == (nn.Embedding,) and known(module, _SCALED) is not None
+    if type(module) is not nn.Embedding and not scaled:
         problem = class_name(module)
     elif module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         problem = "max_norm, sparse or scale_grad_by_freq is set"
@@ -46,7 +51,7 @@ def find_embedding(model: Any, modules: Modules, decoder: str) -> str:
             "the input embedding cannot be made vocab-parallel",
             where=path,
             got=problem,
-            rule="a plain torch.nn.Embedding beside the decoder layers",
+            rule="a torch.nn.Embedding beside the decoder layers, plain or scaled as Gemma's",
         )
     return path
 

@@ -9,16 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["column", "row", "partial"]
-"""What a plan says of a module: a column or row linear, or replicated weights on local heads."""
+Kind = Literal["column", "column_by_head", "packed", "row", "partial", "replicated"]
+"""What a plan says of a module.
 
-Style = Literal["column", "row", "column_replicated", "replicated"]
+``column``, ``row``: a linear. ``column_by_head``: a column linear with several features' kinds a
+head. ``packed``: several column linears in one, gate and up, or q, k and v. ``partial``: replicated
+weights on local heads. ``replicated``: a linear whose output is the same on every rank, and used on
+local heads.
+"""
+
+Style = Literal["column", "row", "column_replicated", "replicated", "packed"]
 """How a linear inside a TP block is split.
 
 ``column``: weight ``[out, in]`` split on dim 0. ``row``: split on dim 1. ``column_replicated``: a
 k or v projection with fewer heads than ranks; the weight is stored whole on every rank, each rank
 computes with the rows of the one head that its query heads attend to, and the gradients are summed.
-``replicated``: whole on every rank, its gradient summed (the gate of a shared expert).
+``replicated``: whole on every rank, its gradient summed (the gate of a shared expert, the low-rank
+projections of latent attention). ``packed``: each of two halves is split on dim 0 (gate and up).
 """
 
 
@@ -30,19 +37,39 @@ class Leaf:
     style: Style
     shape: tuple[int, int]  # (out_features, in_features) of the whole weight
     heads: int = 0  # attention heads along the split dim, 0 outside attention
+    # Heads of each of several linears in one (q, k, v), stored whole as ``column_replicated``.
+    segments: tuple[int, ...] = ()
 
     @property
     def parts(self) -> int:
         """What is divided among the ranks: heads, or features of the split dim."""
+        if self.style == "packed":
+            return self.shape[0] // 2
         return self.heads or self.shape[1 if self.style == "row" else 0]
+
+    def rows(self, tp: int, rank: int) -> tuple[tuple[int, int], ...] | None:
+        """Of a weight that is stored whole: first row and rows of each stretch that a rank uses."""
+        if self.style == "replicated":
+            return ((0, self.shape[0]),)
+        if self.style != "column_replicated":
+            return None
+        counts, start, found = self.segments or (self.heads,), 0, []
+        width = self.shape[0] // sum(counts)
+        for count in counts:
+            # Ranks r * tp / count to (r + 1) * tp / count share head r.
+            first, own = rank * count // tp, max(1, count // tp)
+            found.append((start + first * width, own * width))
+            start += count * width
+        return tuple(found)
 
     def describe(self, tp: int) -> str:
         """The style, the whole and the local shape."""
         out, into = self.shape
         if self.style == "replicated":
             return f"replicated, gradient summed over tp  [{out}, {into}]"
-        split = self.heads if self.style == "column_replicated" else tp
-        local = (out, into // split) if self.style == "row" else (out // split, into)
+        rows = self.rows(tp, 0)
+        own = out // tp if rows is None else sum(n for _, n in rows)
+        local = (out, into // tp) if self.style == "row" else (own, into)
         heads = f"  {self.heads} heads" if self.heads else ""
         return f"{self.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"
 
@@ -73,6 +100,9 @@ class Block:
     path: str
     leaves: tuple[Leaf, ...]  # in the model's order
     partial: tuple[str, ...] = ()  # modules with replicated weights, used on the rank's own heads
+    over_heads: tuple[
+        str, ...
+    ] = ()  # norms over the features of all heads; each rank has its own's
     attention: bool = False  # attends over the sequence and so needs its true length
     experts: Experts | None = None
 
@@ -157,3 +187,5 @@ class Plan:
             yield f"  {leaf.path}", leaf.describe(self.tp)
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
+        for path in block.over_heads:
+            yield f"  {path}", "norm over all heads: weight split, 1 all-reduce of sums of squares"

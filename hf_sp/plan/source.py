@@ -82,7 +82,8 @@ def _unwrapped(function: Any) -> Any:
 def _of_function(function: Any) -> tuple[str, list[str]] | None:
     # What decorates a function or is closed over is not in its text.
     plain = type(function) is FunctionType and not hasattr(function, "__wrapped__")
-    if not plain or function.__code__.co_freevars:
+    # ``super()`` closes over its class; only the form of an embedding has it.
+    if not plain or {*function.__code__.co_freevars} - {"__class__"}:
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]

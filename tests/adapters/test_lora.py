@@ -18,6 +18,8 @@ def _fields(**fields):
 
 FEATURES = {
     "all-linear": (Case("qwen3"), _fields(target_modules="all-linear")),
+    # Gate and up in one linear, and q, k and v.
+    "packed": (Case("phi3"), _fields(target_modules=("qkv_proj", "gate_up_proj", "down_proj"))),
     "rslora": (Case("llama"), _fields(use_rslora=True)),
     "some": (Case("llama_bias"), _fields(target_modules=("q_proj", "down_proj"))),
     "rank_pattern": (Case("llama"), _fields(rank_pattern=(("q_proj", 5),))),

@@ -59,6 +59,7 @@ def named_inputs(tp: int, vocab: int) -> dict[str, Batch]:
         "inputs-embeds": batches.with_inputs_embeds(plain),
         "inputs-embeds-padded": batches.with_inputs_embeds(batches.left_padded(3, 7, vocab)),
         "mask-4d": batches.mask_4d(2, 17, vocab),
+        "mask-of-heads": batches.mask_of_heads(2, 17, vocab),
     }  # fmt: skip
 
 

@@ -154,6 +154,15 @@ def mask_4d(
     return out
 
 
+def mask_of_heads(batch: int = 2, length: int = 16, vocab: int = 96, heads: int = 8) -> Batch:
+    """As ``mask_4d``, with another mask for each head: head h is blind to token h."""
+    out = mask_4d(batch, length, vocab)
+    mask = out["attention_mask"].expand(batch, heads, -1, -1).clone()
+    for head in range(heads):
+        mask[:, head, head + 1 :, head] = torch.finfo(mask.dtype).min
+    return {**out, "attention_mask": mask}
+
+
 def count_targets(batch: Batch) -> int:
     """Targets that count after the shift, as Trainer's num_items_in_batch does."""
     if "shift_labels" in batch:

@@ -265,8 +265,8 @@ class _WatchLength:
     def __init__(self, model: nn.Module) -> None:
         self.seen: set[tuple[int, int]] = set()
         self.whole = 0
-        model.model.embed_tokens.register_forward_hook(self._note_whole)
-        model.model.layers[1].register_forward_pre_hook(self._note, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self._note_whole)
+        model.base_model.layers[1].register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note_whole(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.whole = output.shape[1]

@@ -11,18 +11,23 @@ from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -82,7 +87,7 @@ RELATIVES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         ),
         # multiplies logits; one norm and two blocks side by side
         "cohere": (CohereConfig, {"logit_scale": 0.5, "pad_token_id": None}),
-        # caps logits and attention scores; its embedding, which hf_sp refuses, is made a plain one
+        # caps logits and attention scores; a scaled embedding
         "gemma2": (
             Gemma2Config,
             {
@@ -98,6 +103,54 @@ RELATIVES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         "llama_capped": (LlamaConfig, {"final_logit_softcapping": 1.5}),
     }
 )
+# One for each mechanism that plans have besides column and row linears.
+MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
+    {
+        # q, k and v in one linear, gate and up in another
+        "phi3": (Phi3Config, {"pad_token_id": None}),
+        "phi3_mha": (Phi3Config, {"pad_token_id": None, "num_key_value_heads": 8}),
+        # norms behind the exits of both blocks; biases on q, k and v alone
+        "glm4": (Glm4Config, {"head_dim": 8, "pad_token_id": None, "attention_bias": True}),
+        # a scaled embedding, sandwich norms, norms of heads, a layer with a window
+        "gemma3": (
+            Gemma3TextConfig,
+            {
+                "head_dim": 16,
+                "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+        # norms over all heads of q and of k
+        "olmo2": (Olmo2Config, {"pad_token_id": None}),
+        # q, k and v in one linear by head; what is called attention has no attribute head_dim
+        "gpt_neox": (GPTNeoXConfig, {"pad_token_id": None}),
+        # low-rank projections that all heads share, a sigmoid router with groups and a correction
+        "deepseek_v3": (
+            DeepseekV3Config,
+            {
+                "num_key_value_heads": 8,
+                "q_lora_rank": 24,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "head_dim": 8,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "n_group": 2,
+                "topk_group": 1,
+                "n_shared_experts": 1,
+                "moe_intermediate_size": 48,
+                "first_k_dense_replace": 1,
+                "pad_token_id": None,
+            },
+        ),
+    }
+)
+# Where transformers computes in float32 whatever the dtype, and a rank has a part of the numbers:
+# norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
+# tests/sparse/test_parity.py has it.
+FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
 
 
 class LlamaCapped(LlamaForCausalLM):
@@ -130,7 +183,7 @@ SPARSE: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 
 def config(family: str, **overrides: Any):
     """The family's configuration. `overrides` are configuration fields."""
-    cls, fields = {**FAMILIES, **RELATIVES, **SPARSE}[family]
+    cls, fields = {**FAMILIES, **RELATIVES, **MECHANISMS, **SPARSE}[family]
     return cls(**{**_BASE, **fields, **overrides})
 
 
@@ -154,21 +207,18 @@ def build(
         model = (make or AutoModelForCausalLM.from_config)(
             config(family, **overrides), dtype=dtype, attn_implementation=attn
         )
-    embedding = model.get_input_embeddings()
-    if type(embedding) is not nn.Embedding:
-        plain = nn.Embedding(*embedding.weight.shape, padding_idx=embedding.padding_idx)
-        plain.weight = embedding.weight
-        model.set_input_embeddings(plain)
-    if family in SPARSE:
+    if family in SPARSE or family == "deepseek_v3":
         # HF's grouped forward takes no float64; this is the definition.
         model.set_experts_implementation("eager")
-        if dtype == torch.float64 and not family.endswith("_own_router"):
+        if family in SPARSE and dtype == torch.float64 and not family.endswith("_own_router"):
             for layer in model.model.layers:
                 if hasattr(layer.mlp, "gate"):
                     layer.mlp.gate.forward = MethodType(float64_router, layer.mlp.gate)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # Some routers are made in float32, and would round each step.
+            parameter.data = parameter.to(dtype)
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(_initial(name, noise))
     return model.train()

@@ -14,9 +14,11 @@ from torch import nn
 
 from hf_sp import parallelize
 from hf_sp.checks import check_devices
+from hf_sp.checks_fsdp import check_data_parallel
 from hf_sp.comm.mesh import Degrees, resolve_degrees
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import fake_world
+from hf_sp.plan import derive_plan
 from refusals import jobs
 
 # --- on two ranks -------------------------------------------------------------------------------
@@ -283,3 +285,15 @@ def test_models_in_no_state_to_be_sharded(spoil, part):
 def test_things_that_are_no_transformers_model(thing):
     with pytest.raises(ConfigError):
         parallelize(thing)
+
+
+@pytest.mark.parametrize(("bias", "data", "part"), [(False, 3, "64 input"), (True, 2, "with a")])
+def test_packed_linears_beside_data_parallel_ranks(bias, data, part):
+    model = tiny.build("phi3")
+    mlp = model.model.layers[0].mlp
+    if bias:
+        mlp.gate_up_proj = nn.Linear(64, 192)
+    plan = derive_plan(model, 2, True)
+    check_data_parallel(model, plan, Degrees(tp=2, dp_shard=1, dp_replicate=1))
+    with pytest.raises(ConfigError, match=part):
+        check_data_parallel(model, plan, Degrees(tp=2, dp_shard=data, dp_replicate=1))

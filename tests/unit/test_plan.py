@@ -102,11 +102,19 @@ def _styles(**changes):
     ("styles", "message"),
     [
         ({}, "has no tensor parallel plan"),
-        (_styles(mlp__up_proj="mla_kv_a_proj"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="magic"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="embedding_rowwise"), "styles that hf_sp does not carry out"),
+        (_styles(mlp__up_proj="mla_kv_a_proj"), "read by no column linear"),
+        (_styles(self_attn__k_proj="mla_kv_a_proj"), "read by no column linear"),
+        (_styles(mlp__up_proj="packed_colwise"), "does not make what its row"),
+        (_styles(input_layernorm="colwise"), "does not pair"),
         (_styles(mlp__up_proj=None), "claimed by no key"),
         (_styles(mlp__down_proj=None), "does not pair"),
         (_styles(mlp__third_proj="colwise"), "match no module"),
-        ({"lm_head": "colwise_gather_output"}, "does not name one stack"),
+        (
+            {"lm_head": "colwise_gather_output"},
+            "transformers has no layer plan for Llama",
+        ),
         ({**_styles(), "model.nothing": "colwise"}, "matches no module"),
     ],
 )
@@ -118,6 +126,35 @@ def test_plans_that_are_refused(styles, message):
 def test_model_without_a_plan():
     with pytest.raises(PlanError, match="has no tensor parallel plan"), torch.device("meta"):
         derive_plan(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "attends"),
+    [
+        ("gpt_neox", ["gpt_neox.layers.0.attention"]),
+        ("deepseek_v3", ["model.layers.0.self_attn"]),
+        ("gemma3", ["model.layers.0.self_attn"]),
+    ],
+)
+def test_attention_is_known_by_what_it_is_given(family, attends):
+    plan = derive_plan(_meta(family), 2, True)
+    assert [b.path for b in plan.blocks if b.attention and ".0." in b.path] == attends
+
+
+def test_a_block_that_is_given_something_else():
+    model = _meta("llama")
+    model.model.layers[0].mlp.forward = lambda x, states: x
+    with pytest.raises(PlanError, match="neither an MLP nor an attention"):
+        derive_plan(model, 2, True)
+
+
+def test_packed_rows_of_a_rank():
+    """8 query heads and 4 of keys and values, of 8 features, on 2 and on 8 ranks."""
+    plan = derive_plan(_meta("phi3"), 2, True)
+    leaf = next(leaf for leaf in plan.blocks[0].leaves if leaf.segments)
+    assert leaf.segments == (8, 4, 4)
+    assert leaf.rows(2, 1) == ((32, 32), (80, 16), (112, 16))
+    assert leaf.rows(8, 5) == ((40, 8), (80, 8), (112, 8))
 
 
 class _OtherLinear(nn.Linear):

@@ -1,0 +1,163 @@
+"""The TP blocks that hf_sp knows: an MLP, and an attention by heads.
+
+What a block does with its input is read off the signature of its forward: one tensor is looked at
+token by token, and masks or positions beside it mean attention. Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from hf_sp.errors import PlanError
+from hf_sp.plan.known_forms import norm_form
+from hf_sp.plan.outer import Modules, class_name
+from hf_sp.plan.schema import Block, Kind, Leaf, Style
+
+# What a block that attends over the sequence is given besides its input.
+_GIVEN_TO_ATTENTION = {"attention_mask", "position_embeddings", "position_ids"}
+
+
+def tp_block(
+    model: nn.Module, modules: Modules, path: str, keys: Mapping[str, Kind], tp: int
+) -> Block:
+    """The TP block of the modules that the plan names."""
+    heads = _heads(model, modules, path, keys)
+    partial = tuple(key for key, kind in keys.items() if kind == "partial")
+    wide = [key for key, kind in keys.items() if kind == "column" and _is_norm(modules[key])]
+    leaves = tuple(
+        _leaf(key, modules[key], kind, heads, tp)
+        for key, kind in keys.items()
+        if kind != "partial" and key not in wide
+    )
+    styles = {leaf.style for leaf in leaves} - {"replicated"}
+    if "row" not in styles or len(styles) == 1:
+        raise PlanError(
+            "a block of the plan does not pair column with row linears",
+            where=path,
+            got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
+            rule="a TP block gathers before its column and reduce-scatters after its row linears",
+        )
+    hidden, width = next(leaf.shape for leaf in leaves if leaf.style == "row")
+    for leaf in leaves:
+        made = {"column": width, "packed": 2 * width}.get(leaf.style)
+        if heads is None and made is not None and leaf.shape[0] != made:
+            raise PlanError(
+                "a column linear of an MLP does not make what its row linear reads",
+                where=leaf.path,
+                got=f"{leaf.shape[0]} features",
+                rule="colwise makes one tensor of the row linear's width; packed_colwise packs two "
+                "linears, gate and up, in halves",
+                legal=str(made),
+            )
+    inner = {leaf.shape[1] for leaf in leaves if leaf.style == "column"} - {hidden}
+    for leaf in leaves:
+        if leaf.style == "replicated" and not (heads and inner and min(inner) <= leaf.shape[0]):
+            raise PlanError(
+                "a low-rank projection of the plan is read by no column linear of an attention",
+                where=leaf.path,
+                got=f"{leaf.shape[0]} features; column linears read {sorted(inner) or hidden}",
+                rule="what every rank computes alike goes through a linear that makes own heads",
+            )
+    for key in wide:
+        size = modules[key].get_parameter("weight").shape[0]
+        sizes = {leaf.shape[leaf.style == "row"] for leaf in leaves if leaf.style != "replicated"}
+        if size not in sizes:
+            raise PlanError(
+                "a norm of the plan is not one over all heads or features",
+                where=key,
+                got=f"{size} features",
+                rule="its weight is split as what a column linear makes or a row linear reads",
+                legal=", ".join(map(str, sorted(sizes))),
+            )
+    return Block(path, leaves, partial, tuple(wide), attention=heads is not None)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Linear) and norm_form(module) is not None
+
+
+class _Heads(NamedTuple):
+    """Of an attention block: size of a head, numbers of query and key/value heads.
+
+    ``latent``: keys and values are made of a low-rank projection, one of each for each query head.
+    """
+
+    dim: int
+    query: int
+    key_value: int
+    latent: bool
+
+
+def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) -> _Heads | None:
+    """The heads of a block that attends; None for one that treats each token by itself.
+
+    Raises:
+        PlanError: the block is neither, or its heads could not be told.
+    """
+    block: Any = modules[path]
+    given = [
+        p.name
+        for p in inspect.signature(block.forward).parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if len(given) == 1:
+        return None
+    config = getattr(block, "config", model.config).get_text_config()
+    query = getattr(config, "num_attention_heads", 0)
+    row = next((key for key, kind in keys.items() if kind == "row"), "")
+    width = getattr(modules.get(row), "in_features", 0)
+    if not _GIVEN_TO_ATTENTION & {*given} or not query or not width or width % query:
+        raise PlanError(
+            "a block of the plan is neither an MLP nor an attention that hf_sp knows",
+            where=path,
+            got=f"{class_name(block)}, given {', '.join(given)}; {query} heads, {width} features",
+            rule="an MLP is given one tensor; an attention is given masks or positions too, and "
+            "its row linear reads whole heads",
+        )
+    latent = "replicated" in keys.values()
+    key_value = query if latent else getattr(config, "num_key_value_heads", None) or query
+    return _Heads(getattr(block, "head_dim", None) or width // query, query, key_value, latent)
+
+
+def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: int) -> Leaf:
+    # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
+    if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
+        raise PlanError(
+            "a linear of the plan is not a plain torch.nn.Linear",
+            where=path,
+            got=class_name(module),
+            rule="hf_sp shards plain linears; quantised or wrapped ones are not sliced",
+            remedy="parallelize the model before it is quantised or given adapters",
+        )
+    shape = module.out_features, module.in_features
+    parts = shape[1] if kind == "row" else shape[0]
+    if kind == "replicated":
+        return Leaf(path, "replicated", shape)
+    if heads is None:
+        style: Style = "packed" if kind == "packed" else "row" if kind == "row" else "column"
+        return Leaf(path, style, shape)
+    dim, query, key_value, latent = heads
+    # Latent attention has heads of other sizes for keys and values.
+    count, rest = (query, parts % query) if latent else divmod(parts, dim)
+    segments: tuple[int, ...] = ()
+    if kind == "packed" and count == query + 2 * key_value:
+        segments, count = (query, key_value, key_value), key_value
+    elif kind == "column_by_head" and not count % query:
+        count = query
+    if rest or count not in (query, key_value) or (kind == "packed") != bool(segments):
+        raise PlanError(
+            "an attention projection is not made of whole heads",
+            where=path,
+            got=f"{parts} features with head_dim {dim}",
+            rule=f"its split dim must hold {query} query or {key_value} key/value heads",
+        )
+    # With as many kv as query heads, all projections are split alike.
+    fewer = kind == "column" and count == key_value != query
+    style = "row" if kind == "row" else "column"
+    if segments or (fewer and count < tp and tp % count == 0):
+        style = "column_replicated"
+    return Leaf(path, style, shape, count, segments)

@@ -1,0 +1,136 @@
+"""Plans of our own, as data: what transformers' plan of a family lacks, or says otherwise.
+
+Keys are those of ``base_model_tp_plan``, and styles are transformers' own strings, with one more:
+``colwise_by_head``, a linear whose rows are grouped by head (each head's q, k and v together).
+Where transformers gathers a linear's output (``colwise_gather_output``), the module behind it runs
+on this rank's features instead. A key that matches no module of a version is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+Rows = Mapping[str, str]
+
+_ATTENTION: Rows = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_MLP: Rows = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+# gate and up in one linear.
+_PACKED_MLP: Rows = {
+    "layers.*.mlp.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+# Norms of each head's features, which HF's plan forgets where a config has them.
+_HEAD_NORMS: Rows = {
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+}
+# Norms over all heads together: their weight is split, and so is their sum of squares.
+_NORMS_OVER_HEADS: Rows = {
+    **_ATTENTION,
+    "layers.*.self_attn.q_norm": "colwise",
+    "layers.*.self_attn.k_norm": "colwise",
+}
+# Low-rank projections and their norms are replicated, and used on own heads.
+_LATENT_ATTENTION: Rows = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.q_a_proj": "mla_kv_a_proj",
+    "layers.*.self_attn.q_a_layernorm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.q_b_proj": "colwise",
+    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+    "layers.*.self_attn.kv_a_layernorm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+
+_SHARED_EXPERTS: Rows = {
+    "layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "layers.*.mlp.shared_experts.up_proj": "colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
+}
+
+# An activation with numbers of its own, applied to own features.
+_ACTIVATION: Rows = {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
+
+FAMILIES: Mapping[str, Rows] = {
+    "phi3": {
+        "layers.*.self_attn.qkv_proj": "packed_colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        **_PACKED_MLP,
+    },
+    "glm": _PACKED_MLP,
+    "glm4": _PACKED_MLP,
+    "glm4_moe": _HEAD_NORMS,
+    "gpt_neox": {"layers.*.attention.query_key_value": "colwise_by_head"},
+    "olmo2": _NORMS_OVER_HEADS,
+    "olmo3": _NORMS_OVER_HEADS,
+    "olmoe": _NORMS_OVER_HEADS,
+    "flex_olmo": _NORMS_OVER_HEADS,
+    "minimax_m2": _NORMS_OVER_HEADS,
+    "deepseek_v2": _LATENT_ATTENTION,
+    "deepseek_v3": _LATENT_ATTENTION,
+    "minicpm3": _LATENT_ATTENTION,
+    "glm4_moe_lite": _LATENT_ATTENTION,
+    "youtu": _LATENT_ATTENTION,
+    "axk1": _LATENT_ATTENTION,
+    "granitemoe": _ATTENTION,
+    "granitemoeshared": {
+        **_ATTENTION,
+        "layers.*.shared_mlp.input_linear": "packed_colwise",
+        "layers.*.shared_mlp.output_linear": "rowwise",
+    },
+    "solar_open": _SHARED_EXPERTS,
+    "kolibri1": _SHARED_EXPERTS,
+    "sarvam_moe": _HEAD_NORMS,
+    "sarvam_mla": _LATENT_ATTENTION,
+    "phimoe": _ATTENTION,
+    "hunyuan_v1_moe": {**_ATTENTION, **_MLP},
+    "hunyuan_v1_dense": {
+        **_ATTENTION,
+        **_MLP,
+        "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
+    },
+    "stablelm": {**_ATTENTION, **_MLP},
+    "emu3": {**_ATTENTION, **_MLP},
+    "bitnet": {
+        **_ATTENTION,
+        **_MLP,
+        "layers.*.self_attn.attn_sub_norm": "colwise",
+        "layers.*.mlp.ffn_sub_norm": "colwise",
+    },
+    "apertus": _ACTIVATION,
+    "apertus1p5_text": _ACTIVATION,
+}
+
+
+def plan_strings(model: Any) -> dict[str, str]:
+    """A model's plan: its own ``tp_plan``, with the rows here."""
+    styles = dict(getattr(model, "tp_plan", None) or {})
+    rows = FAMILIES.get(model.config.get_text_config().model_type, {})
+    paths = [path for path, _ in model.named_modules()]
+    stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for key, style in rows.items():
+        container, _, below = key.partition(".*.")
+        for stack in stacks:
+            whole = f"{stack}.*.{below}"
+            # Not "layers" in the place of "encoder.layers": the key names all of it but the prefix.
+            if not f".{stack}".endswith(f".{container}"):
+                continue
+            if any(fnmatchcase(path, whole) for path in paths):
+                styles[whole] = style
+            else:
+                styles.pop(whole, None)
+    return styles

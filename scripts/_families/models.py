@@ -1,0 +1,117 @@
+"""A tiny model of every causal LM class of the installed transformers, from its config class.
+
+Owns: which families there are, small values of their configs, weights. Must not know: hf_sp, ranks.
+A family that the small values do not suit has a row in ODD; nothing here is code of one family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# Set where a config has the name.
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+    "sliding_window": 5,
+    # Mixtures of experts: a dense layer and a sparse one, where a family has both.
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "num_dense_layers": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    # Latent attention.
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "index_topk": 4,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+}
+
+# family -> what its config is given besides or instead.
+# There it is the size of the rotary part, and each query head has a key and a value.
+_LATENT = {"head_dim": 8, "num_key_value_heads": 8}
+ODD: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "glm4_moe": {"use_qk_norm": True},
+    "glm4_moe_lite": _LATENT,
+    "gptj": {"rotary_dim": 4},
+    "helium": {"head_dim": 8},
+    "minicpm3": _LATENT,
+    "sarvam_mla": _LATENT,
+    "seed_oss": {"residual_dropout": 0.0},
+    "youtu": _LATENT,
+}
+# Their own attention makes nan of rows that see nothing.
+RIGHT_PADDED = {"gemma2", "vaultgemma"}
+
+
+def families() -> list[str]:
+    """Model types of all causal LM classes; not of what wraps one with other models (vision)."""
+    names = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [name for name in names if not CONFIG_MAPPING[name].sub_configs]
+
+
+def config(family: str) -> PretrainedConfig:
+    """A small config of a family."""
+    cls = CONFIG_MAPPING[family]
+    names = {*inspect.signature(cls.__init__).parameters, *vars(cls()), *cls.attribute_map}
+    odd = ODD.get(family, {})
+    values = {name: value for name, value in SMALL.items() if name in names and name not in odd}
+    return cls(**values, **odd)
+
+
+def default_config(family: str) -> PretrainedConfig:
+    """The config that a family's class makes by itself."""
+    return CONFIG_MAPPING[family]()
+
+
+def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A model whose weights depend on the family and the seed alone.
+
+    Transformers starts norms at one, biases at zero and matrices so small that attention is nearly
+    uniform: a fault in those would hardly show.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config(family)), dtype=dtype)
+    # HF's grouped forward takes no float64; this is the definition.
+    model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.dim() > 1:
+                embeds = tensor.shape[0] == model.config.get_text_config().vocab_size
+                tensor.copy_(noise * (0.5 if embeds else tensor.shape[-1] ** -0.5))
+            elif isinstance(tensor, torch.nn.Parameter) or "bias" in name:
+                tensor.add_(0.2 * noise)
+    return model

@@ -1,0 +1,26 @@
+"""docs/families.md is what this hf_sp says of the transformers that it was written with."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from scripts import families
+from scripts._families import models
+
+
+def test_the_page_is_not_stale():
+    """Families, verdicts and reasons; seconds, for no model is built with memory."""
+    version, known, refused = families.read()
+    if version != transformers.__version__:
+        pytest.skip(f"docs/families.md is of transformers {version}")
+    verdicts = {family: families.verdict(family) for family in models.families()}
+    how = "python scripts/families.py"
+    assert {f: reason for f, (reason, _) in verdicts.items() if reason} == refused, how
+    assert sorted(known) == sorted(f for f, (reason, _) in verdicts.items() if not reason), how
+
+
+def test_no_family_that_is_not_refused_differs():
+    _, known, _ = families.read()
+    assert len(known) >= 60
+    assert not [line for line in known.values() if line.count("|") != 5]

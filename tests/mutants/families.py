@@ -1,0 +1,77 @@
+"""Mutants of what single families need: packed linears, norms over heads, latents, embeddings."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+from harness.parity import Case
+from torch.distributed.tensor import Shard
+
+from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
+from hf_sp.model import embedding, norm_over_heads, shard
+from hf_sp.plan.schema import Leaf
+from mutants import wrongly
+from mutants.registry import Patch, mutant
+
+
+def _own(x, axis):
+    comm.all_reduce(x, axis)
+    return x
+
+
+_WITHOUT_SUM = SimpleNamespace(all_reduce=_own)
+
+
+@mutant(Case("olmo2"))
+def norm_over_heads_sees_own_heads() -> list[Patch]:
+    right = norm_over_heads._OverHeads.forward
+
+    def forward(ctx, *args):
+        with mock.patch.object(norm_over_heads, "comm", _WITHOUT_SUM):
+            return right(ctx, *args)
+
+    return [(norm_over_heads._OverHeads, "forward", staticmethod(forward))]
+
+
+@mutant(Case("olmo2"))
+def norm_over_heads_sums_no_gradient() -> list[Patch]:
+    right = norm_over_heads._OverHeads.backward
+
+    def backward(ctx, *grads):
+        with mock.patch.object(norm_over_heads, "comm", _WITHOUT_SUM):
+            return right(ctx, *grads)
+
+    return [wrongly.backward(norm_over_heads._OverHeads, backward)]
+
+
+@mutant(Case("phi3"))
+def gate_and_up_are_split_as_one() -> list[Patch]:
+    return [(shard, "packed_halves", Shard)]
+
+
+@mutant(Case("phi3"))
+def packed_heads_are_the_next_ranks() -> list[Patch]:
+    right = Leaf.rows
+    return [(Leaf, "rows", lambda self, tp, rank: right(self, tp, (rank + 1) % tp))]
+
+
+@mutant(Case("phi3"))
+def packed_heads_gradient_is_not_summed() -> list[Patch]:
+    right = pairs.identity_allreduce
+    return [(pairs, "identity_allreduce", lambda x, axis: x if x.dim() == 2 else right(x, axis))]
+
+
+@mutant(Case("deepseek_v3"))
+def latent_gradients_are_not_summed() -> list[Patch]:
+    right = pairs.identity_allreduce
+    return [
+        (pairs, "identity_allreduce", lambda x, axis: x if x.shape == (24, 64) else right(x, axis))
+    ]
+
+
+@mutant(Case("gemma3"))
+def scaled_embedding_forgets_its_scale() -> list[Patch]:
+    # The class before it is the one that scales.
+    return [(embedding, "_before", lambda kind: embedding.VocabParallelEmbedding)]

@@ -1,0 +1,63 @@
+"""What families need that those of the matrix lack, one row for each mechanism.
+
+Packed linears, norms over all heads, scaled embeddings, low-rank projections, routers with a
+correction: every gradient and two clipped steps, as in the matrix. A slice of what
+`scripts/families.py` compares runs here too.
+"""
+
+from __future__ import annotations
+
+import pytest
+from harness import tiny
+from harness.parity import Case, assert_parity, train_all
+from harness.pool import pool, run_once
+
+from scripts._families.compare import check
+
+
+def _cases(tp: int) -> tuple[Case, ...]:
+    more = ("recompute", "none"), ("kernels", False)
+    cases = (
+        Case("phi3"),
+        Case("phi3", sp=False, accum=3),
+        Case("phi3_mha", checkpoint="reentrant"),
+        Case("glm4", checkpoint="non_reentrant", optimizer="adamw"),
+        Case("gemma3", accum=3),
+        Case("gemma3", sp=False, parallelize=more[1:]),
+        Case("olmo2", accum=3),
+        Case("olmo2", sp=False, checkpoint="non_reentrant"),
+        Case("gpt_neox", checkpoint="reentrant"),
+        Case("gpt_neox", sp=False),
+        Case("deepseek_v3", accum=3),
+        Case("deepseek_v3", sp=False, checkpoint="non_reentrant"),
+        Case("deepseek_v3", parallelize=(("ep", tp),)),
+        Case("deepseek_v3", parallelize=more[:1]),
+    )
+    loaded = (Case("phi3", loaded=True), Case("olmo2", loaded=True))
+    return cases + (loaded if tp == 2 else (Case("phi3", data=2), Case("olmo2", data=2)))
+
+
+CELLS = [
+    pytest.param(
+        tp,
+        index,
+        id=f"tp{tp}-{case}-{dict(case.parallelize)}{'-loaded' * case.loaded}",
+        marks=[pytest.mark.slow] if tp == 4 else [],
+    )
+    for tp in (2, 4)
+    for index, case in enumerate(_cases(tp))
+]
+
+
+@pytest.mark.parametrize(("tp", "index"), CELLS)
+def test_training_matches_the_unsharded_model(tp, index):
+    cases = _cases(tp)
+    per_rank = run_once(tp, train_all, timeout=240, cases=cases)
+    tolerance = tiny.FLOAT32.get(cases[index].family)
+    assert_parity([reports[index] for reports in per_rank], tol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2", "exaone4", "phi", "apertus", "bitnet"])
+def test_a_slice_of_the_table(family):
+    for found in pool(2).run(check, family=family):
+        assert not found["problems"]
