@@ -147,7 +147,10 @@ def check_devices(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def check_optimizers(model: nn.Module) -> None:
-    """Refuse if an optimizer or a gradient already refers to the whole parameters."""
+    """Refuse if an optimizer or a gradient already refers to the whole parameters.
+
+    No parameter knows its optimizers: only the collector's list of all objects does.
+    """
     graded = next((n for n, p in model.named_parameters() if p.grad is not None), None)
     if graded is not None:
         raise ConfigError(
