@@ -98,8 +98,8 @@ class ParallelLora:
 
     def _rows(self: Any, tensor: Tensor) -> Tensor:
         """Of something by output row, those that this rank computes."""
-        own = getattr(self.base_layer, "own_rows", None)
-        return tensor if own is None else own(tensor)
+        whole = getattr(self.base_layer, "rows", None) is None
+        return tensor if whole else self.base_layer.own_rows(tensor)
 
     # --- DoRA --------------------------------------------------------------------------------
 
