@@ -116,8 +116,22 @@ class StepAccounting(TorchDispatchMode):
 
     def __enter__(self) -> StepAccounting:
         self._depth = _fake_depth()
+        before, resized = torch.UntypedStorage.resize_, self._resized
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = before(storage, size)
+            resized(storage)
+            return result
+
+        # No op shows how FSDP frees a gathered weight, and makes room for it again.
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        self._before = before
         super().__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._before  # type: ignore[method-assign]
 
     def collectives(self, phase: Phase) -> dict[str, CollectiveCount]:
         """Return the collectives of one phase by kind, in order of first use."""
@@ -136,6 +150,14 @@ class StepAccounting(TorchDispatchMode):
         storages = {t.untyped_storage()._cdata for t in _plain_tensors(list(tensors))}
         found = [self._storages[s][1] for s in storages if s in self._storages]
         return [record for record in found if record is not None]
+
+    def book(self, tensors: Iterable[Tensor]) -> None:
+        """Count storages that no op was seen to make, from now on."""
+        for tensor in _plain_tensors(list(tensors)):
+            _, made = self._storages.get(tensor.untyped_storage()._cdata, (None, None))
+            if made is None:
+                self._storages.pop(tensor.untyped_storage()._cdata, None)
+                self._note(tensor, "booked")
 
     def restart_peak(self) -> None:
         """Look for the peak from now on."""
@@ -196,13 +218,18 @@ class StepAccounting(TorchDispatchMode):
                 self._events.append((True, made))
             self._storages[address] = ref, made
             return
-        ref, made = self._storages[address]
-        if made is not None and made.nbytes != nbytes:  # resize_ and its like
-            self.live_bytes += nbytes - made.nbytes
-            self._events.append((False, made))
-            made = dataclasses.replace(made, shape=tuple(tensor.shape), nbytes=nbytes)
-            self._events.append((True, made))
-            self._storages[address] = ref, made
+        self._resized(tensor.untyped_storage(), tuple(tensor.shape))
+
+    def _resized(self, storage: torch.UntypedStorage, shape: tuple[int, ...] | None = None) -> None:
+        """Book another size of a storage that is known."""
+        ref, made = self._storages.get(storage._cdata, (None, None))
+        if ref is None or made is None or made.nbytes == storage.nbytes():
+            return
+        self.live_bytes += storage.nbytes() - made.nbytes
+        self._events.append((False, made))
+        made = dataclasses.replace(made, shape=shape or made.shape, nbytes=storage.nbytes())
+        self._events.append((True, made))
+        self._storages[storage._cdata] = ref, made
 
     def _forget(self, address: int) -> None:
         _, made = self._storages.pop(address)

@@ -92,8 +92,10 @@ def count_training(
             if optimizer is not None:
                 _make_state(optimizer, trained)
                 gc.collect()
+            given = [*model.parameters(), *model.buffers()]
+            accounting.book(given)
             held = accounting.live_bytes
-            weights = accounting.made([*model.parameters(), *model.buffers()])
+            weights = accounting.made(given)
 
             peaks: dict[str, int] = {}
             best: tuple[int, list[LiveStorage]] = (0, [])

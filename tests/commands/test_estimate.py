@@ -41,8 +41,9 @@ def answer(capsys, *arguments):
         (QWEN, replace(SHORT, seq=511, batch=2, dtype="float32", optimizer="sgd")),
         (LLAMA, replace(SHORT, checkpointing=True, sp=False)),
         (SPARSE, SHORT),
+        (LLAMA, replace(SHORT, tp=1, dp_shard=2, optimizer="adamw_foreach")),
     ],
-    ids=["plain", "odd", "checkpointing", "sparse"],
+    ids=["plain", "odd", "checkpointing", "sparse", "groups"],
 )
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.
