@@ -309,11 +309,11 @@ def padding_row_gets_a_gradient() -> list[Patch]:
 def replicated_head_is_the_wrong_one() -> list[Patch]:
     right = linear.ColumnParallelLinear.convert_.__func__
 
-    def wrong(cls, module, *rest):
-        right(cls, module, *rest)
+    def wrong(cls, module, *rest, **how):
+        right(cls, module, *rest, **how)
         if module.rows is not None:
-            first, width = module.rows
-            module.rows = (width - first, width)
+            ((first, width),) = module.rows
+            module.rows = ((width - first, width),)
 
     return [(linear.ColumnParallelLinear, "convert_", classmethod(wrong))]
 
