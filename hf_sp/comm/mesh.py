@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.comm.collectives import Axis
-from hf_sp.comm.gloo import finish_at_exit
 from hf_sp.comm.watch import watch
 from hf_sp.errors import ConfigError
+from hf_sp.gloo import finish_at_exit
 from hf_sp.torch_private import flatten, real_tensors
 
 logger = logging.getLogger(__name__)

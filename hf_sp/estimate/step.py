@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sp import gloo
 from hf_sp.errors import ConfigError
 from hf_sp.estimate.accounting import CollectiveCount, StepAccounting
 
@@ -83,6 +84,8 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
                     remedy="return model(**batch).loss, outside torch.no_grad()",
                 )
             gc.collect()
+            # What a thread of gloo still holds is not the step's.
+            gloo.finish()
             alive_bytes = accounting.live_bytes
             accounting.phase = "backward"
             loss.backward(None if loss.numel() == 1 else torch.ones_like(loss))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_sp import gloo
 from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, Phase, StepAccounting
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
@@ -92,6 +93,7 @@ def count_training(
             if optimizer is not None:
                 _make_state(optimizer, trained)
                 gc.collect()
+            gloo.finish()
             given = [*model.parameters(), *model.buffers()]
             accounting.book(given)
             held = accounting.live_bytes
@@ -111,6 +113,7 @@ def count_training(
             accounting.phase = "forward"
             loss = loss_of(model)
             gc.collect()
+            gloo.finish()
             activations = [r for r in accounting.alive() if r.phase == "forward"]
             kept = accounting.live_bytes - held
             close("forward")

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_sp import parallel_state, parallelize
+from hf_sp import gloo, parallel_state, parallelize
 from hf_sp.checkpoint import folder as folders
 from hf_sp.checkpoint import gather
 from hf_sp.checkpoint.ranks import Ranks, ranks_of
@@ -531,6 +531,7 @@ def peak(folder: str, kind: str, size: int, **options: Any) -> dict[str, int]:
 
     def counted(x: torch.Tensor) -> torch.Tensor:
         nonlocal alive, most
+        gloo.finish()  # or its threads may hold what was gathered before
         full = original(x)
         if not isinstance(x, DTensor) or full.data_ptr() == x.to_local().data_ptr():
             return full  # the model's own

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from harness import batches
 from harness.parity import Case, pair
 
-from hf_sp.comm import gloo, watch
+from hf_sp import gloo
+from hf_sp.comm import watch
 
 
 def _say_to(folder: str) -> None:

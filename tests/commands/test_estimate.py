@@ -48,11 +48,13 @@ def answer(capsys, *arguments):
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.
 
-    But for a few scalars that threads of gloo may hold for a while.
+    But for what the last collective was given, hidden states at most, and a few scalars: threads of
+    gloo may hold it for a while.
     """
     real = pool(2).run(jobs.counted, config=config, run=run)[0]
     estimate = count(AutoConfig.for_model(**config), run)
-    assert estimate.peak == pytest.approx(real.peak, rel=0.02)
+    held = run.batch * run.seq * config["hidden_size"] * rank.DTYPES[run.dtype].itemsize
+    assert 0.98 * real.peak - held <= estimate.peak <= 1.02 * real.peak
     assert estimate.when == real.when
     for kind in ("weights", "optimizer", "activations", "gradients"):
         assert getattr(estimate.kinds, kind) == pytest.approx(getattr(real.kinds, kind), abs=64)
@@ -117,6 +119,7 @@ def test_adapters(capsys, llama):
     assert row["kinds"]["optimizer"] < row["kinds"]["weights"]
 
 
+@pytest.mark.slow
 def test_for_people(capsys, llama, tmp_path):
     main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
     printed = capsys.readouterr().out
@@ -145,6 +148,7 @@ def test_a_name_that_is_not_there(capsys):
     assert "hf download" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_documented_numbers():
     text = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text()
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}

@@ -22,7 +22,7 @@ MAX_ATTRIBUTES = 8
 # The one table. A module may import its own layer and those below; siblings of one row in separate
 # groups are blind to each other (plan knows no collectives, mesh no kernels).
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "torch_private", "patching", "versions"}],
+    [{"errors", "torch_private", "patching", "versions", "gloo"}],
     [{"plan"}, {"comm"}],
     [{"kernels"}, {"state"}],
     [{"model"}],
@@ -34,7 +34,7 @@ LAYERS: list[list[set[str]]] = [
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
 # handed; it must not know how the model was made parallel.
-APART = {"estimate": {"errors"}}
+APART = {"estimate": {"errors", "gloo"}}
 # May import less than all that is below: a plan is derived from a model and its source alone.
 LESS = {"plan": {"errors"}}
 # The package's own __init__ gathers the public names from anywhere; only the top layer may import

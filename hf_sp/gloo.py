@@ -3,8 +3,8 @@
 A thread of gloo drops a finished collective's tensors under the interpreter's lock, some time after
 the call that waited for it came back. If the interpreter has begun to end by then, the process is
 aborted ("terminate called without an active exception"): one plain torch script in five on two
-busy cores. `destroy_process_group` does not end these threads while anybody holds the group.
-Collectives: none.
+busy cores. `destroy_process_group` does not end these threads while anybody holds the group. And
+who counts bytes would count theirs. Must not know hf_sp. Collectives: none.
 """
 
 from __future__ import annotations
