@@ -11,7 +11,6 @@ refused is told with its reason. Not zero if a family that is not refused differ
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import sys
@@ -23,7 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 import hf_sp  # noqa: E402
 from scripts._families import models  # noqa: E402
@@ -65,9 +66,16 @@ def verdict(family: str) -> tuple[str, str]:
     """``("", "")`` if the plan is carried out, else why not, and where."""
     found: Any = None
     for config in (models.config, models.default_config):
-        with warnings.catch_warnings(), contextlib.suppress(Exception):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = hf_sp.supports(config(family), tp=2)
+            try:
+                made = config(family)
+                with torch.device("meta"):
+                    AutoModelForCausalLM.from_config(made)
+            except Exception:  # whatever transformers makes of values that do not suit it
+                continue
+            # An error of ours that is no refusal is not transformers'.
+            found = hf_sp.supports(made, tp=2)
             break
     if found is None:
         return "transformers builds no model from its config", ""

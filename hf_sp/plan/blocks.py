@@ -107,7 +107,14 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
     if len(given) == 1:
         return None
     config = getattr(block, "config", model.config).get_text_config()
-    query = getattr(config, "num_attention_heads", 0)
+    try:
+        query = getattr(config, "num_attention_heads", 0)
+    except RuntimeError as error:  # transformers': each layer has a number of its own
+        raise PlanError(
+            "the layers have different numbers of heads",
+            where=path,
+            rule="hf_sp splits all layers alike",
+        ) from error
     row = next((key for key, kind in keys.items() if kind == "row"), "")
     width = getattr(modules.get(row), "in_features", 0)
     if not _GIVEN_TO_ATTENTION & {*given} or not query or not width or width % query:
