@@ -147,8 +147,12 @@ def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
 
 def packed_sizes(placement: _StridedShard, size: int) -> list[int]:
     """How long the tensors are that are packed in a dim of that size."""
-    count: Any = placement.split_factor
-    sizes = count.sizes if isinstance(count, _Parts) else (1,) * count
+    return split_sizes(placement.split_factor, size)
+
+
+def split_sizes(split_factor: Any, size: int) -> list[int]:
+    """The same of what a placement of ``packed_shard`` calls its ``split_factor``."""
+    sizes = split_factor.sizes if isinstance(split_factor, _Parts) else (1,) * split_factor
     return [part * size // sum(sizes) for part in sizes]
 
 

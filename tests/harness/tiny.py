@@ -140,7 +140,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         # its q, k, v and z in one linear by head; a shared expert
         "qwen3_next": (
             Qwen3NextConfig,
-            {**_DELTA_NET, **_SMALL_EXPERTS, "shared_expert_intermediate_size": 40},
+            {**_DELTA_NET, **_SPARSE, **_SMALL_EXPERTS, "shared_expert_intermediate_size": 40},
         ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
@@ -169,7 +169,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
-# Gated DeltaNet is all float32. Its solve and its scan make more of a rounding that falls otherwise.
+# Gated DeltaNet is all float32, and its solve makes more of a rounding that falls otherwise.
 FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next"), 1e-5)
 
 
