@@ -11,6 +11,7 @@ from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
+from hf_sp.model.mixer import install_mixer, install_own_rows
 from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.norm_over_heads import OverHeadsForward
@@ -28,22 +29,23 @@ def install(model: nn.Module, state: ParallelState) -> None:
     """Convert the leaves; install the boundaries of the stack and of each block, and the loss."""
     plan = state.plan
     kinds: dict[str, Partial] = {}
+    owners: dict[str, tuple[nn.Module, LocalParameters]] = {}
     for block in plan.blocks:
         install_block = _install_block if block.experts is None else _install_sparse
         install_block(model, block, state)
         kinds |= dict.fromkeys(block.partial, Partial.HEADS)
         for path in block.over_heads:
             OverHeadsForward.install(model.get_submodule(path), state.axis)
+        owners |= install_own_rows(model, block, state)
     kinds |= dict.fromkeys(plan.shard_norms, Partial.TOKENS)
     kinds[plan.norm] = Partial.DECODER_TOKENS
-    norms = {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
+    owners |= {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
     for path in plan.replicated:
         LocalParameters(state, Partial.NEVER).install(model.get_submodule(path))
     last = None
     for path in plan.layers:
-        inside = [norm for name, norm in norms.items() if name.startswith(path + ".")]
-        single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
-        sums = PartialSums(state, single)
+        inside = [owner for name, owner in owners.items() if name.startswith(path + ".")]
+        sums = PartialSums(state, inside)
         sums.install(model.get_submodule(path))
         if last is not None and state.data == 1:
             # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
@@ -78,8 +80,12 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
     heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
-    BlockBoundary(state, shared, columns, block.attention, heads).install(module)
-    if not block.attention:
+    boundary = BlockBoundary(state, shared, columns, block.attention, heads)
+    boundary.install(module)
+    if block.mixer is not None:
+        layer = next(path for path in state.plan.layers if block.path.startswith(path + "."))
+        install_mixer(module, block.mixer, boundary, model.get_submodule(layer))
+    elif not block.attention:
         _install_gated(module, block.path, block.leaves, state)
     else:
         _tell_heads(module, block, state.tp)
@@ -142,8 +148,8 @@ def _convert(
             RowParallelLinear.convert_(module, state.axis, block, sp=sp)
         else:
             rows = leaf.rows(state.tp, state.rank)
-            packed = leaf.style == "packed"
-            ColumnParallelLinear.convert_(module, state.axis, block, rows, packed=packed)
+            segments = leaf.segments if rows is None else ()
+            ColumnParallelLinear.convert_(module, state.axis, block, rows, segments=segments)
             columns.append(module)
     return columns
 

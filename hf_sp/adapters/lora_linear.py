@@ -30,7 +30,7 @@ from hf_sp.model.local import autocast_dtype, cast_for_autocast, local
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.parameters import PARTIAL
 from hf_sp.model.ports import low_rank_column
-from hf_sp.torch_private import packed_halves
+from hf_sp.torch_private import packed_shard
 
 _FACTORS = "_hf_sp_dora_factors"
 
@@ -203,7 +203,7 @@ class ColumnLoraLinear(ParallelLora, LoraLinear):
     def placements(self: Any) -> tuple[Placement, Placement, Placement]:  # type: ignore[override]
         """B as the rows, unless the weight is stored whole (k/v heads fewer than tp)."""
         base = self.get_base_layer()
-        whole = Shard(0) if not base.packed else packed_halves(0)
+        whole = packed_shard(0, base.segments) if base.segments else Shard(0)
         rows = whole if base.rows is None else Replicate()
         return Replicate(), rows, rows
 

@@ -175,7 +175,7 @@ def stock_state(
     Args:
         shards: the saved state.
         likes: parameters by name, or tensors of their shapes.
-        packed: names of packed parameters -> the dim that holds their halves.
+        packed: names of packed parameters -> the dim that holds their parts.
     """
     names = [n for g in shards.index["groups"] for n in g["names"]]
     entries = {

@@ -1,4 +1,4 @@
-"""Packed parameters (gate and up in one tensor), whose shards are no rectangles: their halves' are.
+"""Packed parameters (gate and up in one), whose shards are no rectangles: their parts' are.
 
 Must not know transformers.
 """
@@ -13,7 +13,7 @@ from hf_sp.torch_private import is_packed
 
 
 def packed_dims(model: nn.Module) -> dict[str, int]:
-    """Name of each packed parameter, parallelized or not -> the dim that holds its halves."""
+    """Name of each packed parameter, parallelized or not -> the dim that holds its parts."""
     found = {
         f"{path}.gate_up_proj".lstrip("."): 1
         for path, module in model.named_modules()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sp.checkpoint.folder import inside
 from hf_sp.checkpoint.ranks import Ranks, Together
-from hf_sp.comm.shard import merge_gate_up, split_gate_up
+from hf_sp.comm.shard import merge_packed, split_packed
 from hf_sp.errors import CheckpointError
 
 INDEX = "index.json"
@@ -34,13 +34,15 @@ Piece = tuple[list[int], Tensor]
 
 def _rectangles(parts: tuple[Tensor, ...], dim: int) -> Iterator[Piece]:
     """Where this rank's part of each tensor starts in them joined along ``dim``, and the part."""
-    for number, x in enumerate(parts):
+    before = 0
+    for x in parts:
         local, starts = x, [0] * x.dim()
         if isinstance(x, DTensor):
             (chunk,) = x.__create_chunk_list__()
             local, starts = x.to_local(), list(chunk.offsets)
         if len(parts) > 1:
-            starts[dim] += number * x.shape[dim]
+            starts[dim] += before
+            before += x.shape[dim]
         yield starts, local
 
 
@@ -58,7 +60,7 @@ def _batches(
 ) -> Iterator[tuple[str, dict[str, Piece]]]:
     """The files that this rank writes: a name, and by key where its piece starts, and the piece.
 
-    A tensor's second rectangle is in another file than its first.
+    The rectangles of one tensor are in files of their own.
     """
     batches: dict[int, dict[str, Piece]] = {}
     names = (f"rank-{ranks.rank:05d}-{number:05d}.safetensors" for number in itertools.count())
@@ -66,7 +68,7 @@ def _batches(
         if not _owned(x, ranks):
             continue
         x, dim = x.detach(), packed.get(key, 0)
-        parts = split_gate_up(x, dim) if key in packed else (x,)
+        parts = split_packed(x, dim) if key in packed else (x,)
         for i, piece in enumerate(_rectangles(parts, dim)):
             batches.setdefault(i, {})[key] = piece
             if sum(local.nbytes for _, local in batches[i].values()) >= _FILE_BYTES:
@@ -94,7 +96,7 @@ def save_shards(
 
     Args:
         tensors: the same names on every rank.
-        packed: names of those whose halves are sharded -> the dim that holds the halves.
+        packed: names of those that pack several which are sharded -> the dim that holds them.
         folder: made if need be.
         ranks: who writes.
         more: other entries of the index; plain data, the same on every rank.
@@ -160,16 +162,16 @@ class Shards:
         Args:
             key: its name.
             like: a tensor of its shape, split in any way; its dtype does not count.
-            packed: the dim that holds two halves which are sharded.
+            packed: the dim that holds several tensors which are sharded.
 
         Raises:
             CheckpointError: the pieces do not cover it, or cannot be read.
         """
         x, dim = torch.zeros_like(like, dtype=self.dtypes[key]), packed or 0
-        parts = (x,) if packed is None else split_gate_up(x, dim)
+        parts = (x,) if packed is None else split_packed(x, dim)
         for starts, local in _rectangles(parts, dim):
             self._fill(key, starts, local)
-        return x if packed is None else merge_gate_up(parts[0], parts[-1], dim, x)
+        return x if packed is None else merge_packed(parts, dim, x)
 
     def _fill(self, key: str, starts: list[int], local: Tensor) -> None:
         filled, path = 0, self.folder / INDEX

@@ -6,7 +6,7 @@ Nothing here communicates. Must not know models or plans.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.errors import ShapeError
-from hf_sp.torch_private import is_packed, local_tensor
+from hf_sp.torch_private import is_packed, local_tensor, packed_sizes
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -60,8 +60,8 @@ def take_shard(
     A shard is a copy, so that the full storage can be freed; a replicated tensor may share it.
     """
     if is_packed(placement):
-        halves = full.chunk(2, placement.dim)
-        own = [take_shard(h, Shard(placement.dim), parts, index, device) for h in halves]
+        packed = full.split(packed_sizes(placement, full.shape[placement.dim]), placement.dim)
+        own = [take_shard(x, Shard(placement.dim), parts, index, device) for x in packed]
         return torch.cat(own, placement.dim)
     if isinstance(placement, Shard):
         start, stop = shard_range(full.shape[placement.dim], parts, index)
@@ -115,25 +115,28 @@ def laid_out_as(x: DTensor, value: Tensor) -> DTensor:
     return shard_like(value, x)
 
 
-def split_gate_up(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Gate and up of a packed tensor, copied; no communication."""
+def split_packed(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """The tensors that are packed in one, copied; no communication."""
     if not isinstance(x, DTensor):
-        gate, up = x.chunk(2, dim)
-        return gate.contiguous(), up.contiguous()
+        return tuple(part.contiguous() for part in x.chunk(2, dim))
     # FSDP's own strided sharding, of another dim, stays what it is.
-    placed = [Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements]
-    shape = list(x.shape)
-    shape[dim] //= 2
-    gate, up = (
-        as_dtensor(part.contiguous(), x.device_mesh, placed, shape)
-        for part in x.to_local().chunk(2, dim)
-    )
-    return gate, up
+    packed = next(p for p in x.placements if is_packed(p) and p.dim == dim)
+    placed = [Shard(dim) if p is packed else p for p in x.placements]
+    parts, shape = [], list(x.shape)
+    sizes = packed_sizes(packed, x.shape[dim])
+    for shape[dim], part in zip(sizes, split_local(x, packed), strict=True):
+        parts.append(as_dtensor(part.contiguous(), x.device_mesh, placed, shape))
+    return tuple(parts)
 
 
-def merge_gate_up(gate: Tensor, up: Tensor, dim: int, like: Tensor) -> Tensor:
-    """The packed tensor of gate and up, laid out as ``like``; no communication."""
-    if not isinstance(like, DTensor) or not isinstance(gate, DTensor):
-        return torch.cat([gate, up], dim)
-    assert isinstance(up, DTensor)
-    return with_local(torch.cat([gate.to_local(), up.to_local()], dim), like)
+def split_local(x: DTensor, packed: Any) -> tuple[Tensor, ...]:
+    """Views of this rank's parts of the tensors that are packed in one."""
+    local = local_tensor(x).detach()
+    return local.split(packed_sizes(packed, local.shape[packed.dim]), packed.dim)
+
+
+def merge_packed(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
+    """The packed tensor of its parts, laid out as ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return torch.cat([*parts], dim)
+    return with_local(torch.cat([part.to_local() for part in cast(Any, parts)], dim), like)

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import modeling_utils
 from transformers.core_model_loading import WeightConverter
+from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from hf_sp import checks
 from hf_sp.checkpoint.ranks import Together, listing, ranks_of
@@ -28,6 +29,7 @@ from hf_sp.errors import CheckpointError, ConfigError, HfSpError
 from hf_sp.model.shard import home_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
+from hf_sp.torch_private import split_sizes
 
 QUANTISED = "packed weights cannot be cut into shards (QLoRA: not in this release)"
 _SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -182,6 +184,24 @@ def stack_where_it_stays(
         return original(self, layer_name, *args, **kwargs)
     self.collected_tensors.clear()
     return {layer_name: whole}
+
+
+@patches.on(DtensorShardOperation, "_compute_strided_slice")
+def slices_of_unequal_parts(
+    original: Patch,
+    self: DtensorShardOperation,
+    intervals: list[tuple[int, int]],
+    rank: int,
+    world_size: int,
+    split_factor: int,
+) -> list[tuple[int, int]]:
+    """Several tensors packed in one are taken for tensors of one size (5.17 to 5.24)."""
+    found: list[tuple[int, int]] = []
+    for start, end in intervals:
+        for size in split_sizes(split_factor, end - start):
+            found += original(self, [(start, start + size)], rank, world_size, 1)
+            start += size
+    return found
 
 
 def _stacked(conversion: WeightConverter, shape: torch.Size) -> Tensor | None:

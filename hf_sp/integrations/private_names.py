@@ -140,6 +140,11 @@ NAMES: tuple[Name, ...] = (
         None,
         ("collected_tensors = self.materialize_tensors()", "return collected_tensors"),
     ),
+    Name(
+        "transformers.distributed.sharding_utils:DtensorShardOperation._compute_strided_slice",
+        "(self, intervals, rank, world_size, split_factor)",
+        ("group_width = math.ceil((interval_end - interval_start) / split_factor)",),
+    ),
     # transformers: used
     Name(
         "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",

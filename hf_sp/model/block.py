@@ -76,6 +76,8 @@ class BlockBoundary:
         self.state, self.block, self.attention, self.heads = state, block, attention, heads
         self.linears = [(linear, linear) for linear in linears]
         self.dropout = LocalDropout(state)
+        self.length: int | None = None
+        """Of the whole sequence, for a block that is not told it: its layer's hook notes it."""
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks. The exit also runs, to clean up, if the forward raises."""
@@ -86,7 +88,7 @@ class BlockBoundary:
         """All-gather the input for the column linears."""
         state = self.state
         x = get_hidden_states(args, kwargs)
-        length = true_length(kwargs) if self.attention else None
+        length = true_length(kwargs) or self.length if self.attention else None
         if self.attention and length is None and state.sharded:
             raise ShapeError(
                 "an attention block was called without position_embeddings or position_ids",

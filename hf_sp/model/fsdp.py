@@ -95,10 +95,10 @@ class _KeptInput:
             attach_recompute(get_hidden_states(args, kwargs), recompute)
 
 
-def _beside_halves(p: nn.Parameter) -> Shard | None:
-    """Another dim than the one whose halves tp has split: two strided shards of one do not join."""
-    halves = isinstance(p, DTensor) and any(is_packed(of) and of.dim == 0 for of in p.placements)
-    return Shard(1) if halves else None
+def _beside_packed(p: nn.Parameter) -> Shard | None:
+    """Another dim than the one whose parts tp has split: two strided shards of one do not join."""
+    packed = isinstance(p, DTensor) and any(is_packed(of) and of.dim == 0 for of in p.placements)
+    return Shard(1) if packed else None
 
 
 def _shard(
@@ -120,7 +120,7 @@ def _shard(
                 mp_policy=precision,
                 offload_policy=state.offload_policy,
                 ignored_params=ignored,
-                shard_placement_fn=_beside_halves,
+                shard_placement_fn=_beside_packed,
             )
     for module in modules:
         # Trainer and others go by the name of a model's class, which FSDP derives one from.

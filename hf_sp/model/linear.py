@@ -34,8 +34,8 @@ class ParallelLinear(nn.Linear):
     block: BlockInput
     # Rows of a weight that is stored whole (k/v heads fewer than tp): stretches (first row, rows).
     rows: tuple[tuple[int, int], ...] | None = None
-    # Whether it is two linears in one, each split by itself.
-    packed: bool = False
+    # How many features, or heads, each of several linears in one has; each is split by itself.
+    segments: tuple[int, ...] = ()
 
     def local_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Local weight and bias as this forward uses them, differentiable."""
@@ -88,7 +88,7 @@ class ColumnParallelLinear(ParallelLinear):
         block: BlockInput,
         rows: tuple[tuple[int, int], ...] | None = None,
         *,
-        packed: bool = False,
+        segments: tuple[int, ...] = (),
     ) -> None:
         """Make an ``nn.Linear`` one of these, in place.
 
@@ -97,7 +97,7 @@ class ColumnParallelLinear(ParallelLinear):
         module.__class__ = cls
         self = cast(ColumnParallelLinear, module)
         self.axis, self.block = axis, block
-        self.rows, self.packed = rows, packed
+        self.rows, self.segments = rows, segments
         if rows is None:
             self.out_features //= axis.size
         else:

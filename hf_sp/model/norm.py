@@ -107,7 +107,7 @@ class NormForward:
         assert weight is not None
         if isinstance(weight, DTensor):
             check_gathered(weight)
-        port = self.parameters.port
+        port = self.parameters.ports.get("weight")
         if port is None and weight.requires_grad and self.parameters.summed():
             # No layer's norm: the final one.
             port = sum_together(self.parameters.state.axis, weight)[0]

@@ -46,8 +46,8 @@ class LocalParameters:
 
     def __init__(self, state: ParallelState, partial: Partial) -> None:
         self.state, self.partial = state, partial
-        self.port: Tensor | None = None
-        """Where the one weight's gradient goes while its decoder layer runs: ``PartialSums``."""
+        self.ports: dict[str, Tensor] = {}
+        """Where gradients go while the decoder layer runs: ``PartialSums``."""
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks. The second runs even if the forward raises."""
@@ -72,8 +72,8 @@ class LocalParameters:
                 continue
             tensor = local(p)
             if summed and p.requires_grad and torch.is_grad_enabled():
-                if self.port is not None:
-                    tensor = _SendToPort.apply(tensor, self.port)
+                if name in self.ports:
+                    tensor = _SendToPort.apply(tensor, self.ports[name])
                 else:
                     tensor = pairs.identity_allreduce(tensor, state.axis)
             module.__dict__[name] = tensor
@@ -84,18 +84,21 @@ class LocalParameters:
             module.__dict__.pop(name, None)
 
 
-class PartialSums:
-    """Hooks of a decoder layer: one all-reduce of all partial gradients of its norms.
+Partials = tuple[LocalParameters, str]
+"""Who shows a parameter, and its name."""
 
-    ``norms`` have one parameter, ``weight``. A layer makes the node that the sums of the ``next``
-    one are delivered to: autograd runs what was recorded last first, and so waits for them when
-    this layer's backward is done.
+
+class PartialSums:
+    """Hooks of a decoder layer: one all-reduce of all partial gradients of ``owners``, its norms.
+
+    A layer makes the node that the sums of the ``next`` one are delivered to: autograd runs what
+    was recorded last first, and so waits for them when this layer's backward is done.
     """
 
     def __init__(
-        self, state: ParallelState, norms: Sequence[tuple[nn.Module, LocalParameters]]
+        self, state: ParallelState, owners: Sequence[tuple[nn.Module, LocalParameters]]
     ) -> None:
-        self.state, self.norms = state, norms
+        self.state, self.owners = state, owners
         self.next: PartialSums | None = None
 
     def install(self, layer: nn.Module) -> None:
@@ -103,23 +106,23 @@ class PartialSums:
         layer.register_forward_pre_hook(self.open)
         layer.register_forward_hook(self.close, prepend=True, always_call=True)
 
-    def deliver(self, compiling: bool) -> tuple[list[LocalParameters], tuple[Tensor, ...]]:
-        """The norms whose gradients are partial, and the ports that their sums go to."""
-        norms, weights = [], []
-        for norm, parameters in self.norms:
-            weight = norm._parameters["weight"]
-            if weight is not None and weight.requires_grad and parameters.summed():
-                norms.append(parameters)
-                weights.append(local(weight) if compiling else weight)
-        return norms, _Deliver.apply(*weights) if weights else ()
+    def deliver(self, compiling: bool) -> tuple[list[Partials], tuple[Tensor, ...]]:
+        """What has partial gradients, and the ports that their sums go to."""
+        partials, weights = [], []
+        for module, parameters in self.owners:
+            for name, p in module._parameters.items():
+                if p is not None and p.requires_grad and parameters.summed():
+                    partials.append((parameters, name))
+                    weights.append(local(p) if compiling else p)
+        return partials, _Deliver.apply(*weights) if weights else ()
 
     def open(self, layer: nn.Module, args: Any) -> None:
-        """Give each norm a port."""
+        """Give each parameter a port."""
         if not torch.is_grad_enabled():
             return
         state, following, compiling = self.state, self.next, torch.compiler.is_compiling()
         layer_after, delivered = state.delivered
-        norms, ports = delivered if layer_after is self else self.deliver(compiling)
+        partials, ports = delivered if layer_after is self else self.deliver(compiling)
         # Not where a checkpointed layer runs again, when the decoder's forward is over.
         if following is None or compiling or state.length is None:
             state.delivered = (None, None)
@@ -127,17 +130,17 @@ class PartialSums:
             state.delivered = (following, following.deliver(compiling))
         if ports:
             ports = _SumTogether.apply(state.axis, *ports)
-            for parameters, port in zip(norms, ports, strict=True):
-                parameters.port = port
+            for (parameters, name), port in zip(partials, ports, strict=True):
+                parameters.ports[name] = port
 
     def close(self, layer: nn.Module, args: Any, output: Any) -> None:
         """The layer has run."""
-        for _, parameters in self.norms:
-            parameters.port = None
+        for _, parameters in self.owners:
+            parameters.ports.clear()
 
 
 class _Deliver(Node):
-    """Weights ``[H_i]`` -> ports ``[H_i]`` for sums, float32 (float64 for float64), no memory.
+    """Weights -> ports of their shapes for sums, float32 (float64 for float64), no memory.
 
     Backward: waits for the sums that are in flight, and rounds them.
     """

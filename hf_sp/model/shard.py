@@ -21,7 +21,7 @@ from hf_sp.comm.shard import as_dtensor, take_shard
 from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake, packed_halves, process_group
+from hf_sp.torch_private import is_fake, packed_shard, process_group
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,15 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
             if leaf.style == "column":
                 wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = Shard(0)
             elif leaf.style == "packed":
-                wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = packed_halves(0)
+                parts = packed_shard(0, leaf.segments)
+                wanted[f"{leaf.path}.weight"] = wanted[f"{leaf.path}.bias"] = parts
             elif leaf.style == "row":
                 wanted[f"{leaf.path}.weight"] = Shard(1)
         wanted |= {f"{path}.weight": Shard(0) for path in block.over_heads}
         experts = block.experts
         if experts is not None:
             features = experts.split == "features"
-            wanted[f"{experts.path}.gate_up_proj"] = packed_halves(1) if features else Shard(0)
+            wanted[f"{experts.path}.gate_up_proj"] = packed_shard(1) if features else Shard(0)
             wanted[f"{experts.path}.down_proj"] = Shard(2 if features else 0)
     for path in filter(None, (plan.embedding, plan.head)):
         wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)

@@ -1,4 +1,4 @@
-"""The TP blocks that hf_sp knows: an MLP, and an attention by heads.
+"""The TP blocks that hf_sp knows: an MLP, and an attention by heads (linear ones: ``mixers``).
 
 What a block does with its input is read off the signature of its forward: one tensor is looked at
 token by token, and masks or positions beside it mean attention. Anything else is refused.
@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.known_forms import norm_form
-from hf_sp.plan.outer import Modules, class_name
+from hf_sp.plan.mixers import mixer_block
+from hf_sp.plan.outer import Modules, check_linear, class_name
 from hf_sp.plan.schema import Block, Kind, Leaf, Style
 
 # What a block that attends over the sequence is given besides its input.
@@ -25,6 +26,9 @@ def tp_block(
     model: nn.Module, modules: Modules, path: str, keys: Mapping[str, Kind], tp: int
 ) -> Block:
     """The TP block of the modules that the plan names."""
+    mixer = mixer_block(modules, path, keys)
+    if mixer is not None:
+        return mixer
     heads = _heads(model, modules, path, keys)
     partial = tuple(key for key, kind in keys.items() if kind == "partial")
     wide = [key for key, kind in keys.items() if kind == "column" and _is_norm(modules[key])]
@@ -131,22 +135,16 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
 
 
 def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: int) -> Leaf:
-    # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
-    if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
-        raise PlanError(
-            "a linear of the plan is not a plain torch.nn.Linear",
-            where=path,
-            got=class_name(module),
-            rule="hf_sp shards plain linears; quantised or wrapped ones are not sliced",
-            remedy="parallelize the model before it is quantised or given adapters",
-        )
+    check_linear(path, module)
+    assert isinstance(module, nn.Linear)
     shape = module.out_features, module.in_features
     parts = shape[1] if kind == "row" else shape[0]
     if kind == "replicated":
         return Leaf(path, "replicated", shape)
     if heads is None:
-        style: Style = "packed" if kind == "packed" else "row" if kind == "row" else "column"
-        return Leaf(path, style, shape)
+        if kind == "packed":
+            return Leaf(path, "packed", shape, segments=(1, 1))
+        return Leaf(path, "row" if kind == "row" else "column", shape)
     dim, query, key_value, latent = heads
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
@@ -163,8 +161,8 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
             rule=f"its split dim must hold {query} query or {key_value} key/value heads",
         )
     # With as many kv as query heads, all projections are split alike.
-    fewer = kind == "column" and count == key_value != query
-    style = "row" if kind == "row" else "column"
-    if segments or (fewer and count < tp and tp % count == 0):
+    fewer = kind in ("column", "packed") and count == key_value != query
+    style: Style = "row" if kind == "row" else "packed" if segments else "column"
+    if fewer and count < tp and tp % count == 0:
         style = "column_replicated"
     return Leaf(path, style, shape, count, segments)

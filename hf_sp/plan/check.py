@@ -24,7 +24,9 @@ def check_tp(model: str, plan: Plan) -> None:
             if leaf.style == "replicated":
                 continue
             name = "features" if experts is None else "shared expert features"
-            if leaf.heads:
+            if block.mixer:
+                name = "heads of linear attention"
+            elif leaf.heads:
                 # What is normalised over all heads is split by heads, and nothing else.
                 fewer = leaf.style != "row" and leaf.heads < query and not block.over_heads
                 name = _REPLICABLE if fewer else "num_attention_heads"

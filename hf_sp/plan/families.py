@@ -63,8 +63,40 @@ _SHARED_EXPERTS: Rows = {
 
 # An activation with numbers of its own, applied to own features.
 _ACTIVATION: Rows = {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
+# Gated DeltaNet; each head's query in the attention has a gate beside it.
+_DELTA_NET: Rows = {
+    "layers.*.self_attn.q_proj": "colwise_by_head",
+    "layers.*.linear_attn.in_proj_qkv": "packed_colwise",
+    "layers.*.linear_attn.in_proj_z": "colwise",
+    "layers.*.linear_attn.in_proj_b": "colwise",
+    "layers.*.linear_attn.in_proj_a": "colwise",
+    "layers.*.linear_attn.in_proj_qkvz": "colwise_by_head",
+    "layers.*.linear_attn.in_proj_ba": "colwise_by_head",
+    "layers.*.linear_attn.conv1d": "packed_colwise",
+    "layers.*.linear_attn.A_log": "colwise",
+    "layers.*.linear_attn.dt_bias": "colwise",
+    "layers.*.linear_attn.norm": "replicated_with_grad_allreduce",
+    "layers.*.linear_attn.out_proj": "rowwise",
+}
 
 FAMILIES: Mapping[str, Rows] = {
+    "qwen3_next": _DELTA_NET,
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_5_moe_text": _DELTA_NET,
+    "olmo_hybrid": {
+        **_NORMS_OVER_HEADS,
+        "layers.*.linear_attn.q_proj": "colwise",
+        "layers.*.linear_attn.k_proj": "colwise",
+        "layers.*.linear_attn.v_proj": "colwise",
+        "layers.*.linear_attn.a_proj": "colwise",
+        "layers.*.linear_attn.b_proj": "colwise",
+        "layers.*.linear_attn.g_proj": "colwise",
+        "layers.*.linear_attn.conv1d": "packed_colwise",
+        "layers.*.linear_attn.A_log": "colwise",
+        "layers.*.linear_attn.dt_bias": "colwise",
+        "layers.*.linear_attn.o_norm": "replicated_with_grad_allreduce",
+        "layers.*.linear_attn.o_proj": "rowwise",
+    },
     "phi3": {
         "layers.*.self_attn.qkv_proj": "packed_colwise",
         "layers.*.self_attn.o_proj": "rowwise",
@@ -121,6 +153,7 @@ def plan_strings(model: Any) -> dict[str, str]:
     styles = dict(getattr(model, "tp_plan", None) or {})
     rows = FAMILIES.get(model.config.get_text_config().model_type, {})
     paths = [path for path, _ in model.named_modules()]
+    paths += [name for name, _ in model.named_parameters()]
     stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for key, style in rows.items():
         container, _, below = key.partition(".*.")

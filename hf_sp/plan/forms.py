@@ -17,6 +17,17 @@ def forward(self, x):
     y = y * (1.0 + self.weight.float())
     return y.type_as(x)
 """
+_ROUTER = """
+def forward(self, x):
+    x = x.reshape(-1, self.hidden)
+    logits = F.linear(x, self.weight)
+    probabilities = F.softmax(logits, dtype=torch.float, dim=-1)
+    value, index = torch.topk(probabilities, self.top_k, dim=-1)
+    {0}value /= value.sum(dim=-1, keepdim=True)
+    value = value.to(logits.dtype)
+    scores = value
+    return logits, scores, index
+"""
 _EXPERTS = """
 def forward(self, x, index, scale):
     out = torch.zeros_like(x)
@@ -99,18 +110,8 @@ def _norm(self, x):
     # transformers 5.17 has E places for tokens, 5.23 one more for those of other ranks.
     "experts": {"mixtral": _EXPERTS, "mixtral 5.17": _EXPERTS.replace("count + 1", "count")},
     "router": {
-        "qwen2_moe": """
-def forward(self, x):
-    x = x.reshape(-1, self.hidden)
-    logits = F.linear(x, self.weight)
-    probabilities = F.softmax(logits, dtype=torch.float, dim=-1)
-    value, index = torch.topk(probabilities, self.top_k, dim=-1)
-    if self.normalise:
-        value /= value.sum(dim=-1, keepdim=True)
-    value = value.to(logits.dtype)
-    scores = value
-    return logits, scores, index
-""",
+        "qwen2_moe": _ROUTER.format("if self.normalise: "),
+        "qwen3_5_moe": _ROUTER.format(""),
         "mixtral": """
 def forward(self, x):
     x = x.reshape(-1, self.hidden)

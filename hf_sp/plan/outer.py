@@ -103,3 +103,16 @@ def find_outside(modules: Modules, decoder: str, known: set[str | None]) -> tupl
     """Modules with weights outside the decoder (a classifier): computed alike on all ranks."""
     outside = [path for path, _ in owners(modules, "") if not inside(path, decoder)]
     return tuple(path for path in outside if path not in known)
+
+
+def check_linear(path: str, module: nn.Module) -> None:
+    """Refuse (PlanError) what is not a plain linear."""
+    # Subclasses (quantised, adapters) keep their weights in forms that cannot be sliced.
+    if type(module) is not nn.Linear or {*module._parameters} != {"weight", "bias"}:
+        raise PlanError(
+            "a linear of the plan is not a plain torch.nn.Linear",
+            where=path,
+            got=class_name(module),
+            rule="hf_sp shards plain linears; quantised or wrapped ones are not sliced",
+            remedy="parallelize the model before it is quantised or given adapters",
+        )

@@ -25,7 +25,8 @@ Style = Literal["column", "row", "column_replicated", "replicated", "packed"]
 k or v projection with fewer heads than ranks; the weight is stored whole on every rank, each rank
 computes with the rows of the one head that its query heads attend to, and the gradients are summed.
 ``replicated``: whole on every rank, its gradient summed (the gate of a shared expert, the low-rank
-projections of latent attention). ``packed``: each of two halves is split on dim 0 (gate and up).
+projections of latent attention). ``packed``: each of several linears in one (gate and up; q, k and
+v) is split on dim 0.
 """
 
 
@@ -37,14 +38,14 @@ class Leaf:
     style: Style
     shape: tuple[int, int]  # (out_features, in_features) of the whole weight
     heads: int = 0  # attention heads along the split dim, 0 outside attention
-    # Heads of each of several linears in one (q, k, v), stored whole as ``column_replicated``.
+    # Of several linears in one: how many features, or heads, each of them has.
     segments: tuple[int, ...] = ()
 
     @property
     def parts(self) -> int:
         """What is divided among the ranks: heads, or features of the split dim."""
-        if self.style == "packed":
-            return self.shape[0] // 2
+        if self.style == "packed" and not self.heads:
+            return self.shape[0] // len(self.segments)
         return self.heads or self.shape[1 if self.style == "row" else 0]
 
     def rows(self, tp: int, rank: int) -> tuple[tuple[int, int], ...] | None:
@@ -53,14 +54,7 @@ class Leaf:
             return ((0, self.shape[0]),)
         if self.style != "column_replicated":
             return None
-        counts, start, found = self.segments or (self.heads,), 0, []
-        width = self.shape[0] // sum(counts)
-        for count in counts:
-            # Ranks r * tp / count to (r + 1) * tp / count share head r.
-            first, own = rank * count // tp, max(1, count // tp)
-            found.append((start + first * width, own * width))
-            start += count * width
-        return tuple(found)
+        return _stretches(self.shape[0], self.segments or (self.heads,), tp, rank)
 
     def describe(self, tp: int) -> str:
         """The style, the whole and the local shape."""
@@ -72,6 +66,43 @@ class Leaf:
         local = (out, into // tp) if self.style == "row" else (own, into)
         heads = f"  {self.heads} heads" if self.heads else ""
         return f"{self.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"
+
+
+def _stretches(
+    size: int, counts: tuple[int, ...], tp: int, rank: int
+) -> tuple[tuple[int, int], ...]:
+    """Of a dim that packs so many heads each, first place and length of a rank's heads."""
+    start, found = 0, []
+    width = size // sum(counts)
+    for count in counts:
+        # Ranks r * tp / count to (r + 1) * tp / count share head r.
+        first, own = rank * count // tp, max(1, count // tp)
+        found.append((start + first * width, own * width))
+        start += count * width
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """A small parameter of a mixer, stored whole, of which a rank uses the rows of its heads."""
+
+    module: str
+    name: str
+    size: int  # rows
+    segments: tuple[int, ...]  # how many features, or heads, each of those packed in it has
+
+    def rows(self, tp: int, rank: int) -> tuple[tuple[int, int], ...]:
+        """First row and rows of each stretch that a rank uses."""
+        return _stretches(self.size, self.segments, tp, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """What a linear attention or a state-space model has besides linears and norms."""
+
+    heads: int  # what tp divides: heads, or groups of heads that share keys
+    counts: tuple[str, ...]  # attributes that count heads, features or channels
+    own: tuple[OwnRows, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +136,7 @@ class Block:
     ] = ()  # norms over the features of all heads; each rank has its own's
     attention: bool = False  # attends over the sequence and so needs its true length
     experts: Experts | None = None
+    mixer: Mixer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +217,10 @@ class Plan:
                 yield f"  {experts.shared}", f"TP block: {ends}"
         for leaf in block.leaves:
             yield f"  {leaf.path}", leaf.describe(self.tp)
+        for own in block.mixer.own if block.mixer else ():
+            stretches = own.rows(self.tp, 0)
+            whole = f"whole, {sum(n for _, n in stretches)} of {own.size} rows used"
+            yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.over_heads:

@@ -52,10 +52,16 @@ SMALL: dict[str, Any] = {
     "index_topk": 4,
     "index_n_heads": 4,
     "index_head_dim": 16,
+    # Linear attention.
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
 }
 
 # family -> what its config is given besides or instead.
 # There it is the size of the rotary part, and each query head has a key and a value.
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _LATENT = {"head_dim": 8, "num_key_value_heads": 8}
 ODD: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
@@ -66,6 +72,10 @@ ODD: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "helium": {"head_dim": 8},
     "minicpm3": _LATENT,
+    "olmo_hybrid": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
     "sarvam_mla": _LATENT,
     "seed_oss": {"residual_dropout": 0.0},
     "youtu": _LATENT,

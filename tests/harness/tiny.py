@@ -31,8 +31,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 _BASE = {
@@ -52,6 +54,15 @@ _BASE = {
 _SPARSE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 # 12 features a rank at tp = 4: 96 bytes in float64, 24 in bfloat16, which no grouped GEMM takes.
 _SMALL_EXPERTS = {"num_experts": 8, "moe_intermediate_size": 48}
+
+_DELTA_NET = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
 
 # name -> (configuration class, what differs from _BASE). The comment is the trait.
 FAMILIES: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
@@ -124,6 +135,13 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         "olmo2": (Olmo2Config, {"pad_token_id": None}),
         # q, k and v in one linear by head; what is called attention has no attribute head_dim
         "gpt_neox": (GPTNeoXConfig, {"pad_token_id": None}),
+        # Gated DeltaNet, two value heads to a key head; an attention whose heads have gates
+        "qwen3_5": (Qwen3_5TextConfig, _DELTA_NET),
+        # its q, k, v and z in one linear by head; a shared expert
+        "qwen3_next": (
+            Qwen3NextConfig,
+            {**_DELTA_NET, **_SPARSE, **_SMALL_EXPERTS, "shared_expert_intermediate_size": 40},
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -151,6 +169,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
+# Gated DeltaNet is all float32, and its solve makes more of a rounding that falls otherwise.
+FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next"), 1e-5)
 
 
 class LlamaCapped(LlamaForCausalLM):
@@ -207,7 +227,7 @@ def build(
         model = (make or AutoModelForCausalLM.from_config)(
             config(family, **overrides), dtype=dtype, attn_implementation=attn
         )
-    if family in SPARSE or family == "deepseek_v3":
+    if family in {*SPARSE, "deepseek_v3", "qwen3_next"}:
         # HF's grouped forward takes no float64; this is the definition.
         model.set_experts_implementation("eager")
         if family in SPARSE and dtype == torch.float64 and not family.endswith("_own_router"):
@@ -227,7 +247,7 @@ def build(
 def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
     if name.endswith("norm.weight"):
         return 1 + 0.2 * noise
-    if name.endswith(".bias"):
+    if noise.dim() == 1:
         return 0.2 * noise
     if "embed_tokens" in name:
         return 0.5 * noise

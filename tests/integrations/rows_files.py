@@ -269,6 +269,17 @@ def memory_of_experts(scene):
     return found["peak"] <= 1.02 * found["shard"]
 
 
+# q, k and v in one linear, of 8, 4 and 4 heads.
+@row("DtensorShardOperation._compute_strided_slice", right=True, wrong=False)
+def packed_linear_that_is_read_by_shards(scene):
+    folder = scene.fresh("packed")
+    whole = tiny.build("phi3", torch.float32)
+    if scene.rank == 0:
+        whole.save_pretrained(folder)
+    scene.everywhere(None)
+    return same(weights(whole), weights(hf_sp.from_pretrained(folder, tp=scene.world)))
+
+
 # transformers loads the whole model, and nobody has parallelized it.
 @row(
     "transformers.modeling_utils.convert_and_load_state_dict_in_model",

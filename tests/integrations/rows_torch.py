@@ -8,14 +8,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import distribute_tensor
 
 from hf_sp import parallel_state
-from hf_sp.torch_private import packed_halves
+from hf_sp.torch_private import packed_shard
 from integrations.rows import Raises, row
 
 
 def _packed(scene, whole):
     """Two halves of four, of which each rank has two."""
     mesh = parallel_state(scene.tiny()).mesh
-    return distribute_tensor(whole, mesh, [packed_halves(0)], src_data_rank=None)
+    return distribute_tensor(whole, mesh, [packed_shard(0)], src_data_rank=None)
 
 
 @row(

@@ -121,7 +121,7 @@ def travelled_experts_send_the_router_no_gradient() -> list[Patch]:
 
 @mutant(Case("mixtral"))
 def packed_weight_is_split_as_one() -> list[Patch]:
-    return [(swap, "packed_halves", Shard)]
+    return [(swap, "packed_shard", lambda dim: Shard(dim))]
 
 
 @mutant(Case("mixtral"))

@@ -8,10 +8,14 @@ from unittest import mock
 from harness.parity import Case
 from torch.distributed.tensor import Shard
 
+from hf_sp import install
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
+from hf_sp.install import _install_norm
 from hf_sp.model import embedding, norm_over_heads, shard
-from hf_sp.plan.schema import Leaf
+from hf_sp.model.mixer import OwnRowsParameters
+from hf_sp.model.parameters import Partial
+from hf_sp.plan.schema import Leaf, OwnRows
 from mutants import wrongly
 from mutants.registry import Patch, mutant
 
@@ -46,18 +50,26 @@ def norm_over_heads_sums_no_gradient() -> list[Patch]:
     return [wrongly.backward(norm_over_heads._OverHeads, backward)]
 
 
+def _as_one(dim, sizes=(1, 1)):
+    return Shard(dim)
+
+
+# Fewer heads of keys and values than ranks: stored whole.
+_FEW_HEADS = Case("phi3", model_kwargs=(("num_key_value_heads", 1),))
+
+
 @mutant(Case("phi3"))
 def gate_and_up_are_split_as_one() -> list[Patch]:
-    return [(shard, "packed_halves", Shard)]
+    return [(shard, "packed_shard", _as_one)]
 
 
-@mutant(Case("phi3"))
+@mutant(_FEW_HEADS)
 def packed_heads_are_the_next_ranks() -> list[Patch]:
     right = Leaf.rows
     return [(Leaf, "rows", lambda self, tp, rank: right(self, tp, (rank + 1) % tp))]
 
 
-@mutant(Case("phi3"))
+@mutant(_FEW_HEADS)
 def packed_heads_gradient_is_not_summed() -> list[Patch]:
     right = pairs.identity_allreduce
     return [(pairs, "identity_allreduce", lambda x, axis: x if x.dim() == 2 else right(x, axis))]
@@ -75,3 +87,30 @@ def latent_gradients_are_not_summed() -> list[Patch]:
 def scaled_embedding_forgets_its_scale() -> list[Patch]:
     # The class before it is the one that scales.
     return [(embedding, "_before", lambda kind: embedding.VocabParallelEmbedding)]
+
+
+@mutant(Case("qwen3_5"))
+def keys_and_values_are_split_as_one() -> list[Patch]:
+    return [(shard, "packed_shard", _as_one)]
+
+
+@mutant(Case("qwen3_5"))
+def mixer_has_the_next_ranks_rows() -> list[Patch]:
+    right = OwnRows.rows
+    return [(OwnRows, "rows", lambda self, tp, rank: right(self, tp, (rank + 1) % tp))]
+
+
+@mutant(Case("qwen3_5"))
+def gradients_of_own_rows_are_not_summed() -> list[Patch]:
+    return [(OwnRowsParameters, "summed", lambda self: False)]
+
+
+@mutant(Case("qwen3_next"))
+def gated_norm_gradient_is_not_summed() -> list[Patch]:
+    right = _install_norm
+
+    def alone(model, path, state, partial):
+        mine = path.endswith("linear_attn.norm")
+        return right(model, path, state, Partial.NEVER if mine else partial)
+
+    return [(install, "_install_norm", alone)]

@@ -32,9 +32,14 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("deepseek_v3", sp=False, checkpoint="non_reentrant"),
         Case("deepseek_v3", parallelize=(("ep", tp),)),
         Case("deepseek_v3", parallelize=more[:1]),
+        Case("qwen3_5", accum=3),
+        Case("qwen3_5", sp=False, checkpoint="non_reentrant", optimizer="adamw"),
+        Case("qwen3_5", checkpoint="reentrant", parallelize=more[1:]),
+        Case("qwen3_next", checkpoint="non_reentrant"),
+        Case("qwen3_next", parallelize=(("ep", tp),)),
     )
-    loaded = (Case("phi3", loaded=True), Case("olmo2", loaded=True))
-    return cases + (loaded if tp == 2 else (Case("phi3", data=2), Case("olmo2", data=2)))
+    apart = "phi3", "olmo2", "qwen3_5"
+    return cases + tuple(Case(f, loaded=tp == 2, data=tp // 2) for f in apart)
 
 
 CELLS = [

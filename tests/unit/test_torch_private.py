@@ -292,11 +292,11 @@ def test_private_names_are_seen(source, want):
     assert _used(ast.parse(source)) == want
 
 
-def test_packed_halves():
+def test_packed_shard():
     """Part r of each half on rank r; torn apart and put together by DTensor itself."""
     full = torch.arange(3 * 8 * 2).view(3, 8, 2)
     with fake_world(2) as mesh:
-        placement = private.packed_halves(1)
+        placement = private.packed_shard(1)
         found = distribute_tensor(full, mesh, (placement,), src_data_rank=None)
         gate, up = full.chunk(2, 1)
         assert torch.equal(found.to_local(), torch.cat([gate[:, :2], up[:, :2]], 1))
