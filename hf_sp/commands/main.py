@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_sp.commands import estimate
+from hf_sp.commands import estimate, explain
 from hf_sp.errors import HfSpError
 
-COMMANDS = {"estimate": estimate}
+COMMANDS = {"estimate": estimate, "explain": explain}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -115,7 +115,6 @@ def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
     Raises:
         ConfigError, PlanError: as ``parallelize``; or transformers has no causal LM of the config.
     """
-    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     config = deepcopy(config)
     config.use_cache = False
     with fake_world(run.ranks) as mesh:
@@ -176,9 +175,16 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def _build(config: PreTrainedConfig) -> nn.Module:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model of shapes alone."""
+    with torch.device("meta"):
+        return _build(config, dtype=dtype)
+
+
+def _build(config: PreTrainedConfig, **how: Any) -> nn.Module:
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, **how)
     except ValueError as error:
         raise ConfigError(
             "transformers has no causal language model of that config",
