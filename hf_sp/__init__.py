@@ -9,6 +9,8 @@ from hf_sp.api import Support, parallelize, supports
 from hf_sp.loading import from_pretrained
 from hf_sp.model.gradients import grad_norm
 from hf_sp.plan import Plan
+from hf_sp.proof.replicas import check_replicas
+from hf_sp.proof.verify import Verification, verify
 from hf_sp.state import parallel_state
 from hf_sp.torch_private import one_gloo_thread
 
@@ -20,10 +22,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Plan",
     "Support",
+    "Verification",
     "__version__",
+    "check_replicas",
     "from_pretrained",
     "grad_norm",
     "parallel_state",
     "parallelize",
     "supports",
+    "verify",
 ]

@@ -53,3 +53,7 @@ class BatchMismatchError(HfSpError):
 
 class CheckpointError(HfSpError):
     """A checkpoint that does not fit the parallel model, or could not be written."""
+
+
+class ReplicaError(HfSpError):
+    """Copies on several ranks that have to be equal and are not."""

@@ -51,8 +51,8 @@ class ParallelState:
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
 
     # The rest is of the current forward; a copy starts without.
-    # It decodes one token: plain TP, nothing is scattered.
-    single_token: bool = field(default=False, init=False)
+    # It decodes a token, or fills a cache with few: plain TP, nothing is scattered.
+    few_tokens: bool = field(default=False, init=False)
     # Whole sequence length while the decoder runs, else None.
     length: int | None = field(default=None, init=False)
     # Inside the forward of the whole model, where the LM head may return lazy logits.
@@ -118,7 +118,7 @@ class ParallelState:
     @property
     def sharded(self) -> bool:
         """Whether hidden states of the current forward are sequence shards."""
-        return self.sp and not self.single_token
+        return self.sp and not self.few_tokens
 
     def expert_load(self) -> dict[str, Tensor]:
         """Tokens that each expert was given in the latest forward, ``[E]`` by the experts' path.

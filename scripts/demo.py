@@ -313,13 +313,15 @@ def draw(one: dict, many: dict, path: Path) -> None:
     middle.set(title="relative difference of the two runs", xlabel="step")
 
     rows = cost_rows(one, many)
+    # Lying, so that the names have room beside the bars.
     names = [name.replace(": ", "\n").replace(", ", "\n") for name, _ in rows]
     sizes = [c["layer_alive_bytes"] / 2**20 for _, c in rows]
-    bars = right.bar(names, sizes, color=[grey, orange, orange, blue], width=0.6)
-    labels = [f"{size:.1f} MiB\n{100 * size / sizes[0]:.0f} %" for size in sizes]
+    bars = right.barh(names, sizes, color=[grey, orange, orange, blue], height=0.6)
+    labels = [f"{size:.1f} MiB, {100 * size / sizes[0]:.0f} %" for size in sizes]
     right.bar_label(bars, labels, padding=3)
-    right.set(title="activations kept for backward\nper layer and rank", ylabel="MiB")
-    right.set_ylim(0, max(sizes) * 1.2)
+    right.set(title="activations kept for backward\nper layer and rank", xlabel="MiB")
+    right.set_xlim(0, max(sizes) * 1.6)
+    right.invert_yaxis()
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)

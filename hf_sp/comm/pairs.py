@@ -118,12 +118,14 @@ class _IdentityAllReduce(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
+        # Code that has not read it sends nothing, on any rank: nothing is summed.
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return comm.all_reduce(grads[0], ctx.axis), None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None if grads[0] is None else comm.all_reduce(grads[0], ctx.axis), None
 
 
 class _IdentityOneRank(_IdentityAllReduce):
@@ -139,7 +141,9 @@ class _IdentityOneRank(_IdentityAllReduce):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return None, None
         # Zeros, and not nothing: every rank has to run the same backward.
         return grads[0] if ctx.axis.rank == 0 else torch.zeros_like(grads[0]), None
 

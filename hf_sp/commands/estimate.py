@@ -22,16 +22,8 @@ from rich.progress import Progress, track
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from hf_sp.commands.rank import (
-    DTYPES,
-    LIBRARIES,
-    OPTIMIZERS,
-    Run,
-    count,
-    layer_collectives,
-    load_config,
-    longest,
-)
+from hf_sp.commands.layers import count_whole, layer_collectives, longest
+from hf_sp.commands.rank import DTYPES, LIBRARIES, OPTIMIZERS, Run, load_config
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import CollectiveCount, Kinds
 from hf_sp.state import Recompute
@@ -120,7 +112,7 @@ def capacity_of(gpu: str | None) -> int | None:
 
 def row_of(config: PreTrainedConfig, run: Run) -> dict[str, Any]:
     """A count as data."""
-    found = count(config, run)
+    found = count_whole(config, run)
     return {
         **asdict(run),
         "peak": found.peak,
@@ -158,7 +150,7 @@ def compare(config: PreTrainedConfig, run: Run, capacity: int | None) -> Iterato
             continue
         row["layer"] = _as_data(layer_collectives(config, mine))
         if capacity is not None:
-            row["longest"] = longest(config, mine, capacity)
+            row["longest"] = longest(config, mine, capacity, row["peak"])
         yield row
 
 

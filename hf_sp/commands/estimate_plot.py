@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedConfig
 
-from hf_sp.commands.rank import Run, count
+from hf_sp.commands.layers import count_whole
+from hf_sp.commands.rank import Run
 from hf_sp.errors import HfSpError
 
 GIB = 2**30
@@ -29,7 +30,7 @@ def plot(file: str, name: str, config: PreTrainedConfig, run: Run, capacity: int
     for tp in track(DEGREES, "counting", console=console, transient=True):
         mine = replace(run, tp=tp, library="one GPU" if tp == 1 else "hf_sp")
         try:
-            peaks = [count(config, replace(mine, seq=seq)).peak / GIB for seq in lengths]
+            peaks = [count_whole(config, replace(mine, seq=seq)).peak / GIB for seq in lengths]
         except HfSpError as error:
             console.print(f"tp={tp}: {str(error).splitlines()[0]}")
             continue

@@ -6,10 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_sp.commands import estimate
+from hf_sp.commands import consolidate, doctor, estimate, explain, verify
 from hf_sp.errors import HfSpError
 
-COMMANDS = {"estimate": estimate}
+COMMANDS = {
+    "estimate": estimate,
+    "explain": explain,
+    "verify": verify,
+    "doctor": doctor,
+    "consolidate": consolidate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,6 @@ from hf_sp.adapters.fake import with_adapters
 from hf_sp.api import parallelize
 from hf_sp.errors import ConfigError
 from hf_sp.estimate import (
-    CollectiveCount,
     TrainingCount,
     count_training,
     fake_tensors,
@@ -47,8 +46,6 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] 
     "sgd": lambda parameters: torch.optim.SGD(_groups(parameters), foreach=True),
     "none": None,
 }
-LONGEST = 2**24
-"""Tokens beyond which nobody looks whether a row fits."""
 # SDPA under a name that transformers makes no mask for: flash kernels get none either.
 _ATTENTION = "sdpa_without_mask"
 
@@ -115,7 +112,6 @@ def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
     Raises:
         ConfigError, PlanError: as ``parallelize``; or transformers has no causal LM of the config.
     """
-    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     config = deepcopy(config)
     config.use_cache = False
     with fake_world(run.ranks) as mesh:
@@ -129,43 +125,7 @@ def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
             )
 
 
-def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
-    """Collectives of one layer, the third, by phase and kind."""
-    two, three = (count(_with_layers(config, n), run).collectives for n in (2, 3))
-    none = CollectiveCount()
-    more = {
-        phase: {kind: c - two[phase].get(kind, none) for kind, c in kinds.items()}
-        for phase, kinds in three.items()
-    }
-    return {phase: {k: c for k, c in kinds.items() if c.calls} for phase, kinds in more.items()}
-
-
-def longest(config: PreTrainedConfig, run: Run, capacity: int) -> int:
-    """The most tokens a row may have for the peak to stay within `capacity` bytes; 0: none.
-
-    At most `LONGEST`, and a multiple of 1024 and tp. The peak is the largest of several lines in
-    the number of tokens: the line through two counts says where to look, until one length fits and
-    the next does not.
-    """
-    step = 1024 * run.tp
-    low, high, most = 0, None, max(1, LONGEST // step)
-    at, before = max(1, run.seq // step), None
-    while high is None or high - low > 1:
-        found = count(config, replace(run, seq=at * step)).peak
-        low, high = (at, high) if found <= capacity else (low, at)
-        if low == most or high == 1:
-            break
-        ahead = 2 * at if found <= capacity else at // 2
-        if before is not None:
-            slope = (found - before[1]) / (at - before[0])
-            # One beyond where the line meets the limit: there it is seen that no more fits.
-            ahead = at + int((capacity - found) / slope) + (found <= capacity)
-        before = at, found
-        at = min(max(ahead, low + 1), (high or most + 1) - 1)
-    return low * step
-
-
-def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of a model of so many layers; what it lists of each goes with them."""
     config = deepcopy(config)
     whole = config.num_hidden_layers
@@ -176,9 +136,16 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def _build(config: PreTrainedConfig) -> nn.Module:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model of shapes alone."""
+    with torch.device("meta"):
+        return _build(config, dtype=dtype)
+
+
+def _build(config: PreTrainedConfig, **how: Any) -> nn.Module:
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, **how)
     except ValueError as error:
         raise ConfigError(
             "transformers has no causal language model of that config",

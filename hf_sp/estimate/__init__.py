@@ -10,13 +10,14 @@ rank of any world, in seconds and without memory::
 It is the training code itself that runs, so the estimate can't drift from it.
 """
 
-from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, StepAccounting
+from hf_sp.estimate.accounting import CollectiveCount, CollectiveRecord, LiveStorage, StepAccounting
 from hf_sp.estimate.simulate import fake_tensors, fake_world
 from hf_sp.estimate.step import StepCount, count_step, per_layer
 from hf_sp.estimate.training import Kinds, TrainingCount, count_training
 
 __all__ = [
     "CollectiveCount",
+    "CollectiveRecord",
     "Kinds",
     "LiveStorage",
     "StepAccounting",

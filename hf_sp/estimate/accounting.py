@@ -26,7 +26,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,16 @@ class CollectiveCount:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectiveRecord:
+    """One collective: the op that ran, the kind it is, and its payload."""
+
+    phase: Phase
+    op: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LiveStorage:
     """A storage the step made that is still alive."""
 
@@ -96,6 +106,7 @@ class StepAccounting(TorchDispatchMode):
         phase: what the ops that run now are booked under; set it between forward and backward.
         live_bytes: bytes of the storages made so far that are alive now.
         peak_bytes: largest `live_bytes` right after any op.
+        records: the collectives so far, in order.
     """
 
     def __init__(self) -> None:
@@ -103,9 +114,7 @@ class StepAccounting(TorchDispatchMode):
         self.phase: Phase = "forward"
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._collectives: dict[Phase, dict[str, CollectiveCount]] = {
-            phase: {} for phase in get_args(Phase)
-        }
+        self.records: list[CollectiveRecord] = []
         # What came (True) and went, and how much of it had come about when the peak was reached.
         self._events: list[tuple[bool, LiveStorage]] = []
         self._peak_event = 0
@@ -135,7 +144,12 @@ class StepAccounting(TorchDispatchMode):
 
     def collectives(self, phase: Phase) -> dict[str, CollectiveCount]:
         """Return the collectives of one phase by kind, in order of first use."""
-        return dict(self._collectives[phase])
+        counts: dict[str, CollectiveCount] = {}
+        for one in self.records:
+            if one.phase == phase:
+                before = counts.get(one.kind, CollectiveCount())
+                counts[one.kind] = before + CollectiveCount(1, one.bytes)
+        return counts
 
     def alive(self) -> list[LiveStorage]:
         """Return the storages made so far that are alive now, largest first."""
@@ -196,11 +210,10 @@ class StepAccounting(TorchDispatchMode):
             self.peak_bytes, self._peak_event = self.live_bytes, len(self._events)
         kind = _collective_kind(op)
         if kind is not None:
-            counts = self._collectives[self.phase]
             # A list of tensors is one operand.
             operands = map(_plain_tensors, (*args, *kwargs.values(), out))
             payload = max(sum(t.numel() * t.element_size() for t in x) for x in operands)
-            counts[kind] = counts.get(kind, CollectiveCount()) + CollectiveCount(1, payload)
+            self.records.append(CollectiveRecord(self.phase, op, kind, payload))
         return out
 
     def _note(self, tensor: Tensor, op: str | None) -> None:

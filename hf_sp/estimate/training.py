@@ -45,16 +45,25 @@ class TrainingCount:
     """What a step costs once the optimizer has its state.
 
     Attributes:
-        kinds: bytes at the peak.
-        peaks: most bytes alive at once in each phase, everything included.
+        held: bytes of weights and the optimizer's state, which are there all the time.
+        gradients: bytes of all gradients.
         kept: bytes of activations that the forward leaves, all of them.
+        peaks: most bytes alive at once in each phase, everything included.
+        kinds_at: bytes at the peak of each phase.
         collectives: of each phase by kind.
     """
 
-    kinds: Kinds
-    peaks: Mapping[str, int]
+    held: int
+    gradients: int
     kept: int
+    peaks: Mapping[str, int]
+    kinds_at: Mapping[str, Kinds]
     collectives: Mapping[str, Mapping[str, CollectiveCount]]
+
+    @property
+    def kinds(self) -> Kinds:
+        """Bytes at the peak."""
+        return self.kinds_at[self.when]
 
     @property
     def peak(self) -> int:
@@ -100,13 +109,10 @@ def count_training(
             weights = accounting.made(given)
 
             peaks: dict[str, int] = {}
-            best: tuple[int, list[LiveStorage]] = (0, [])
+            alive: dict[str, list[LiveStorage]] = {}
 
             def close(phase: Phase) -> None:
-                nonlocal best
-                peaks[phase] = accounting.peak_bytes
-                if accounting.peak_bytes > best[0]:
-                    best = accounting.peak_bytes, accounting.at_peak()
+                peaks[phase], alive[phase] = accounting.peak_bytes, accounting.at_peak()
                 accounting.restart_peak()
 
             accounting.restart_peak()
@@ -133,9 +139,11 @@ def count_training(
     finally:
         if collecting:
             gc.enable()
-    kinds = _kinds(best[1], weights, gradients, state, activations)
+    parts = weights, gradients, state, activations
+    kinds = {phase: _kinds(records, *parts) for phase, records in alive.items()}
     found = {str(phase): accounting.collectives(phase) for phase in PHASES}
-    return TrainingCount(kinds, peaks, kept, found)
+    whole = sum(record.nbytes for record in gradients)
+    return TrainingCount(held, whole, kept, peaks, kinds, found)
 
 
 def _make_state(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:

@@ -18,6 +18,9 @@ from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import has_global_hooks
 
+SHARD_FROM = 8 * 2**20
+"""Bytes of a rank's hidden states from which a prefill is sharded; vLLM's rule, for H100s."""
+
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The inputs by name, positional ones too."""
@@ -51,19 +54,32 @@ class DecoderBoundary(_Boundary):
         self._batch = 0
 
     def start(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Note the whole sequence length; decode single tokens without sequence sharding."""
+        """Note the whole sequence length; decode, and fill short caches, without shards."""
         state, inputs = self.state, _bind(module, args, kwargs)
         if not state.in_model:
             check_forward(self.model, state, inputs)
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
         self._batch, state.length = (0, None) if tokens is None else tokens.shape[:2]
-        # One token of a generation: all but one rank would get padding. Never in training, where a
-        # checkpointed layer may run again after this forward is over.
-        state.single_token = state.length == 1 and not torch.is_grad_enabled()
+        # Never in training, where a checkpointed layer may run again after this forward is over.
+        state.few_tokens = not torch.is_grad_enabled() and self._few_tokens(inputs)
         as_dict = kwargs.get("return_dict")
         self._as_tuple = not (module.config.return_dict if as_dict is None else as_dict)
         return (args, {**kwargs, "return_dict": True}) if self._as_tuple else None
+
+    def _few_tokens(self, inputs: dict[str, Any]) -> bool:
+        """Whether a forward without gradients is better off with plain TP.
+
+        One token: all but one rank would get padding. A prefill (someone hands a cache in) of few:
+        one small all-reduce is sooner done than a reduce-scatter and an all-gather. The same on
+        every rank, which all have the same batch.
+        """
+        state, length = self.state, self.state.length
+        if length is None or length == 1 or inputs.get("past_key_values") is None:
+            return length == 1
+        weight: Any = self.model.get_submodule(state.plan.embedding).weight
+        size = self._batch * length * weight.shape[1] * weight.element_size()
+        return size < SHARD_FROM * state.tp
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Gather the recorded hidden states (sequence) and attention weights (heads)."""
@@ -74,7 +90,7 @@ class DecoderBoundary(_Boundary):
             self._gather(output, state.length)
             return output.to_tuple() if self._as_tuple else output
         finally:
-            state.length, state.single_token = None, False
+            state.length, state.few_tokens = None, False
             state.delivered = (None, None)
 
     def _gather(self, output: Any, length: int) -> None:

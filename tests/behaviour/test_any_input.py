@@ -7,13 +7,20 @@ first of them. What each input or use is, is in inputs.py and uses.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
+import torch
+from harness import tiny
 from harness.parity import Case, assert_parity
 from harness.pool import run_on_ranks, run_once
+from transformers import DynamicCache
 
 from behaviour import inputs, uses
-from behaviour.generation import generation
+from behaviour.generation import STRATEGIES, generation, text_pipeline
+from hf_sp import parallelize
+from hf_sp.estimate import StepAccounting, fake_world
+from hf_sp.model import forward
 
 # (tp, case): a padding row and biases; a vocabulary that no tp divides; a window shorter than the
 # sequence, under the eager mask; qk-norm and a tied head; kv heads on several ranks; plain tensor
@@ -35,8 +42,9 @@ USE_MODELS = [
 PROMPTS = [
     *(f"length{length}-batch{batch}" for length in (1, 5, 8, 17) for batch in (1, 3)),
     "left-padded",
-    "no-cache",
-    "beams",
+    "left-padded-small",
+    "small",
+    *STRATEGIES,
 ]
 GENERATION_MODELS = [
     (2, Case("llama_bias")),
@@ -97,6 +105,36 @@ def test_use(tp, case, name):
 @pytest.mark.parametrize(("tp", "case", "name"), _cells(GENERATION_MODELS, PROMPTS))
 def test_generate(tp, case, name):
     _check(tp, generation, case, name)
+
+
+def test_a_pipeline_writes_the_same_text():
+    for found in run_once(2, text_pipeline, case=Case("llama_bias")):
+        assert found["parallel"] == found["unsharded"]
+        assert all(len(text.split()) > 3 for text in found["parallel"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_collectives_of_decoding(family):
+    """By count: nothing along the sequence, two all-reduces a layer; a long prefill is sharded."""
+    with fake_world(2) as mesh, torch.no_grad():
+        model = parallelize(tiny.build(family, torch.float32), mesh=mesh).eval()
+        counts = {}
+        for name, length in (("long", 4096), ("short", 33), ("token", 1)):
+            cache = DynamicCache(config=model.config)
+            sizes = {"long": 0, "short": forward.SHARD_FROM, "token": 0}
+            with (
+                mock.patch.object(forward, "SHARD_FROM", sizes[name]),
+                StepAccounting() as accounting,
+            ):
+                ids = torch.zeros(1, length, dtype=torch.long)
+                out = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            assert out.logits.grad_fn is None
+            counts[name] = {k: c.calls for k, c in accounting.collectives("forward").items()}
+            small = accounting.collectives("forward")["all_reduce"].bytes
+            assert name == "long" or small == 5 * length * 64 * 4
+    # The embedding's all-reduce and the logits' all-gather beside those of two layers.
+    assert counts["token"] == counts["short"] == {"all_reduce": 1 + 2 * 2, "all_gather": 1}
+    assert counts["long"] == {"all_reduce": 1, "all_gather": 2 * 2 + 1 + 1, "reduce_scatter": 4}
 
 
 @pytest.mark.parametrize("pattern", FROZEN)

@@ -11,9 +11,10 @@ from commands import jobs
 from harness.pool import pool
 from transformers import AutoConfig
 
-from hf_sp.commands import rank
+from hf_sp.commands import layers, rank
+from hf_sp.commands.layers import count_whole, longest
 from hf_sp.commands.main import main
-from hf_sp.commands.rank import Run, count, longest
+from hf_sp.commands.rank import Run, count
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 250}
 LLAMA = {"model_type": "llama", "intermediate_size": 128, "num_key_value_heads": 4, **SIZES}
@@ -99,8 +100,57 @@ def test_the_longest_fits_and_a_longer_one_does_not():
     assert longest(config, SHORT, 1000) == 0
 
 
+DEEP = {"num_hidden_layers": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "run"),
+    [
+        (LLAMA, SHORT),
+        (LLAMA, replace(SHORT, seq=8)),  # more gradients than activations
+        (LLAMA, replace(SHORT, checkpointing=True, dtype="float32")),
+        (SPARSE, replace(SHORT, ep=2)),
+        (QWEN, replace(SHORT, library="transformers tp", sp=False)),
+    ],
+    ids=["activations", "gradients", "checkpointing", "sparse", "transformers"],
+)
+def test_few_layers_tell_of_all(config, run, monkeypatch):
+    """To the byte; and so few were counted."""
+    deep = AutoConfig.for_model(**{**config, **DEEP})
+    want, counted = count(deep, run), []
+    monkeypatch.setattr(
+        layers, "count", lambda c, r: counted.append(c.num_hidden_layers) or count(c, r)
+    )
+    assert count_whole(deep, run) == want
+    assert counted == list(layers.FEW)
+
+
+def test_layers_that_differ_are_all_counted(monkeypatch):
+    mixed = AutoConfig.for_model(**{**SPARSE, **DEEP, "mlp_only_layers": [9]})
+    counted = []
+    monkeypatch.setattr(layers, "count", lambda c, r: counted.append(c.num_hidden_layers))
+    count_whole(mixed, SHORT)
+    assert counted == [16]
+
+
+@pytest.mark.parametrize("limit", [0, 5, 6, 40, 41, 399, 10**9])
+@pytest.mark.parametrize("start", [1, 7, 64])
+def test_where_a_convex_line_meets_a_limit(limit, start):
+    asked = []
+
+    def value(n):
+        asked.append(n)
+        return max(3 + n, 4 * n - 30)
+
+    found = layers._last_below(value, limit, start, 64)
+    fits = [n for n in range(1, 65) if max(3 + n, 4 * n - 30) <= limit]
+    assert found == (fits[-1] if fits else 0)
+    assert len(asked) <= 8
+    assert len(set(asked)) == len(asked)
+
+
 def test_no_longer_than_anybody_asks(monkeypatch):
-    monkeypatch.setattr(rank, "LONGEST", 8192)
+    monkeypatch.setattr(layers, "LONGEST", 8192)
     assert longest(AutoConfig.for_model(**LLAMA), SHORT, 10**12) == 8192
 
 

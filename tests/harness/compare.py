@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from harness.batches import Batch
-from harness.report import FLOOR, Report, size
+from harness.report import Report, floors
 
 
 class HarnessError(Exception):
@@ -43,12 +43,9 @@ def compare_gradients(
         report.problems.append(
             f"{label}gradients of other parameters: {sorted(got.keys() ^ want.keys())}"
         )
-    floors: dict[str, float] = {}
-    for name, gradient in want.items():
-        owner = _owner(name)
-        floors[owner] = max(floors.get(owner, 0.0), FLOOR * size(gradient))
+    least = floors(want)
     for name in (name for name in want if name in got):
-        report.compare(f"{label}grad {name}", got[name], want[name], floors[_owner(name)])
+        report.compare(f"{label}grad {name}", got[name], want[name], least[name])
 
 
 def gradients(model: nn.Module, report: Report | None = None) -> dict[str, Tensor]:
@@ -225,12 +222,3 @@ def gather_objects(value: Any) -> list:
 def _digest(tensor: Tensor) -> str:
     raw = local(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
-
-
-def _owner(name: str) -> str:
-    """`model.layers.0.self_attn` of `model.layers.0.self_attn.q_proj.bias`.
-
-    A norm or the head is its own owner.
-    """
-    parts = name.split(".")
-    return ".".join(parts[:4]) if "layers" in parts else ".".join(parts[:-1])

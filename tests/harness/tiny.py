@@ -1,7 +1,7 @@
 """One two-layer model per family, with the trait that broke somebody's tensor parallelism.
 
-Owns: configurations, deterministic non-trivial weights, the float64 loss of the reference.
-Must not know: hf_sp, process groups.
+Owns: configurations, deterministic non-trivial weights.
+Must not know: parallel models, process groups.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
+
+from hf_sp.proof.reference import float64_loss
+from hf_sp.proof.report import IN_FLOAT32
 
 _BASE = {
     "vocab_size": 96,
@@ -168,7 +171,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # Where transformers computes in float32 whatever the dtype, and a rank has a part of the numbers:
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
-FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
+FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
 # Gated DeltaNet is all float32, and its solve makes more of a rounding that falls otherwise.
 FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next"), 1e-5)
 
@@ -270,36 +273,6 @@ def float64_router(
     if getattr(router, "norm_topk_prob", True):
         values = values / values.sum(-1, keepdim=True)
     return logits, values, indices
-
-
-def float64_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """HF's ForCausalLMLoss without its `logits.float()`.
-
-    That upcast is a *down*cast for float64 logits: it rounds each logit by up to 6e-8 relative, and
-    a logit whose two computations differ by 1e-16 may round to different float32 numbers. A
-    reference with that rounding is good to 1e-8, not to 1e-10. hf_sp computes the loss of float64
-    logits in float64, so the reference does too. Written from the definition (log-sum-exp minus the
-    target's logit), not by calling F.cross_entropy, so that it does not share a fault with what it
-    judges; test_tiny.py compares the two.
-    """
-    if shift_labels is None:
-        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    flat = logits.reshape(-1, vocab_size)
-    target = shift_labels.reshape(-1)
-    counted = target != ignore_index
-    picked = flat.gather(1, target.masked_fill(~counted, 0)[:, None])[:, 0]
-    # where, not multiplication: an ignored row may hold anything.
-    losses = torch.where(counted, flat.logsumexp(1) - picked, 0.0)
-    items = counted.sum() if num_items_in_batch is None else num_items_in_batch
-    return losses.sum() / items
 
 
 def reference(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,7 @@ LONGER = {}
 # The package in all, and the attributes that it leaves on modules and tensors of others. It was
 # 11,741 before checkpoints had a manifest, Trainer data parallel ranks, hf-sp its commands and
 # families plans of our own.
-MAX_LINES_OF_ALL = 17_000
+MAX_LINES_OF_ALL = 18_400
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
@@ -30,6 +30,7 @@ LAYERS: list[list[set[str]]] = [
     [{"install", "checkpoint", "optimizer_state"}, {"checks", "checks_fsdp"}],
     [{"adapters"}],
     [{"integrations", "api", "consolidate", "loading"}],
+    [{"proof"}],
     [{"commands", "__main__"}],
 ]
 # What stands apart: name -> all it may import of ours. The estimator measures a model that it is
@@ -104,8 +105,8 @@ def violations(source: str, module: str) -> list[str]:
             if other not in allowed:
                 bad.append(f"{module} imports hf_sp.{other}: it may import {sorted(allowed)} only")
         elif other in APART:
-            if own is None or own[0] < len(LAYERS) - 1:
-                bad.append(f"{module} imports hf_sp.{other}: only the top layer may")
+            if own is None or own[0] < len(LAYERS) - 2:
+                bad.append(f"{module} imports hf_sp.{other}: only the top layers may")
         else:
             target = _layer(other)
             if target is None:
@@ -208,7 +209,7 @@ def test_the_package_is_seen():
         ("from transformers import Trainer", "api", "integrations"),
         ("import accelerate.utils", "comm.mesh", "integrations"),
         ("from hf_sp.plan import Plan", "estimate.step", "only"),
-        ("from hf_sp import estimate", "model.loss", "top layer"),
+        ("from hf_sp import estimate", "model.loss", "top layers"),
         ("from hf_sp import parallelize", "model.loss", "itself"),
         ("from hf_sp import parallelize", "estimate.step", "only"),
         ("", "novelty", "table"),

@@ -1,0 +1,167 @@
+"""Can I trust it: loss, logits and every gradient on tp ranks of this machine, against one process.
+
+The ranks are started here, on GPUs if there are as many, else on the CPU; nothing is downloaded. A
+config without weights gets random ones. `--layers 2` verifies the same layers of a smaller model.
+
+    hf-sp verify ./my-model --tp 2
+    hf-sp verify meta-llama/Llama-3.1-8B --tp 4 --layers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from hf_sp.api import supports
+from hf_sp.commands.rank import load_config, with_layers
+from hf_sp.errors import ConfigError, HfSpError, PlanError
+from hf_sp.proof.reference import scatter_weights
+from hf_sp.proof.verify import DTYPES, Verification, verify
+
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("name", metavar="NAME", help="folder, config.json, or cached name")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--no-sp", dest="sp", action="store_false")
+    parser.add_argument("--no-kernels", dest="kernels", action="store_false")
+    parser.add_argument("--seq", type=int, default=33, help="tokens of a row")
+    parser.add_argument("--batch", type=int, default=2, help="rows; the second is padded")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the first N layers alone")
+    parser.add_argument("--dtype", choices=NAMES, default="float64")
+    parser.add_argument("--random", action="store_true", help="random weights in any case")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command; status 1 if anything disagrees."""
+    config = load_config(options.name)
+    check(config, options)
+    with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("comparing"):
+        cores = str(max(1, (os.cpu_count() or 1) // options.tp))
+        before = os.environ.setdefault("OMP_NUM_THREADS", cores)
+        gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.tp
+        arguments = (folder, "nccl" if gpus else "gloo", options)
+        torch.multiprocessing.spawn(_rank, arguments, nprocs=options.tp)
+        assert before
+        found = pickle.loads((Path(folder) / "found").read_bytes())
+    if isinstance(found, HfSpError):
+        raise found
+    if options.json:
+        answer = {"name": options.name, **found.as_data()}
+        sys.stdout.write(json.dumps(answer, indent=1) + "\n")
+    else:
+        show(options.name, found)
+    sys.exit(0 if found else 1)
+
+
+def check(config: PreTrainedConfig, options: argparse.Namespace) -> None:
+    """Refuse before any rank is started.
+
+    Raises:
+        ConfigError: numbers that no run has.
+        PlanError: the model is not supported.
+    """
+    sizes = {"tp": options.tp, "seq": options.seq, "batch": options.batch}
+    layers = config.get_text_config().num_hidden_layers
+    if min(sizes.values()) < 1 or not 1 <= (options.layers or layers) <= layers:
+        raise ConfigError(
+            "such a model or batch there is not",
+            where="--tp, --seq, --batch, --layers",
+            got=f"{sizes}, layers={options.layers}",
+            legal=f"positive numbers; --layers 1 to {layers}",
+        )
+    if not (found := supports(config, options.tp, options.sp, ep=options.ep)):
+        raise PlanError(f"the model is not supported\n{found.reason}")
+
+
+def build(name: str, config: PreTrainedConfig, options: Any) -> nn.Module:
+    """The model on one rank: with its weights where they are at hand, else random ones."""
+    dtype = NAMES[options.dtype]
+    if options.layers:
+        config = with_layers(config, options.layers)
+    if not options.random and not name.endswith(".json"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, local_files_only=True
+            )
+        except OSError:
+            pass  # a config alone
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    scatter_weights(model)
+    return model
+
+
+def _rank(rank: int, folder: str, backend: str, options: argparse.Namespace) -> None:
+    """One rank. What it refuses is handed back; any other error ends all with its traceback."""
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=options.tp)
+    config = load_config(options.name)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        config.get_text_config().vocab_size, (options.batch, options.seq), generator=generator
+    )
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    if options.batch > 1 and options.seq > 4:
+        mask[1, : options.seq // 4] = 0
+        labels[mask == 0] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found: Any
+    try:
+        found = verify(
+            lambda: build(options.name, config, options),
+            batch,
+            tp=options.tp,
+            sp=options.sp,
+            dtype=NAMES[options.dtype],
+            ep=options.ep,
+            kernels=options.kernels,
+        )
+    except HfSpError as error:
+        found = error
+    if rank == 0:
+        (Path(folder) / "found").write_bytes(pickle.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def show(name: str, found: Verification) -> None:
+    """Print the verdict and the worst comparisons."""
+    console = Console()
+    shown = Table(title=f"{name} on {found.tp} ranks, sp={found.sp}, {found.dtype}")
+    for head in ("error", "of", "what"):
+        shown.add_column(head, justify="left" if head == "what" else "right")
+    rows = found.wrong or found.rows
+    for row in rows[:12]:
+        style = "red" if found.wrong else None
+        shown.add_row(f"{row.error:.1e}", f"{row.scale:.1e}", escape(row.what), style=style)
+    console.print(shown)
+    for problem in found.problems:
+        console.print(f"[red]{escape(problem)}[/red]", highlight=False)
+    if found.changed:
+        console.print(f"Dropout was set to zero in {len(found.changed)} places.")
+    console.print(f"Collectives of a step: {found.collectives}.", highlight=False)
+    verdict = "[green]agrees[/green]" if found else "[red]DOES NOT AGREE[/red]"
+    console.print(
+        f"{verdict}: {len(found.rows)} comparisons, {len(found.wrong)} beyond what rounding "
+        f"explains, {found.tolerance:.0e} ({found.why})",
+        highlight=False,
+    )

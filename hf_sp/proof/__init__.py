@@ -1,0 +1,1 @@
+"""Proof that a parallel model computes what the unsharded one does: tolerances, comparisons."""

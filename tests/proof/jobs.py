@@ -1,0 +1,112 @@
+"""Rank functions: ``hf_sp.verify`` on models that are right, and on models with a planted fault."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from harness import batches, tiny
+from mutants import MUTANTS, applied
+
+import hf_sp
+from hf_sp.comm import collectives as comm
+from hf_sp.errors import HfSpError
+from hf_sp.proof import verify as module
+from hf_sp.state import parallel_state
+
+
+def verified(family: str, batch: str = "left_padded", length: int = 17, **options: Any) -> Any:
+    """The verification of a tiny model; what is refused as its text."""
+    model = tiny.build(family, options.get("dtype", torch.float64))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    given = getattr(batches, batch)(2, length, model.config.vocab_size)
+    try:
+        found = hf_sp.verify(model, given, **options)
+    except HfSpError as error:
+        return str(error)
+    # The model that was given is as it was.
+    assert parallel_state(model) is None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return found
+
+
+def with_faults(names: Iterable[str]) -> dict[str, hf_sp.Verification]:
+    """A verification for each fault: a mutant of the registry, or one of ``PLANTED``."""
+    found = {}
+    for name in names:
+        case = MUTANTS[name].case if name in MUTANTS else None
+        family = case.family if case is not None else "llama_bias"
+        options = dict(case.parallelize) if case is not None else {}
+        sp = case.sp if case is not None else True
+        with applied(name) if case is not None else _planted(name):
+            batch = batches.left_padded(2, 17, tiny.config(family).vocab_size)
+            made = lambda family=family: tiny.build(family)  # noqa: E731
+            found[name] = hf_sp.verify(made, batch, sp=sp, **options)
+    return found
+
+
+def _unsynced_norm(model: torch.nn.Module) -> None:
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.model.layers[1].input_layernorm.weight.to_local()[3] += 1e-9
+
+
+def _unsynced_buffer(model: torch.nn.Module) -> None:
+    if dist.get_rank() == 1:
+        model.model.rotary_emb.inv_freq[0] *= 1 + 1e-14
+
+
+def _one_more_gather(model: torch.nn.Module) -> None:
+    """Of no effect on any number: somebody's hook that looks at all tokens."""
+    axis = parallel_state(model).axis
+
+    def look(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        comm.all_gather(output.detach(), axis)
+
+    model.model.layers[0].input_layernorm.register_forward_hook(look)
+
+
+PLANTED = {
+    "unsynced_norm": _unsynced_norm,
+    "unsynced_buffer": _unsynced_buffer,
+    "one_more_gather": _one_more_gather,
+}
+
+
+@contextlib.contextmanager
+def _planted(name: str):
+    right = module.parallelize
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        model = right(*args, **kwargs)
+        PLANTED[name](model)
+        return model
+
+    with mock.patch.object(module, "parallelize", wrong):
+        yield
+
+
+def replicas(data: int = 1) -> list[str]:
+    """What ``check_replicas`` says of a model as it is, after a write of all, and of one rank."""
+    degrees = {} if data == 1 else {"dp_replicate": data}
+    model = hf_sp.parallelize(tiny.build("llama_bias"), **degrees)
+    said = []
+    norm = model.model.layers[0].self_attn.o_proj.bias
+    shard = model.model.layers[0].mlp.up_proj.weight
+    for rank, p in ((None, norm), (0, norm), (1, shard)):
+        with torch.no_grad():
+            if rank in (None, dist.get_rank()):
+                p.to_local().view(-1)[0] += 1e-9
+        try:
+            hf_sp.check_replicas(model)
+            said.append("")
+        except hf_sp.errors.ReplicaError as error:
+            said.append(str(error))
+        with torch.no_grad():
+            if rank == dist.get_rank():
+                p.to_local().view(-1)[0] -= 1e-9
+    return said

@@ -1,0 +1,133 @@
+"""``hf_sp.verify`` agrees with what is right, and names the parameter of each planted fault."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from harness import tiny
+from harness.pool import pool, run_once
+
+from hf_sp.commands.main import main
+from proof import jobs
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama_odd_vocab", {"sp": False, "batch": "odd_positions"}),
+        ("qwen3", {"kernels": False, "dtype": torch.float32}),
+        ("olmo2", {}),
+        ("qwen2_moe", {"ep": 2}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_is_right_agrees(family, options):
+    for found in pool(2).run(jobs.verified, family=family, **options):
+        assert found, str(found)
+        assert len(found.rows) > 12
+        assert found.rows[0].what
+
+
+# Faults, and the parameters whose gradients each makes wrong: no others, where it is of one kind.
+NORMS = r"(layernorm|norm)\.weight"
+FAULTS = {
+    "sum_of_a_layer_dropped": ("only", NORMS),
+    "gradients_of_two_norms_swapped": ("only", NORMS),
+    "partial_gradient_averaged_llama_kv1_tp": ("only", r"[kv]_proj\.weight"),
+    "row_bias_gradient_summed_again": ("only", r"o_proj\.bias"),
+    "norm_made_again_from_the_wrong_shard": ("only", r"(q|k|v|gate|up)_proj\.weight"),
+    "product_made_again_from_gate_alone": ("only", r"down_proj\.weight"),
+    "key_s_gradient_goes_to_the_value_s_port": ("among", r"[kv]_proj\.weight"),
+    "gated_gradient_without_its_slope": ("among", r"gate_proj\.weight"),
+    "block_entry_backward_averages": ("among", "embed_tokens"),
+    "loss_gradient_is_not_reduced": ("among", "down_proj"),
+    "embedding_is_not_summed": ("among", "embed_tokens"),
+    "router_gradient_is_not_summed": ("only", r"mlp\.gate\.weight"),
+    "shared_gate_gradient_is_not_summed": ("only", r"shared_expert_gate\.weight"),
+    "expert_gradient_is_scaled": ("only", r"experts\.\w+"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_and_its_parameter_named(name):
+    kind, pattern = FAULTS[name]
+    first, second = run_once(2, jobs.with_faults, timeout=240, names=tuple(FAULTS))
+    found = first[name]
+    assert not found
+    assert found.as_data() == second[name].as_data()
+    wrong = [row.what for row in found.wrong if row.what.startswith("gradient of")]
+    named = [
+        what for what in wrong if re.search(pattern + "$" if kind == "only" else pattern, what)
+    ]
+    assert named, str(found)
+    assert all(what in str(found) for what in wrong[:1])
+    if kind == "only":
+        assert named == wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unsynced_norm", "copies on the ranks differ: model.layers.1.input_layernorm.weight"),
+        ("unsynced_buffer", "copies on the ranks differ: model.rotary_emb.inv_freq"),
+        ("one_more_gather", "forward: "),
+    ],
+)
+def test_what_no_gradient_shows(name, words):
+    found = run_once(2, jobs.with_faults, names=tuple(jobs.PLANTED))[0][name]
+    assert not found
+    assert any(problem.startswith(words) for problem in found.problems), str(found)
+    if name == "one_more_gather":
+        assert found.wrong == []
+        assert "the plan tells" in found.problems[0]
+
+
+def test_replicas_of_a_running_job():
+    for fine, bias, shard in pool(2).run(jobs.replicas):
+        assert (fine, shard) == ("", "")
+        assert "model.layers.0.self_attn.o_proj.bias" in bias
+
+
+def test_refusals():
+    assert "legal:  dtype = " in pool(2).run(jobs.verified, family="llama", dtype=torch.bfloat16)[0]
+    assert "dp_shard" in pool(2).run(jobs.verified, family="llama", dp_shard=2)[0]
+
+
+def test_no_room(monkeypatch):
+    from hf_sp.errors import ConfigError
+    from hf_sp.proof import expected
+
+    monkeypatch.setattr(expected, "available_memory", lambda: 1000)
+    monkeypatch.setattr(expected.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(expected.dist, "get_backend", lambda: "gloo")
+    with pytest.raises(ConfigError, match="--layers 2"):
+        expected.check_memory(tiny.build("llama"), torch.float64)
+
+
+@pytest.mark.slow
+def test_the_command(capsys, tmp_path):
+    """Starts its own ranks; a folder with weights, and a config alone with fewer layers."""
+    tiny.build("llama", torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main(["verify", str(tmp_path), "--tp", "2", "--seq", "9", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["agrees"]
+    assert answer["rows"][0]["error"] < answer["tolerance"] == 1e-10
+    with pytest.raises(SystemExit, match="0"):
+        main(["verify", str(tmp_path / "config.json"), "--tp", "2", "--layers", "1"])
+    assert "agrees" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--tp", "3"], "legal:  tp = 1, 2, 4, 8"), (["--layers", "9"], "--layers 1 to 2")],
+)
+def test_refusals_of_the_command(capsys, tmp_path, arguments, message):
+    tiny.config("llama").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
