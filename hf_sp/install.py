@@ -32,6 +32,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
         install_block = _install_block if block.experts is None else _install_sparse
         install_block(model, block, state)
         kinds |= dict.fromkeys(block.partial, Partial.HEADS)
+        if block.of_heads:
+            LocalParameters(state, Partial.NEVER).install(model.get_submodule(block.path))
         for path in block.over_heads:
             OverHeadsForward.install(model.get_submodule(path), state.axis)
     kinds |= dict.fromkeys(plan.shard_norms, Partial.TOKENS)

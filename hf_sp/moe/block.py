@@ -22,8 +22,9 @@ from hf_sp.model.low_rank import low_rank
 from hf_sp.model.ports import BlockInput, GatheredInput, Port, column_linear
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.moe.dispatcher import Dispatcher
-from hf_sp.moe.experts import gate_up_gradient, run_experts
+from hf_sp.moe.experts import Maths, gate_up_gradient, run_experts
 from hf_sp.moe.router import RouterParameters
+from hf_sp.plan.known_forms import experts_gating
 from hf_sp.plan.schema import Block
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import version
@@ -49,6 +50,7 @@ class SparseBoundary(BlockBoundary):
         # Where tokens travel, the shared expert is a TP block of its own.
         columns = [] if self.whole_experts else columns
         super().__init__(state, BlockInput(), columns, attention=False)
+        self.gating = experts_gating(self.experts)
         self.router, self.parameters = router, RouterParameters(state, router, self.route)
         self.linears.insert(0, (router, self.parameters))
         for column in columns:
@@ -72,8 +74,10 @@ class SparseBoundary(BlockBoundary):
             gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
             top_k = int(self.router.top_k)
-            gradient = functools.partial(gate_up_gradient, top_k=top_k)
-            experts = Experts(self.experts, self.weight("gate_up_proj", x), top_k, gradient)
+            how = {"top_k": top_k, "transposed": self.form.transposed}
+            gradient = functools.partial(gate_up_gradient, **how)
+            weight, width = self.weight("gate_up_proj", x), 2 * self.form.intermediate // state.tp
+            experts = Experts(self.experts, weight, width, top_k, gradient)
             gathered = gather_columns(
                 x,
                 [] if jitters else self.linears,
@@ -121,14 +125,15 @@ class SparseBoundary(BlockBoundary):
             _attach_reshaped(x, gathered.recompute)
         return gathered.port(reader, x)
 
-    def route(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The router's product of its tokens."""
         port = self.port(self.router, x)
         if port is not None:
             return column_linear(x, port, batch_major=True)
         if not self.whole_experts or x.dtype != weight.dtype or not torch.is_grad_enabled():
             return None
-        return low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
+        logits = low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
+        return logits if bias is None else logits + bias
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts, in place of HF's loop or grouped forward.
@@ -155,7 +160,13 @@ class SparseBoundary(BlockBoundary):
         else:
             # Each rank adds what its experts make of that token.
             dispatcher = Dispatcher.local(index, count, state.rank * count)
-        out = run_experts(x, top_k_weights, gate_up, down, dispatcher, port, triton=state.kernels)
+        biases: list[Tensor | None] = [None, None]
+        if self.form.bias:
+            biases = [self.weight(f"{name}_proj_bias", x) for name in ("gate_up", "down")]
+        adds = self.whole_experts or state.rank == 0
+        layout = self.form.transposed, self.form.interleaved
+        maths = Maths(self.gating, state.kernels, *layout, adds_bias=adds)
+        out = run_experts(x, top_k_weights, gate_up, down, biases, dispatcher, port, maths)
         whole = state.sharded or not self.whole_experts
         return out if whole else pairs.allreduce_identity(out, state.axis)
 

@@ -26,6 +26,9 @@ def tp_block(
 ) -> Block:
     """The TP block of the modules that the plan names."""
     heads = _heads(model, modules, path, keys)
+    bare = {key: kind for key, kind in keys.items() if key not in modules}
+    _check_bare(modules, path, bare, heads)
+    keys = {key: kind for key, kind in keys.items() if key not in bare}
     partial = tuple(key for key, kind in keys.items() if kind == "partial")
     wide = [key for key, kind in keys.items() if kind == "column" and _is_norm(modules[key])]
     leaves = tuple(
@@ -73,7 +76,24 @@ def tp_block(
                 rule="its weight is split as what a column linear makes or a row linear reads",
                 legal=", ".join(map(str, sorted(sizes))),
             )
-    return Block(path, leaves, partial, tuple(wide), attention=heads is not None)
+    return Block(path, leaves, partial, tuple(wide), tuple(bare), heads is not None)
+
+
+def _check_bare(
+    modules: Modules, path: str, bare: Mapping[str, Kind], heads: _Heads | None
+) -> None:
+    """Refuse parameters of the block itself that are not a number for each query head."""
+    for key, kind in bare.items():
+        owner, _, name = key.rpartition(".")
+        shape = tuple(modules[owner].get_parameter(name).shape)
+        if owner != path or heads is None or kind != "column" or shape != (heads.query,):
+            raise PlanError(
+                "a parameter of the plan is not one number for each head of an attention",
+                where=key,
+                got=f"{kind}, shape {shape}",
+                rule="a key names a linear, a norm, or an attention's own parameter by heads",
+                legal=f"colwise, of shape ({heads.query},)" if heads else "",
+            )
 
 
 def _is_norm(module: nn.Module) -> bool:

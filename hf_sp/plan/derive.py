@@ -80,6 +80,7 @@ def derive_plan(
             remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
     modules = dict(model.named_modules())
+    known = {*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     experts = [path for path, module in modules.items() if is_experts(module)]
     container, keys = _layered_keys(name, styles, modules, experts)
     decoder = container.rpartition(".")[0]
@@ -103,7 +104,7 @@ def derive_plan(
                 # The keys are those of a dense MLP, which the model may not have.
                 blocks.append(experts_block(modules, path, sparse[child], named, ep))
             else:
-                named = {key: kind for key, kind in named.items() if key in modules}
+                named = {key: kind for key, kind in named.items() if key in known}
                 blocks += [tp_block(model, modules, path, named, tp)] if named else []
             matched |= {key.removeprefix(f"{layer}.") for key in named}
         norms += _norms(modules, layer, [b for b in blocks if inside(b.path, layer)])
@@ -193,6 +194,8 @@ def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
     for path, own in owners(modules, layer):
         block = next((b for b in blocks if inside(path, b.path)), None)
         if block is not None:
+            if path == block.path and {f"{path}.{name}" for name in own} <= {*block.of_heads}:
+                continue
             claimed = [*block.partial, *block.over_heads, *(leaf.path for leaf in block.leaves)]
             # experts_block has looked at all weights of a sparse one.
             if block.experts or any(inside(path, one) for one in claimed):

@@ -73,6 +73,8 @@ FAMILIES: Mapping[str, Rows] = {
     "glm": _PACKED_MLP,
     "glm4": _PACKED_MLP,
     "glm4_moe": _HEAD_NORMS,
+    # Transformers splits whole experts alone.
+    "gpt_oss": {**_ATTENTION, "layers.*.self_attn.sinks": "colwise"},
     "gpt_neox": {"layers.*.attention.query_key_value": "colwise_by_head"},
     "olmo2": _NORMS_OVER_HEADS,
     "olmo3": _NORMS_OVER_HEADS,
@@ -120,7 +122,7 @@ def plan_strings(model: Any) -> dict[str, str]:
     """A model's plan: its own ``tp_plan``, with the rows here."""
     styles = dict(getattr(model, "tp_plan", None) or {})
     rows = FAMILIES.get(model.config.get_text_config().model_type, {})
-    paths = [path for path, _ in model.named_modules()]
+    paths = [path for path, _ in (*model.named_modules(), *model.named_parameters())]
     stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for key, style in rows.items():
         container, _, below = key.partition(".*.")

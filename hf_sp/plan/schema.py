@@ -79,7 +79,7 @@ class Experts:
     """The experts of a mixture-of-experts block."""
 
     path: str  # owns gate_up_proj [E, 2f, H] and down_proj [E, H, f]
-    router: str  # owns one replicated weight [E, H]; its gradient is partial
+    router: str  # owns one replicated weight [E, H], and may a bias; their gradients are partial
     shared: str  # the shared expert, whose linears are leaves of the block; "" without one
     # features: every rank has f / tp features of every expert, on all tokens.
     # experts: every rank has E / ep whole experts, and tokens travel to them.
@@ -87,6 +87,24 @@ class Experts:
     count: int  # E
     intermediate: int  # f
     hidden: int  # H
+    transposed: bool = False  # gate_up_proj is [E, H, 2f] and down_proj [E, f, H]
+    interleaved: bool = False  # gate and up alternate, else they are halves
+    bias: bool = False  # owns gate_up_proj_bias [E, 2f] and down_proj_bias [E, H] too
+
+    def split_dims(self) -> dict[str, tuple[int, bool]]:
+        """Parameter -> the dim that is split, and whether it holds two halves, split each.
+
+        The others are whole on every rank.
+        """
+        if self.split == "experts":
+            names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+            return dict.fromkeys(names, (0, False))
+        halves = not self.interleaved
+        dims = {
+            "gate_up_proj": (2 if self.transposed else 1, halves),
+            "gate_up_proj_bias": (1, halves),
+        }
+        return {**dims, "down_proj": (1 if self.transposed else 2, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +121,7 @@ class Block:
     over_heads: tuple[
         str, ...
     ] = ()  # norms over the features of all heads; each rank has its own's
+    of_heads: tuple[str, ...] = ()  # parameters with a number for each query head
     attention: bool = False  # attends over the sequence and so needs its true length
     experts: Experts | None = None
 
@@ -187,5 +206,7 @@ class Plan:
             yield f"  {leaf.path}", leaf.describe(self.tp)
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
+        for path in block.of_heads:
+            yield f"  {path}", "a number for each head: own heads'"
         for path in block.over_heads:
             yield f"  {path}", "norm over all heads: weight split, 1 all-reduce of sums of squares"

@@ -21,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -124,6 +125,21 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         "olmo2": (Olmo2Config, {"pad_token_id": None}),
         # q, k and v in one linear by head; what is called attention has no attribute head_dim
         "gpt_neox": (GPTNeoXConfig, {"pad_token_id": None}),
+        # sinks, a number for each head; biases everywhere, of experts and their router too; gate
+        # and up of an expert alternate, and are clamped; a layer with a window
+        "gpt_oss": (
+            GptOssConfig,
+            {
+                "head_dim": 8,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 5,
+                "attention_bias": True,
+                "pad_token_id": None,
+                # Both clamps are met.
+                "swiglu_limit": 1.0,
+            },
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -207,7 +223,7 @@ def build(
         model = (make or AutoModelForCausalLM.from_config)(
             config(family, **overrides), dtype=dtype, attn_implementation=attn
         )
-    if family in SPARSE or family == "deepseek_v3":
+    if family in SPARSE or family in MECHANISMS:
         # HF's grouped forward takes no float64; this is the definition.
         model.set_experts_implementation("eager")
         if family in SPARSE and dtype == torch.float64 and not family.endswith("_own_router"):
@@ -227,7 +243,7 @@ def build(
 def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
     if name.endswith("norm.weight"):
         return 1 + 0.2 * noise
-    if name.endswith(".bias"):
+    if name.endswith("bias") or noise.dim() == 1:
         return 0.2 * noise
     if "embed_tokens" in name:
         return 0.5 * noise

@@ -10,7 +10,9 @@ from torch.distributed.tensor import Shard
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import embedding, norm_over_heads, shard
+from hf_sp.model import embedding, norm_over_heads, parameters, shard
+from hf_sp.moe import block as moe_block
+from hf_sp.moe import experts
 from hf_sp.plan.schema import Leaf
 from mutants import wrongly
 from mutants.registry import Patch, mutant
@@ -75,3 +77,28 @@ def latent_gradients_are_not_summed() -> list[Patch]:
 def scaled_embedding_forgets_its_scale() -> list[Patch]:
     # The class before it is the one that scales.
     return [(embedding, "_before", lambda kind: embedding.VocabParallelEmbedding)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def sinks_are_of_other_heads() -> list[Patch]:
+    right = parameters.local
+
+    def local(p):
+        x = right(p)
+        return x.flip(0) if x.shape == (4,) and len(p) == 8 else x
+
+    return [(parameters, "local", local)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def every_rank_adds_the_experts_bias() -> list[Patch]:
+    def maths(*args, adds_bias):
+        return experts.Maths(*args, adds_bias=True)
+
+    return [(moe_block, "Maths", maths)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def experts_bias_is_not_weighted_in_backward() -> list[Patch]:
+    right = experts.bias_gradient
+    return [(experts, "bias_gradient", lambda dy, w, groups: right(dy, w.sign(), groups))]

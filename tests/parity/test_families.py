@@ -28,13 +28,25 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("olmo2", sp=False, checkpoint="non_reentrant"),
         Case("gpt_neox", checkpoint="reentrant"),
         Case("gpt_neox", sp=False),
+        Case("gpt_oss", attn="eager", accum=3),
+        Case("gpt_oss", attn="eager", sp=False, checkpoint="reentrant"),
+        Case("gpt_oss", attn="eager", parallelize=(("ep", tp),)),
+        Case("gpt_oss", attn="eager", parallelize=more[:1]),
         Case("deepseek_v3", accum=3),
         Case("deepseek_v3", sp=False, checkpoint="non_reentrant"),
         Case("deepseek_v3", parallelize=(("ep", tp),)),
         Case("deepseek_v3", parallelize=more[:1]),
     )
-    loaded = (Case("phi3", loaded=True), Case("olmo2", loaded=True))
-    return cases + (loaded if tp == 2 else (Case("phi3", data=2), Case("olmo2", data=2)))
+    loaded = (
+        Case("phi3", loaded=True),
+        Case("olmo2", loaded=True),
+        Case("gpt_oss", attn="eager", loaded=True),
+    )
+    return cases + (
+        loaded
+        if tp == 2
+        else (Case("phi3", data=2), Case("olmo2", data=2), Case("gpt_oss", attn="eager", data=2))
+    )
 
 
 CELLS = [
