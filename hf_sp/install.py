@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary, StackBoundary
+from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -16,7 +16,9 @@ from hf_sp.model.norm import NormForward
 from hf_sp.model.norm_over_heads import OverHeadsForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
+from hf_sp.model.streams import LayerDropout
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
+from hf_sp.moe.layer_experts import LayerExperts
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
 from hf_sp.plan.schema import Block, Leaf, Plan
@@ -44,9 +46,18 @@ def install(model: nn.Module, state: ParallelState) -> None:
     last = None
     for path in plan.layers:
         inside = [norm for name, norm in norms.items() if name.startswith(path + ".")]
-        single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
+        single = [(m, local) for m, local in inside if _owned(m) == {"weight"}]
         sums = PartialSums(state, single)
         sums.install(model.get_submodule(path))
+        if plan.dropout:
+            blocks = [block for block in plan.blocks if block.path.startswith(path + ".")]
+            rows = [one.path for b in blocks for one in b.leaves if one.style == "row"]
+            found = [
+                [model.get_submodule(p) for p in ps] for ps in ([b.path for b in blocks], rows)
+            ]
+            LayerDropout(state).install(model.get_submodule(path), *found)
+        if plan.per_token:
+            OwnTokens(state, plan.per_token).install(model.get_submodule(path))
         if last is not None and state.data == 1:
             # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
             last.next = sums
@@ -56,9 +67,14 @@ def install(model: nn.Module, state: ParallelState) -> None:
     allow_graphs(8 * len(plan.layers))
 
 
+def _owned(module: nn.Module) -> set[str]:
+    return {name for name, p in module._parameters.items() if p is not None}
+
+
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    embedding: Any = model.get_submodule(plan.embedding)
-    VocabParallelEmbedding.convert_(embedding, state.axis)
+    for path in (plan.embedding, *plan.embeddings):
+        embedding: Any = model.get_submodule(path)
+        VocabParallelEmbedding.convert_(embedding, state.axis)
     first, stack = model.get_submodule(plan.layers[0]), StackBoundary(state)
     first.register_forward_pre_hook(stack.enter, with_kwargs=True, prepend=True)
     model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
@@ -79,6 +95,7 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
 def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None:
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
+    _install_alike(model, block, state)
     heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
     BlockBoundary(state, shared, columns, block.attention, heads).install(module)
     if not block.attention:
@@ -87,11 +104,20 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
         _tell_heads(module, block, state.tp)
 
 
+def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:
+    for path in block.alike:
+        for module in model.get_submodule(path).modules():
+            if _owned(module):
+                LocalParameters(state, Partial.NEVER).install(module)
+
+
 def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
     """Tell an attention how many heads it has on this rank, where it asks."""
     heads = [leaf.heads for leaf in block.leaves if leaf.heads and leaf.style != "row"]
     query = next(leaf.heads for leaf in block.leaves if leaf.style == "row")
-    own, key_value = query // tp, max(1, min(heads) // tp)
+    # Some use the keys and values of a layer before.
+    whole = query // module.__dict__.get("num_key_value_groups", 1)
+    own, key_value = query // tp, max(1, min(*heads, whole) // tp)
     local = {"num_heads": own, "num_attention_heads": own, "num_key_value_heads": key_value}
     local["num_key_value_groups"] = own // key_value
     for name, count in local.items():
@@ -119,6 +145,10 @@ class LocalConfig:
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:
     assert block.experts is not None
     module, shared, path = model.get_submodule(block.path), BlockInput(), block.experts.shared
+    _install_alike(model, block, state)
+    if not block.experts.router:
+        LayerExperts(state, module, block).install(module)
+        return
     # A sparse block works on flattened tokens, batch-major.
     columns = _convert(model, block.leaves, state, shared, sp=False)
     boundary = SparseBoundary(state, module, block, columns)

@@ -47,7 +47,7 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
         if experts is not None:
             for name, (dim, halves) in experts.split_dims().items():
                 wanted[f"{experts.path}.{name}"] = packed_halves(dim) if halves else Shard(dim)
-    for path in filter(None, (plan.embedding, plan.head)):
+    for path in filter(None, (plan.embedding, *plan.embeddings, plan.head)):
         wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)
     placed: dict[int, tuple[str, Placement]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

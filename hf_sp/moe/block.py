@@ -42,19 +42,28 @@ class SparseBoundary(BlockBoundary):
         self, state: ParallelState, module: nn.Module, block: Block, columns: list[Any]
     ) -> None:
         assert block.experts is not None
-        self.form = block.experts
-        self.whole_experts = block.experts.split == "experts"
         inside = block.path + "."
-        router: Any = module.get_submodule(self.form.router.removeprefix(inside))
-        self.experts = module.get_submodule(self.form.path.removeprefix(inside))
         # Where tokens travel, the shared expert is a TP block of its own.
-        columns = [] if self.whole_experts else columns
-        super().__init__(state, BlockInput(), columns, attention=False)
-        self.gating = experts_gating(self.experts)
+        columns = [] if block.experts.split == "experts" else columns
+        self.prepare(
+            state, module.get_submodule(block.experts.path.removeprefix(inside)), block, columns
+        )
+        router: Any = module.get_submodule(self.form.router.removeprefix(inside))
         self.router, self.parameters = router, RouterParameters(state, router, self.route)
+        self.chooser: Any = module.get_submodule(self.form.chooser.removeprefix(inside))
         self.linears.insert(0, (router, self.parameters))
         for column in columns:
             column.block = self.block
+
+    def prepare(
+        self, state: ParallelState, experts: nn.Module, block: Block, columns: list[Any]
+    ) -> None:
+        """Note the experts, and what they compute."""
+        assert block.experts is not None
+        BlockBoundary.__init__(self, state, BlockInput(), columns, attention=False)
+        self.form, self.experts = block.experts, experts
+        self.whole_experts = block.experts.split == "experts"
+        self.gating = experts_gating(experts)
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks of the block and of what is in it."""
@@ -73,7 +82,7 @@ class SparseBoundary(BlockBoundary):
             x = x.contiguous()
             gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
-            top_k = int(self.router.top_k)
+            top_k = int(self.chooser.top_k)
             how = {"top_k": top_k, "transposed": self.form.transposed}
             gradient = functools.partial(gate_up_gradient, **how)
             weight, width = self.weight("gate_up_proj", x), 2 * self.form.intermediate // state.tp
@@ -122,7 +131,7 @@ class SparseBoundary(BlockBoundary):
         if gathered is None:
             return None
         if gathered.recompute is not None and gathered.reads(x):
-            _attach_reshaped(x, gathered.recompute)
+            attach_reshaped(x, gathered.recompute)
         return gathered.port(reader, x)
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -205,7 +214,7 @@ class SharedBoundary(BlockBoundary):
         self.flat = x.dim() == 2
         recompute, x = recompute_of(x), x.unsqueeze(0) if self.flat else x
         if recompute is not None:
-            _attach_reshaped(x, recompute)
+            attach_reshaped(x, recompute)
         return super().enter(module, *replace_hidden_states(args, kwargs, x))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -214,7 +223,7 @@ class SharedBoundary(BlockBoundary):
         return out.squeeze(0) if isinstance(out, Tensor) and self.flat else out
 
 
-def _attach_reshaped(x: Tensor, recompute: Recompute) -> None:
+def attach_reshaped(x: Tensor, recompute: Recompute) -> None:
     """Let ``x`` be computed as another tensor is, whose values it has in its own shape."""
     again = functools.partial(_reshaped, function=recompute.function, shape=x.shape)
     attach_recompute(x, Recompute(again, recompute.inputs))

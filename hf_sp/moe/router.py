@@ -84,12 +84,18 @@ def leave_router_logits(
     length = state.length
     assert length is not None
 
+    experts = [block.experts for block in state.plan.blocks if block.experts is not None]
+    # Routers outside of blocks route a rank's own tokens, or the same on every rank.
+    outside = bool(experts) and not experts[0].router
+
     def leave(local_TE: Tensor) -> Tensor:
+        if not state.sharded and outside:
+            return local_TE
         if not state.sharded:
             # Tokens travel in no such forward: every rank has routed every token.
             return pairs.identity_onerank(local_TE, state.axis)
         by_row = local_TE.view(batch, -1, local_TE.shape[-1])
-        if state.plan.ep > 1:
+        if state.plan.ep > 1 or outside:
             full = pairs.allgather_scatter(by_row, length, state.axis)
         else:
             full = pairs.identity_onerank(by_row[:, :length], state.axis)

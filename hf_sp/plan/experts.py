@@ -68,11 +68,11 @@ def sparse_blocks(experts: list[str], layer: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in (path for path in experts if inside(path, layer)):
         child, *names = path.removeprefix(f"{layer}.").split(".")
-        if len(names) != 1 or child in found:
+        if len(names) > 1 or child in found:
             raise PlanError(
                 "experts do not stand where a block of a layer has its experts",
                 where=path,
-                rule="one set of experts, a child of a decoder layer's child (mlp.experts)",
+                rule="one set of experts, a child of a decoder layer or of its child (mlp.experts)",
             )
         found[child] = path
     return found
@@ -83,7 +83,8 @@ def experts_block(
 ) -> Block:
     """The sparse block at ``path``; ``dense`` is what the plan says of that place in a dense layer.
 
-    With ep above 1 whole experts are split, else their features.
+    Where the layer itself owns the experts, they are the block: it is given routed tokens. With ep
+    above 1 whole experts are split, else their features.
 
     Raises:
         PlanError: the block owns weights that are understood neither as its router nor as a shared
@@ -92,7 +93,7 @@ def experts_block(
     sizes = _sizes(modules[experts])
     assert sizes is not None
     count, features, hidden = sizes
-    router, shared, leaves = "", "", []
+    router, shared, leaves, alike = "", "", [], []
     odd: dict[str, str] = {}
     for other, own in owners(modules, path):
         if other == experts:
@@ -102,7 +103,11 @@ def experts_block(
         kind = dense.get(other, dense.get(f"{path}.{name}", "partial"))
         size = tuple(own["weight"].shape) if "weight" in own else ()
         child = not owner and len(own) == 1
-        routes = not owner and {*own} <= {"weight", "bias"}
+        # A child, or the one linear of a child.
+        routes = {*own} <= {"weight", "bias"} and "." not in owner and (linear or not owner)
+        if all(not p.requires_grad and p.numel() == count for p in own.values()):
+            alike.append(other)  # a correction of the routing
+            continue
         inner = linear and owner and "." not in owner and shared in ("", owner)
         if inner and (kind == "column" or kind == "row"):
             leaves.append(Leaf(other, kind, (size[0], size[1])))
@@ -114,7 +119,7 @@ def experts_block(
         else:
             odd[other] = f"{next(iter(own))} {tuple(next(iter(own.values())).shape)}"
     kinds = {leaf.style for leaf in leaves if leaf.style != "replicated"}
-    if not router:
+    if not router and path != experts:
         odd.setdefault(path, "no router")
     if kinds not in (set(), {"column", "row"}):
         odd.setdefault(path, f"a shared expert of {kinds} linears")
@@ -130,9 +135,11 @@ def experts_block(
     split: Literal["features", "experts"] = "features" if ep == 1 else "experts"
     shared = f"{path}.{shared}" if shared else ""
     form: Any = modules[experts]
+    chooser = router.removeprefix(f"{path}.").partition(".")[0]
     found = Experts(
         experts,
         router,
+        f"{path}.{chooser}" if router else "",
         shared,
         split,
         count,
@@ -142,4 +149,4 @@ def experts_block(
         interleaved=not getattr(form, "is_concatenated", True),
         bias="gate_up_proj_bias" in form._parameters,
     )
-    return Block(path, tuple(leaves), experts=found)
+    return Block(path, tuple(leaves), experts=found, alike=tuple(alike))

@@ -108,22 +108,35 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         experts = block.experts
         if experts is None:
             continue
-        gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
-        paths = {"router": experts.router, "experts": experts.path, "shared": experts.shared}
-        paths["shared_gate"] = gate
-        names = {role: path.removeprefix(f"{block.path}.") for role, path in paths.items() if path}
         owned = model.get_submodule(experts.path)._parameters
         _check("experts", model, experts.path, {name.replace("_proj", ""): name for name in owned})
-        own = {
-            name: name
-            for name, p in model.get_submodule(experts.router)._parameters.items()
-            if p is not None
-        }
-        _check("router", model, experts.router, own)
+        if not experts.router:
+            continue  # nothing is around them but the layer, which each rank runs on its tokens
+        gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
+        paths = {"router": experts.chooser, "experts": experts.path, "shared": experts.shared}
+        paths["shared_gate"] = gate
+        names = {role: path.removeprefix(f"{block.path}.") for role, path in paths.items() if path}
+        names |= _own(model, block.path)
+        own = _own(model, experts.chooser)
+        if experts.router != experts.chooser:
+            own["linear"] = experts.router.rpartition(".")[2]
+        for path in block.alike:
+            owner, _, name = path.rpartition(".")
+            if owner == experts.chooser:
+                own["correction"] = name
+                _check("correction", model, path, _own(model, path))
+        _check("router", model, experts.chooser, own)
         _check("block", model, block.path, names)
 
 
+def _own(model: nn.Module, path: str) -> dict[str, str]:
+    """A module's parameters: the names of their roles, where they have the same."""
+    owned = model.get_submodule(path)._parameters
+    return {name: name for name, p in owned.items() if p is not None}
+
+
 _RULES = {
+    "correction": "it is added to the probabilities that experts are chosen by",
     "experts": "gate and up packed, SiLU, tanh GELU or gpt-oss's product",
     "router": "(logits [T, E], weights [T, k], experts [T, k]) of each token by itself",
     "block": "parts see the tokens as they are; linear in what the experts return, token by token",

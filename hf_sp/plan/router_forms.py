@@ -109,6 +109,42 @@ def forward(self, x):
     weights = torch.softmax(value, dim=-1).type_as(x)
     return logits, weights, index
 """,
+    "ernie4_5_moe": """
+def forward(self, x):
+    kind = x.device.type if isinstance(x.device.type, str) else "cpu"
+    with maybe_autocast(device_type=kind, enabled=False):
+        logits = F.linear(x.float(), self.weight.float())
+        weights = F.softmax(logits, dim=1, dtype=torch.float)
+        _, index = torch.topk(self.correction(weights), self.top_k, dim=-1)
+        weights = torch.gather(weights, dim=-1, index=index)
+        weights = weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=self.least)
+    weights = weights.to(x.dtype)
+    return logits, weights, index
+""",
+    "hunyuan_v1_moe": """
+def forward(self, x):
+    x = x.reshape(-1, x.shape[-1])
+    if self.linear.weight.dtype == torch.float32:
+        x = x.float()
+    logits = self.linear(x)
+    weights = F.softmax(logits, dim=1, dtype=torch.float)
+    weights, index = torch.topk(weights, self.top_k, dim=-1)
+    weights /= weights.sum(dim=-1, keepdim=True)
+    return logits, weights.to(logits.dtype), index
+""",
+    "afmoe": """
+def forward(self, x, bias):
+    _, _, hidden = x.shape
+    x = x.view(-1, hidden)
+    logits = self.linear(x).to(torch.float32)
+    scores = torch.sigmoid(logits)
+    _, index = torch.topk(scores + bias, k=self.top_k, dim=1)
+    weights = scores.gather(dim=1, index=index)
+    total = weights.sum(dim=-1, keepdim=True) + 1e-20
+    weights = weights / total
+    weights = weights * self.scale
+    return logits, weights, index
+""",
     "gpt_oss": """
 def forward(self, x):
     logits = F.linear(x, self.weight, self.bias)

@@ -63,6 +63,9 @@ SPARSE: dict[str, dict[str, str]] = {
         "gpt_oss": _GPT_OSS_EXPERTS,
     },
     "router": ROUTERS,
+    "correction": {
+        "ernie4_5_moe": "def forward(self, x): return x + self.e_score_correction_bias.squeeze()",
+    },
     "block": {
         "gpt_oss": """
 def forward(self, x):
@@ -136,6 +139,37 @@ def forward(self, x):
     x = self.experts(x, index, scale)
     x = x.reshape(batch, length, hidden)
     return x
+""",
+        "ernie4_5_moe": """
+def forward(self, x):
+    batch, length, _ = x.shape
+    x = x.view(-1, self.hidden)
+    if self.shared is not None:
+        always = self.shared(x)
+    _, scale, index = self.router(x)
+    out = self.experts(x, index, scale)
+    if self.shared is not None:
+        out = out + always
+    out = out.reshape(batch, length, self.hidden)
+    return out.to(x.dtype)
+""",
+        "hunyuan_v1_moe": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    always = self.shared(x)
+    x = x.view(-1, hidden)
+    _, scale, index = self.router(x)
+    out = self.experts(x, index, scale).reshape(batch, length, hidden)
+    return out + always
+""",
+        "afmoe": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    flat = x.view(-1, hidden)
+    _, scale, index = self.router(x, self.expert_bias)
+    always = self.shared(flat).view(batch, length, hidden)
+    out = self.experts(flat, index, scale).view(batch, length, hidden)
+    return always + out
 """,
         "olmoe": """
 def forward(self, x):

@@ -60,7 +60,23 @@ _LATENT = {"head_dim": 8, "num_key_value_heads": 8}
 ODD: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "dots3_note_text": {"num_key_value_heads": 8},
     "dots1": {"n_shared_experts": 1},
+    # Layers of both kinds, of which the last two use the keys and values of the first two.
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "attention_k_eq_v": True,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "use_double_wide_mlp": True,
+    },
     "glm4_moe": {"use_qk_norm": True},
     "glm4_moe_lite": _LATENT,
     "gptj": {"rotary_dim": 4},

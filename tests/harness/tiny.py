@@ -34,6 +34,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
 _BASE = {
@@ -139,6 +140,11 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
                 # Both clamps are met.
                 "swiglu_limit": 1.0,
             },
+        ),
+        # dropout behind the row linears, inside of both blocks
+        "seed_oss": (
+            SeedOssConfig,
+            {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
         ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (

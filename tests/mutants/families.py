@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 from harness.parity import Case
+from parity import dropout_jobs
 from torch.distributed.tensor import Shard
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import embedding, norm_over_heads, parameters, shard
+from hf_sp.model import embedding, norm_over_heads, parameters, shard, streams
 from hf_sp.moe import block as moe_block
 from hf_sp.moe import experts
 from hf_sp.plan.schema import Leaf
@@ -102,3 +103,10 @@ def every_rank_adds_the_experts_bias() -> list[Patch]:
 def experts_bias_is_not_weighted_in_backward() -> list[Patch]:
     right = experts.bias_gradient
     return [(experts, "bias_gradient", lambda dy, w, groups: right(dy, w.sign(), groups))]
+
+
+@mutant(dropout_jobs.Case("seed_oss"), check=dropout_jobs.drops_all)
+def ranks_drop_other_parts_of_a_sum() -> list[Patch]:
+    right = streams.LayerDropout.go_on
+    go_on = lambda self, *args, own: right(self, *args, own=True)  # noqa: E731
+    return [(streams.LayerDropout, "go_on", go_on)]
