@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.input_checks import check_forward
@@ -66,11 +67,28 @@ class DecoderBoundary(_Boundary):
         state.single_token = state.length == 1 and not torch.is_grad_enabled()
         as_dict = kwargs.get("return_dict")
         self._as_tuple = not (module.config.return_dict if as_dict is None else as_dict)
-        if state.sharded and inputs.get("logits_to_keep"):
-            # Some cut the hidden states here already, which are shards. The head cuts what it gets.
-            inputs = {**inputs, "logits_to_keep": 0}
-            args, kwargs = (), inputs
+        if state.sharded:
+            changed = self._of_own_tokens(inputs)
+            args, kwargs = ((), {**inputs, **changed}) if changed else (args, kwargs)
         return (args, {**kwargs, "return_dict": True}) if self._as_tuple else (args, kwargs)
+
+    def _of_own_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs that the layers, or the loop over them, read beside their shards."""
+        changed: dict[str, Any] = {}
+        if inputs.get("logits_to_keep"):
+            # Some cut the hidden states here already. The head cuts what it gets.
+            changed["logits_to_keep"] = 0
+        mask, added = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
+        if mask is not None and added is not None:
+            # What is added to the places of pictures behind the first layers: each rank's own.
+            axis, places = self.state.axis, mask.nonzero()[:, 1]
+            rows = comm.padded(mask.shape[1], axis.size) // axis.size
+            own = places // rows == axis.rank
+            changed["visual_pos_masks"] = comm.own_shard(mask[..., None], axis)[..., 0]
+            changed["deepstack_visual_embeds"] = [
+                pairs.identity_allreduce(x, axis)[own] for x in added
+            ]
+        return changed
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Gather the recorded hidden states (sequence) and attention weights (heads)."""

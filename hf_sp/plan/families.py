@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_sp.plan.outer import inside
+
 Rows = Mapping[str, str]
 
 _ATTENTION: Rows = {
@@ -142,6 +144,8 @@ FAMILIES: Mapping[str, Rows] = {
     },
     "hunyuan_v1_dense": _HUNYUAN,
     "stablelm": {**_ATTENTION, **_MLP},
+    "qwen3_vl_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
+    "qwen3_vl_moe_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
     "emu3": {**_ATTENTION, **_MLP},
     "bitnet": {
         **_ATTENTION,
@@ -163,7 +167,14 @@ def plan_strings(model: Any) -> dict[str, str]:
     styles = dict(getattr(model, "tp_plan", None) or {})
     rows = FAMILIES.get(model.config.get_text_config().model_type, {})
     paths = [path for path, _ in (*model.named_modules(), *model.named_parameters())]
-    stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    embedding = model.get_input_embeddings()
+    decoder = next((p for p, m in model.named_modules() if m is embedding), "").rpartition(".")[0]
+    # Not those of a vision tower.
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and inside(path, decoder)
+    ]
     for key, style in rows.items():
         container, _, below = key.partition(".*.")
         if not below:

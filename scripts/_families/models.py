@@ -119,6 +119,11 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config(family)), dtype=dtype)
+    return fill(model, seed)
+
+
+def fill(model: Any, seed: int = 0) -> Any:
+    """Give a model weights by which faults show."""
     # HF's grouped forward takes no float64; this is the definition.
     model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
@@ -131,3 +136,18 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
             elif isinstance(tensor, torch.nn.Parameter) or "bias" in name:
                 tensor.add_(0.2 * noise)
     return model
+
+
+def batches(
+    vocab: int, left: bool, generator: torch.Generator | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Of two steps: padded and odd, even and whole."""
+    generator = generator or torch.Generator().manual_seed(0)
+    made = []
+    for length, pads in ((13, (4, 0)), (16, (0, 0))):
+        ids = torch.randint(3, vocab, (2, length), generator=generator)
+        mask = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
+        mask = mask if left else mask.flip(1)
+        labels = ids.masked_fill(~mask, -100)
+        made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return made

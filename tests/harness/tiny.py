@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -126,6 +127,28 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         "olmo2": (Olmo2Config, {"pad_token_id": None}),
         # q, k and v in one linear by head; what is called attention has no attribute head_dim
         "gpt_neox": (GPTNeoXConfig, {"pad_token_id": None}),
+        # two sizes of heads, keys that are values, layers with keys of layers before, an argument
+        # of the layers by token, experts that the layer owns, beside its MLP
+        "gemma4": (
+            Gemma4TextConfig,
+            {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "head_dim": 16,
+                "global_head_dim": 32,
+                "num_global_key_value_heads": 2,
+                "attention_k_eq_v": True,
+                "num_kv_shared_layers": 2,
+                "sliding_window": 5,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 96,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 48,
+                "pad_token_id": None,
+            },
+        ),
         # sinks, a number for each head; biases everywhere, of experts and their router too; gate
         # and up of an expert alternate, and are clamped; a layer with a window
         "gpt_oss": (
@@ -173,6 +196,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), 1e-6)
+# Twice the layers, a dozen such norms and a router in each.
+FLOAT32["gemma4"] = 4e-6
 
 
 class LlamaCapped(LlamaForCausalLM):
@@ -247,7 +272,7 @@ def build(
 
 
 def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "scale")):
         return 1 + 0.2 * noise
     if name.endswith("bias") or noise.dim() == 1:
         return 0.2 * noise

@@ -11,9 +11,9 @@ from torch.distributed.tensor import Shard
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
-from hf_sp.model import embedding, norm_over_heads, parameters, shard, streams
+from hf_sp.model import block, embedding, norm_over_heads, parameters, shard, streams
 from hf_sp.moe import block as moe_block
-from hf_sp.moe import experts
+from hf_sp.moe import experts, layer_experts
 from hf_sp.plan.schema import Leaf
 from mutants import wrongly
 from mutants.registry import Patch, mutant
@@ -110,3 +110,30 @@ def ranks_drop_other_parts_of_a_sum() -> list[Patch]:
     right = streams.LayerDropout.go_on
     go_on = lambda self, *args, own: right(self, *args, own=True)  # noqa: E731
     return [(streams.LayerDropout, "go_on", go_on)]
+
+
+@mutant(Case("gemma4"))
+def routed_weights_of_own_experts_features_are_not_summed() -> list[Patch]:
+    # Each rank's own part of the gradient, as if the others had none.
+    wrong = mock.Mock(wraps=pairs)
+    wrong.allgather_reducescatter = lambda x, _, axis: pairs.allgather_scatter(
+        x, x.shape[1] * axis.size, axis
+    )
+    return [(layer_experts, "pairs", wrong)]
+
+
+@mutant(Case("gemma4"))
+def inputs_of_layers_are_the_first_tokens() -> list[Patch]:
+    def own(self, x, name):
+        return x[:, : -(-x.shape[1] // self.state.tp)] if name in self.names else x
+
+    return [(block.OwnTokens, "_own", own)]
+
+
+@mutant(Case("gemma4"))
+def routers_of_layers_see_own_tokens_only() -> list[Patch]:
+    right = pairs.identity_allreduce
+    router = {(4, 64), (4,), (64,)}
+    return [
+        (pairs, "identity_allreduce", lambda x, axis: x if x.shape in router else right(x, axis))
+    ]

@@ -242,3 +242,15 @@ def wrapped_or_debugged(folder: str) -> list[str | None]:
             _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
             _message(lambda: train(model, debug="underflow_overflow")),
         ]
+
+
+def takes(family: str, sizes: dict[str, int], **degrees: int) -> str | None:
+    """What `parallelize` says to these degrees; None if it takes them and a step runs."""
+    model = tiny.build(family, **sizes)
+
+    def step() -> None:
+        parallel = parallelize(model, **degrees)
+        ids = torch.arange(14).view(2, 7)
+        parallel(input_ids=ids, labels=ids).loss.backward()
+
+    return _message(step)
