@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sp.model.block import BlockBoundary, StackBoundary
+from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -17,7 +17,9 @@ from hf_sp.model.norm import NormForward
 from hf_sp.model.norm_over_heads import OverHeadsForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
+from hf_sp.model.streams import LayerDropout
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
+from hf_sp.moe.layer_experts import LayerExperts
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
 from hf_sp.plan.schema import Block, Leaf, Plan
@@ -34,6 +36,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
         install_block = _install_block if block.experts is None else _install_sparse
         install_block(model, block, state)
         kinds |= dict.fromkeys(block.partial, Partial.HEADS)
+        if block.of_heads:
+            LocalParameters(state, Partial.NEVER).install(model.get_submodule(block.path))
         for path in block.over_heads:
             OverHeadsForward.install(model.get_submodule(path), state.axis)
         owners |= install_own_rows(model, block, state)
@@ -47,6 +51,15 @@ def install(model: nn.Module, state: ParallelState) -> None:
         inside = [owner for name, owner in owners.items() if name.startswith(path + ".")]
         sums = PartialSums(state, inside)
         sums.install(model.get_submodule(path))
+        if plan.dropout:
+            blocks = [block for block in plan.blocks if block.path.startswith(path + ".")]
+            rows = [one.path for b in blocks for one in b.leaves if one.style == "row"]
+            found = [
+                [model.get_submodule(p) for p in ps] for ps in ([b.path for b in blocks], rows)
+            ]
+            LayerDropout(state).install(model.get_submodule(path), *found)
+        if plan.per_token:
+            OwnTokens(state, plan.per_token).install(model.get_submodule(path))
         if last is not None and state.data == 1:
             # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
             last.next = sums
@@ -56,9 +69,14 @@ def install(model: nn.Module, state: ParallelState) -> None:
     allow_graphs(8 * len(plan.layers))
 
 
+def _owned(module: nn.Module) -> set[str]:
+    return {name for name, p in module._parameters.items() if p is not None}
+
+
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
-    embedding: Any = model.get_submodule(plan.embedding)
-    VocabParallelEmbedding.convert_(embedding, state.axis)
+    for path in (plan.embedding, *plan.embeddings):
+        embedding: Any = model.get_submodule(path)
+        VocabParallelEmbedding.convert_(embedding, state.axis)
     first, stack = model.get_submodule(plan.layers[0]), StackBoundary(state)
     first.register_forward_pre_hook(stack.enter, with_kwargs=True, prepend=True)
     model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
@@ -79,6 +97,7 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
 def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None:
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
+    _install_alike(model, block, state)
     heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
     boundary = BlockBoundary(state, shared, columns, block.attention, heads)
     boundary.install(module)
@@ -91,11 +110,20 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
         _tell_heads(module, block, state.tp)
 
 
+def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:
+    for path in block.alike:
+        for module in model.get_submodule(path).modules():
+            if _owned(module):
+                LocalParameters(state, Partial.NEVER).install(module)
+
+
 def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
     """Tell an attention how many heads it has on this rank, where it asks."""
     heads = [leaf.heads for leaf in block.leaves if leaf.heads and leaf.style != "row"]
     query = next(leaf.heads for leaf in block.leaves if leaf.style == "row")
-    own, key_value = query // tp, max(1, min(heads) // tp)
+    # Some use the keys and values of a layer before.
+    whole = query // module.__dict__.get("num_key_value_groups", 1)
+    own, key_value = query // tp, max(1, min(*heads, whole) // tp)
     local = {"num_heads": own, "num_attention_heads": own, "num_key_value_heads": key_value}
     local["num_key_value_groups"] = own // key_value
     for name, count in local.items():
@@ -123,6 +151,10 @@ class LocalConfig:
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:
     assert block.experts is not None
     module, shared, path = model.get_submodule(block.path), BlockInput(), block.experts.shared
+    _install_alike(model, block, state)
+    if not block.experts.router:
+        LayerExperts(state, module, block).install(module)
+        return
     # A sparse block works on flattened tokens, batch-major.
     columns = _convert(model, block.leaves, state, shared, sp=False)
     boundary = SparseBoundary(state, module, block, columns)

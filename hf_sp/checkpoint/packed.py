@@ -8,16 +8,16 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_sp.plan.experts import is_experts
+from hf_sp.plan.experts import packed_experts
 from hf_sp.torch_private import is_packed
 
 
 def packed_dims(model: nn.Module) -> dict[str, int]:
     """Name of each packed parameter, parallelized or not -> the dim that holds its parts."""
     found = {
-        f"{path}.gate_up_proj".lstrip("."): 1
+        f"{path}.{name}".lstrip("."): dim
         for path, module in model.named_modules()
-        if is_experts(module)
+        for name, dim in packed_experts(module).items()
     }
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):

@@ -69,9 +69,13 @@ def norm_kernels(x: Tensor, *others: Tensor | None, backward: bool = False) -> A
     return _module("norm_triton") if usable(x, *others) and x.shape[-1] <= limit else None
 
 
-def swiglu_kernels(gate: Tensor, *others: Tensor) -> Any | None:
-    """The module with SwiGLU's launchers, or None where torch must do it."""
-    if not usable(gate, *others) or any(x.dtype != gate.dtype for x in others):
+def swiglu_kernels(activation: str, gate: Tensor, *others: Tensor) -> Any | None:
+    """The module with the gated products' launchers, or None where torch must do it."""
+    if (
+        activation not in ("silu", "gelu_tanh")
+        or not usable(gate, *others)
+        or any(x.dtype != gate.dtype for x in others)
+    ):
         return None
     return _module("swiglu_triton")
 

@@ -8,6 +8,7 @@ not know when it is used, autograd.Functions, or Triton. Arguments are those of
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 
 Casting = Literal["llama", "gemma", "gpt_oss"]
 CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "gpt_oss")
+Gating = tuple[Literal["silu", "gelu_tanh", "clamped"], float, float]
+"""What makes one of gate and up: ``act(gate) * up``, or gpt-oss's, of its alpha and its limit."""
+SILU: Gating = ("silu", 1.0, 0.0)
+GELU_TANH: Gating = ("gelu_tanh", 1.0, 0.0)
+
+
+# GELU's tanh form: tanh(sqrt(2 / pi) * (g + 0.044715 g^3)).
+_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBE = 0.044715
 
 
 def rms_norm(
@@ -93,21 +103,49 @@ def rms_norm_backward_float64(
     return next(grads) if need_dx else None, next(grads) if need_dw else None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` as Hugging Face computes it: silu is rounded before the product."""
-    return F.silu(gate) * up
+def swiglu(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
+    """``act(gate) * up`` as Hugging Face computes it: act is rounded before the product.
+
+    ``clamped``: ``(up + 1) * gate * sigmoid(alpha * gate)`` of a gate of at most ``limit`` and an
+    up between ``-limit`` and ``limit``.
+    """
+    name, alpha, limit = gating
+    if name == "clamped":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def swiglu_backward(
-    dz: Tensor, gate: Tensor, up: Tensor, product: bool
+    dz: Tensor, gate: Tensor, up: Tensor, product: bool, gating: Gating = SILU
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`swiglu`, each rounded once; float32 inside, float64 for float64."""
+    """Gradients of :func:`swiglu`, each rounded once; float32 inside, float64 for float64.
+
+    Each activation is ``g * sigmoid(v(g))``: v is g, alpha g, or for GELU a cubic.
+    """
+    name, alpha, limit = gating
     wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
-    g, dz = gate.to(wide), dz.to(wide)
-    sigmoid = torch.sigmoid(g)
-    silu = g * sigmoid
-    # d silu / dg = sigmoid * (1 + g * (1 - sigmoid)), with the bracket multiplied out.
-    dgate = dz * up.to(wide) * (sigmoid + silu * (1 - sigmoid))
-    dup = dz * silu
-    z = swiglu(gate, up) if product else None
+    g, u, dz = gate.to(wide), up.to(wide), dz.to(wide)
+    dgate = dz
+    if name == "clamped":
+        # Nothing flows through what is cut off, and at the edge all does, as torch has it.
+        dgate, dz = dz * (g <= limit), dz * ((u >= -limit) & (u <= limit))
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit) + 1
+    inner = g
+    if name == "gelu_tanh":
+        # (1 + tanh(w)) / 2 = sigmoid(2 w)
+        inner = _GELU_SLOPE * (g + _GELU_CUBE * g.pow(3))
+    elif name == "clamped":
+        inner = alpha * g
+    sigmoid = torch.sigmoid(inner)
+    act = g * sigmoid
+    # d act / dg = sigmoid * (1 + g * (1 - sigmoid) * v'(g)), with the bracket multiplied out.
+    slope = act * (1 - sigmoid)
+    if name == "gelu_tanh":
+        slope = slope * (_GELU_SLOPE * (1 + 3 * _GELU_CUBE * g.square()))
+    elif name == "clamped":
+        slope = alpha * slope
+    dgate = dgate * u * (sigmoid + slope)
+    dup = dz * act
+    z = swiglu(gate, up, gating) if product else None
     return dgate.to(gate.dtype), dup.to(up.dtype), z

@@ -1,4 +1,4 @@
-"""SwiGLU, ``silu(gate) * up``, that keeps gate and up for backward and nothing else.
+"""Gated products, ``act(gate) * up``, that keep gate and up for backward and nothing else.
 
 Must not know how the kernels work, linear layers, or ranks.
 """
@@ -15,17 +15,18 @@ import hf_sp.kernels.reference as reference
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.errors import ShapeError
 from hf_sp.kernels.blocks import by_blocks
+from hf_sp.kernels.reference import SILU, Gating
 
 
-def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
-    """``silu(gate) * up`` with Hugging Face's roundings.
+def swiglu(gate: Tensor, up: Tensor, *, gating: Gating = SILU, triton: bool = True) -> Tensor:
+    """``act(gate) * up``, SiLU's if not said otherwise, with Hugging Face's roundings.
 
     Shapes:    gate, up ``[..., f]``, of any strides (halves of one fused buffer and sequence-major
                memory are read where they lie) -> ``[..., f]`` with gate's memory layout
-    dtype:     any floating ones -> the promoted one. silu is rounded before the product, as in
+    dtype:     any floating ones -> the promoted one. act is rounded before the product, as in
                ``act_fn(gate) * up``: the same bits but for last-bit differences of ``exp``.
                Gradients are computed in float32 and rounded once, which autograd does twice
-    Saves:     gate and up; autograd would save silu(gate) too, a third more memory in every MLP
+    Saves:     gate and up; autograd would save act(gate) too, a third more memory in every MLP
     No collective. Not differentiable twice. Under torch.compile this is the plain expression;
     ``triton=False`` keeps to torch operations.
 
@@ -34,18 +35,26 @@ def swiglu(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
     """
     _check(gate, up)
     if torch.compiler.is_compiling():
-        return reference.swiglu(gate, up)
-    return SwiGlu.apply(gate, up, triton)
+        return reference.swiglu(gate, up, gating)
+    return SwiGlu.apply(gate, up, gating, triton)
 
 
-def swiglu_forward(gate: Tensor, up: Tensor, *, triton: bool = True) -> Tensor:
+def swiglu_forward(
+    gate: Tensor, up: Tensor, *, gating: Gating = SILU, triton: bool = True
+) -> Tensor:
     """The forward pass, unchecked, for where autograd does not record: the bits of ``swiglu``."""
-    kernels = dispatch.swiglu_kernels(gate, up) if triton else None
-    return (kernels or reference).swiglu(gate, up)
+    kernels = dispatch.swiglu_kernels(gating[0], gate, up) if triton else None
+    return (kernels or reference).swiglu(gate, up, gating)
 
 
 def swiglu_backward(
-    dz: Tensor, gate: Tensor, up: Tensor, *, product: bool = False, triton: bool = True
+    dz: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    gating: Gating = SILU,
+    product: bool = False,
+    triton: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The backward pass, unchecked, for where autograd does not record.
 
@@ -55,12 +64,12 @@ def swiglu_backward(
     Returns:
         ``(dgate, dup, z or None)``, each in the layout and dtype of gate, up and gate.
     """
-    kernels = dispatch.swiglu_kernels(gate, up, dz) if triton else None
+    kernels = dispatch.swiglu_kernels(gating[0], gate, up, dz) if triton else None
     if kernels is not None:
-        return kernels.swiglu_backward(dz, gate, up, product=product)
+        return kernels.swiglu_backward(dz, gate, up, gating, product=product)
 
     def block(gate: Tensor, up: Tensor, dz: Tensor) -> tuple:
-        return reference.swiglu_backward(dz, gate, up, product)
+        return reference.swiglu_backward(dz, gate, up, product, gating)
 
     dgate, dup, z = by_blocks(block, gate, up, dz)
     return dgate, dup, z
@@ -70,20 +79,20 @@ class SwiGlu(Node):
     """Autograd's view of :func:`swiglu`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, triton: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating, triton: bool) -> Tensor:
         """Compute the product."""
-        ctx.triton = triton
+        ctx.how = {"gating": gating, "triton": triton}
         ctx.save_for_backward(gate, up)
-        return swiglu_forward(gate, up, triton=triton)
+        return swiglu_forward(gate, up, **ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of gate and up."""
         gate, up = ctx.saved_tensors
-        dgate, dup, _ = swiglu_backward(grads[0], gate, up, triton=ctx.triton)
-        need_gate, need_up, _ = ctx.needs_input_grad
-        return dgate if need_gate else None, dup if need_up else None, None
+        dgate, dup, _ = swiglu_backward(grads[0], gate, up, **ctx.how)
+        need_gate, need_up = ctx.needs_input_grad[:2]
+        return dgate if need_gate else None, dup if need_up else None, None, None
 
 
 def _check(gate: Tensor, up: Tensor) -> None:

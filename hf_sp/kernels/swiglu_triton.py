@@ -1,4 +1,4 @@
-"""Triton kernels of SwiGLU, with their launchers.
+"""Triton kernels of gated products (SwiGLU, GeGLU), with their launchers.
 
 The arithmetic is :mod:`hf_sp.kernels.reference`'s, and the bits of the product with it. Must not
 know autograd. Imported at the first launch only.
@@ -17,6 +17,7 @@ from torch import Tensor
 import hf_sp.kernels.launch as dispatch
 import hf_sp.kernels.table as table
 from hf_sp.kernels.layout import readable, rows_of
+from hf_sp.kernels.reference import GELU_TANH, SILU, Gating
 from hf_sp.kernels.table import LaunchConfig
 
 
@@ -34,6 +35,7 @@ def swiglu_forward_kernel(
     u_inner,
     z_outer,
     z_inner,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One tile of the product."""
@@ -47,8 +49,12 @@ def swiglu_forward_kernel(
     g = tl.load(G + outer * g_outer + within * g_inner + col, mask=live, other=0.0)
     u = tl.load(U + outer * u_outer + within * u_inner + col, mask=live, other=0.0)
     g32 = g.to(tl.float32)
-    silu = (g32 / (1.0 + tl.exp(-g32))).to(g.dtype).to(tl.float32)
-    z = (silu * u.to(tl.float32)).to(g.dtype)
+    v = g32
+    if GELU:
+        # 2 sqrt(2 / pi) (g + 0.044715 g^3): GELU's tanh form is g sigmoid of that.
+        v = 1.5957691216057308 * (g32 + 0.044715 * g32 * g32 * g32)
+    act = (g32 / (1.0 + tl.exp(-v))).to(g.dtype).to(tl.float32)
+    z = (act * u.to(tl.float32)).to(g.dtype)
     tl.store(Z + outer * z_outer + within * z_inner + col, z, mask=live)
 
 
@@ -75,6 +81,7 @@ def swiglu_backward_kernel(
     du_inner,
     z_outer,
     z_inner,
+    GELU: tl.constexpr,
     PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -91,22 +98,30 @@ def swiglu_backward_kernel(
     dz32 = dz.to(tl.float32)
     g32 = g.to(tl.float32)
     u32 = u.to(tl.float32)
-    e = 1.0 + tl.exp(-g32)
+    v = g32
+    if GELU:
+        v = 1.5957691216057308 * (g32 + 0.044715 * g32 * g32 * g32)
+    e = 1.0 + tl.exp(-v)
     sigmoid = 1.0 / e
-    silu = g32 / e
-    dg = dz32 * u32 * (sigmoid + silu * (1.0 - sigmoid))
+    act = g32 / e
+    slope = act * (1.0 - sigmoid)
+    if GELU:
+        slope = slope * (1.5957691216057308 * (1.0 + 0.134145 * g32 * g32))
+    dg = dz32 * u32 * (sigmoid + slope)
     tl.store(DG + outer * dg_outer + within * dg_inner + col, dg.to(g.dtype), mask=live)
-    tl.store(DU + outer * du_outer + within * du_inner + col, (dz32 * silu).to(g.dtype), mask=live)
+    tl.store(DU + outer * du_outer + within * du_inner + col, (dz32 * act).to(g.dtype), mask=live)
     if PRODUCT:
-        z = (silu.to(g.dtype).to(tl.float32) * u32).to(g.dtype)
+        z = (act.to(g.dtype).to(tl.float32) * u32).to(g.dtype)
         tl.store(Z + outer * z_outer + within * z_inner + col, z, mask=live)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
+def swiglu(
+    gate: Tensor, up: Tensor, gating: Gating = SILU, *, config: LaunchConfig | None = None
+) -> Tensor:
     """Launch the forward; ``config`` instead of the table's."""
     gate, up = readable(gate, up)
     z = torch.empty_like(gate)
-    _launch(swiglu_forward_kernel, gate, [gate, up, z], config)
+    _launch(swiglu_forward_kernel, gate, [gate, up, z], config, GELU=gating == GELU_TANH)
     return z
 
 
@@ -114,6 +129,7 @@ def swiglu_backward(
     dz: Tensor,
     gate: Tensor,
     up: Tensor,
+    gating: Gating = SILU,
     *,
     product: bool = False,
     config: LaunchConfig | None = None,
@@ -123,7 +139,8 @@ def swiglu_backward(
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     z = torch.empty_like(gate) if product else None
     tensors = [dz, gate, up, dgate, dup, dgate if z is None else z]
-    _launch(swiglu_backward_kernel, gate, tensors, config, PRODUCT=product)
+    options = {"GELU": gating == GELU_TANH, "PRODUCT": product}
+    _launch(swiglu_backward_kernel, gate, tensors, config, **options)
     return dgate, dup, z
 
 

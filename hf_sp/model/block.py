@@ -9,16 +9,17 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
 from hf_sp.errors import ShapeError
 from hf_sp.model.columns import ColumnLinear, Factor, gather_columns
 from hf_sp.model.ports import BlockInput
+from hf_sp.model.streams import LocalDropout
 from hf_sp.state import ParallelState
 
 
@@ -106,6 +107,8 @@ class BlockBoundary:
         )
         self.block.gathered = gathered
         drops = self.attention and module.training
+        # A layer that drops hidden states too has a stream already.
+        drops = drops and not state.plan.dropout
         if drops and float(getattr(module, "attention_dropout", False)):
             self.dropout.start(gathered.x)
         mask = kwargs.get("attention_mask")
@@ -131,37 +134,31 @@ class BlockBoundary:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
-class LocalDropout:
-    """Attention dropout with masks of their own on each rank.
+class OwnTokens:
+    """Hook of a layer: of arguments with a row for each token, this rank's own rows.
 
-    Ranks hold different heads but, seeded alike by Trainer, would drop the same places of each.
-    One number is drawn from the default generator, on all ranks alike; inside the block it is
-    seeded with ``number + rank``, the rank among all. Checkpointing restores the default generator
-    before it recomputes: the same number is drawn, and the same masks come back.
+    Backward: 1 all-gather of each one's gradient, which is the same on all ranks then.
     """
 
-    def __init__(self, state: ParallelState) -> None:
-        self.state = state
-        self._saved: tuple[torch.Generator, Tensor] | None = None
+    def __init__(self, state: ParallelState, names: Sequence[str]) -> None:
+        self.state, self.names = state, names
 
-    def start(self, like: Tensor) -> None:
-        """Switch the default generator of ``like``'s device to this rank's stream."""
-        # Left over if the block was interrupted: the shared stream has to come back first.
-        self.stop()
-        if self.state.everyone.size == 1:
-            return
-        seed, device = int(torch.randint(2**62, ())), like.device
-        generator = torch.default_generator
-        if device.type != "cpu":
-            generator = torch.get_device_module(device).default_generators[device.index]
-        self._saved = (generator, generator.get_state())
-        generator.manual_seed(seed + self.state.everyone.rank)
+    def install(self, layer: nn.Module) -> None:
+        """Register it."""
+        layer.register_forward_pre_hook(self.take, with_kwargs=True)
 
-    def stop(self) -> None:
-        """Give the shared stream back."""
-        if self._saved is not None:
-            (generator, state), self._saved = self._saved, None
-            generator.set_state(state)
+    def take(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``[B, S, ...]`` -> ``[B, s, ...]``."""
+        if not self.state.sharded:
+            return None
+        positions = dict(enumerate(inspect.signature(layer.forward).parameters))
+        args = tuple(self._own(x, positions.get(i, "")) for i, x in enumerate(args))
+        return args, {name: self._own(x, name) for name, x in kwargs.items()}
+
+    def _own(self, x: Any, name: str) -> Any:
+        if name not in self.names or not isinstance(x, Tensor):
+            return x
+        return pairs.scatter_allgather(x, self.state.axis)
 
 
 class StackBoundary:

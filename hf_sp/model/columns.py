@@ -55,7 +55,9 @@ class Factor(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """An expert weight ``[E, 2f, H]`` that reads the gathered input; ``key`` asks for the ports.
+    """Experts' weights, ``width`` = 2f features each, that read the gathered input.
+
+    ``key`` asks for the ports.
 
     ``gradient`` makes the weight's gradient from what experts have sent to their ports, d gate_up
     ``[R, 2f]``, the rows' places ``[R]`` and ends ``[E]``, and from x ``[T, H]``.
@@ -63,6 +65,7 @@ class Experts(NamedTuple):
 
     key: object
     weight: Tensor
+    width: int
     top_k: int
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -202,7 +205,7 @@ class _GatherColumns(Node):
         if spec.experts is not None:
             # The places of rows travel as gradients: float64 holds them exactly.
             w, rows = weights[-1], B * S * spec.experts.top_k
-            ports.append(x.new_empty_strided((rows, w.shape[1]), (0, 0)))
+            ports.append(x.new_empty_strided((rows, spec.experts.width), (0, 0)))
             ports.append(x.new_empty_strided((rows,), (0,), dtype=torch.float64))
             ports.append(x.new_empty_strided((w.shape[0],), (0,), dtype=torch.float64))
         return full, *ports

@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.input_checks import check_forward
 from hf_sp.model.lazy import LazyLogits
+from hf_sp.model.streams import SharedStream
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import has_global_hooks
@@ -52,12 +54,14 @@ class DecoderBoundary(_Boundary):
         self.state, self.model, self.leave_router_logits = state, model, leave_router_logits
         self._as_tuple = False
         self._batch = 0
+        self.stream = SharedStream(state)
 
     def start(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the whole sequence length; decode, and fill short caches, without shards."""
         state, inputs = self.state, _bind(module, args, kwargs)
         if not state.in_model:
             check_forward(self.model, state, inputs)
+            self.stream.start(self.model)
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
         self._batch, state.length = (0, None) if tokens is None else tokens.shape[:2]
@@ -65,7 +69,28 @@ class DecoderBoundary(_Boundary):
         state.few_tokens = not torch.is_grad_enabled() and self._few_tokens(inputs)
         as_dict = kwargs.get("return_dict")
         self._as_tuple = not (module.config.return_dict if as_dict is None else as_dict)
-        return (args, {**kwargs, "return_dict": True}) if self._as_tuple else None
+        if state.sharded:
+            changed = self._of_own_tokens(inputs)
+            args, kwargs = ((), {**inputs, **changed}) if changed else (args, kwargs)
+        return (args, {**kwargs, "return_dict": True}) if self._as_tuple else (args, kwargs)
+
+    def _of_own_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs that the layers, or the loop over them, read beside their shards."""
+        changed: dict[str, Any] = {}
+        if inputs.get("logits_to_keep"):
+            # Some cut the hidden states here already. The head cuts what it gets.
+            changed["logits_to_keep"] = 0
+        mask, added = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
+        if mask is not None and added is not None:
+            # What is added to the places of pictures behind the first layers: each rank's own.
+            axis, places = self.state.axis, mask.nonzero()[:, 1]
+            rows = comm.padded(mask.shape[1], axis.size) // axis.size
+            own = places // rows == axis.rank
+            changed["visual_pos_masks"] = comm.own_shard(mask[..., None], axis)[..., 0]
+            changed["deepstack_visual_embeds"] = [
+                pairs.identity_allreduce(x, axis)[own] for x in added
+            ]
+        return changed
 
     def _few_tokens(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward without gradients is better off with plain TP.
@@ -92,6 +117,7 @@ class DecoderBoundary(_Boundary):
         finally:
             state.length, state.few_tokens = None, False
             state.delivered = (None, None)
+            self.stream.stop()
 
     def _gather(self, output: Any, length: int) -> None:
         state, axis, last = self.state, self.state.axis, output.get("last_hidden_state")
@@ -119,12 +145,13 @@ class ModelBoundary(_Boundary):
     """Hooks of the whole model: compare the inputs, decide what becomes of the lazy logits."""
 
     def __init__(self, state: ParallelState) -> None:
-        self.state = state
+        self.state, self.stream = state, SharedStream(state)
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compare the inputs over the ranks; the head may be lazy from here on."""
         inputs = _bind(module, args, kwargs)
         check_forward(module, self.state, inputs)
+        self.stream.start(module)
         self.state.in_model = True
         loss_alone = (
             inputs.get("labels") is not None
@@ -140,6 +167,7 @@ class ModelBoundary(_Boundary):
         """Make the logits that someone may read; drop those that a training step does not."""
         self.state.in_model, self.state.final_hidden = False, "gathered"
         self.state.final_length = None
+        self.stream.stop()
         if isinstance(output, tuple):
             # Logits that are not made leave their place to None: the others keep theirs.
             has_loss = len(output) > 1 and isinstance(output[1], LazyLogits)

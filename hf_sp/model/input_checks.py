@@ -38,9 +38,8 @@ def check_forward(model: nn.Module, state: ParallelState, inputs: dict[str, Any]
 
     Raises:
         BatchMismatchError: on every rank, naming the inputs or the calls that differ.
-        ConfigError: on every rank, if a parameter was added after ``parallelize``, or if dropout
-            is active on replicated tensors and the ranks' generators are not in the same state
-            (both asked while checks are left).
+        ConfigError: on every rank, if a parameter was added after ``parallelize`` (asked while
+            checks are left).
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
@@ -84,20 +83,13 @@ def _same(state: ParallelState, kind: str, given: _Given, roles: list[str], firs
 def _compare(model: nn.Module, state: ParallelState, given: _Given, roles: list[str]) -> None:
     """Compare all that is known of the inputs; on every rank, or on none."""
     everyone: list[Any] = [None] * state.everyone.size
-    mine = (roles, _random(model, state), given)
+    mine = (roles, given)
     dist.all_gather_object(everyone, mine, group=state.all_ranks)
     groups = [everyone[i : i + state.tp] for i in range(0, len(everyone), state.tp)]
-    if any(generator != group[0][1] for group in groups for _, generator, _ in group):
-        raise ConfigError(
-            "the ranks' random generators differ",
-            where=", ".join(n for n, m in model.named_modules() if _drops(m)),
-            rule="dropout on what all ranks hold alike has to drop the same places on each",
-            remedy="seed all ranks alike (transformers.set_seed; Trainer does it by itself)",
-        )
     rows = []
     for index, group in enumerate(groups):
         of = f" of group {index}" if len(groups) > 1 else ""
-        rows += _differences([given for _, _, given in group], of)
+        rows += _differences([given for _, given in group], of)
     if rows:
         raise BatchMismatchError(
             "the ranks of one tensor-parallel group were given different batches",
@@ -106,7 +98,7 @@ def _compare(model: nn.Module, state: ParallelState, given: _Given, roles: list[
             remedy="shard the data over data-parallel ranks only: no DistributedSampler over tp "
             "ranks, the same seed and shuffling on all of them (Trainer does this by itself)",
         )
-    if model.training and any(others != everyone[0][0] for others, _, _ in everyone):
+    if model.training and any(others != everyone[0][0] for others, _ in everyone):
         raise ConfigError(
             "data parallel groups were given inputs of different kinds",
             where=", ".join(_ROLES),
@@ -147,24 +139,6 @@ def _differences(given: list[_Given], of: str) -> list[str]:
         if len(set(texts)) > 1:
             rows += [f"{name}, tp rank {i}{of}: {text}" for i, text in enumerate(texts)]
     return rows
-
-
-def _drops(module: nn.Module) -> bool:
-    # Noise on what all ranks hold alike has to be the same, as dropout.
-    jitters = float(getattr(module, "jitter_noise", 0) or 0) > 0
-    return module.training and (jitters or (isinstance(module, nn.Dropout) and module.p > 0))
-
-
-def _random(model: nn.Module, state: ParallelState) -> int:
-    """Digest of the generators that dropout would draw from, 0 if there is none to draw."""
-    if not any(_drops(m) for m in model.modules()):
-        return 0
-    # The CPU's in any case: seeds of masks are drawn from it.
-    digest = zlib.crc32(torch.get_rng_state().numpy().tobytes())
-    if state.mesh.device_type != "cpu":
-        other = torch.get_device_module(state.mesh.device_type).get_rng_state()
-        digest = zlib.crc32(other.numpy().tobytes(), digest)
-    return digest
 
 
 def _check_parameters(model: nn.Module) -> None:

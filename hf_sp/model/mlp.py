@@ -1,4 +1,4 @@
-"""Gated MLPs, ``down(silu(gate(x)) * up(x))``, that save gate and up and not their product.
+"""Gated MLPs, ``down(act(gate(x)) * up(x))``, that save gate and up and not their product.
 
 ``SwiGLUForward`` hangs on the instance (``module.forward``). Under torch.compile, and where
 somebody has hooks on the activation or has put another one there, the class's own forward runs.
@@ -33,6 +33,7 @@ class SwiGLUForward:
     ) -> None:
         self.module, self.form = module, form
         self.recompute, self.triton = recompute, triton
+        self.gating = form.gating
         linears = {form.gate, form.up, form.down}
         # The activation, and whatever else is not called here.
         self.others = {k: m for k, m in module._modules.items() if k not in linears}
@@ -43,18 +44,20 @@ class SwiGLUForward:
         if len(args) != 1 or kwargs or self._watched():
             return type(module).forward(module, *args, **kwargs)
         gate = getattr(module, form.gate)(args[0])
-        up = getattr(module, form.up)(args[0])
+        gate, up = (gate, getattr(module, form.up)(args[0])) if form.up else gate.chunk(2, -1)
         down = getattr(module, form.down)
         if torch.compiler.is_compiling():
+            make = functools.partial(swiglu, gating=self.gating)
             if not self.recompute:
-                return down(swiglu(gate, up))
+                return down(make(gate, up))
             # The partitioner would save what a matrix product of the backward reads.
-            return down(checkpoint(swiglu, gate, up, use_reentrant=False))
-        product = swiglu(gate, up, triton=self.triton)
+            return down(checkpoint(make, gate, up, use_reentrant=False))
+        how: dict[str, Any] = {"gating": self.gating, "triton": self.triton}
+        product = swiglu(gate, up, **how)
         # A hook that runs behind it is shown the product, and may watch its gradient.
         if self.recompute and torch.is_grad_enabled() and not _has_forward_hooks(down):
-            again = functools.partial(swiglu_forward, triton=self.triton)
-            row_linear = functools.partial(SwiGLURowLinear.apply, self.triton)
+            again = functools.partial(swiglu_forward, **how)
+            row_linear = functools.partial(SwiGLURowLinear.apply, how)
             attach_recompute(product, Recompute(again, (gate, up), row_linear))
         return down(product)
 
@@ -81,7 +84,7 @@ def _has_forward_hooks(module: nn.Module) -> bool:
 
 
 class SwiGLURowLinear(Node):
-    """``(silu(gate) * up) W^T`` without saving the product.
+    """``(act(gate) * up) W^T`` without saving the product.
 
     The backward makes the product in the pass that makes the gradients of gate and up: the weight
     gradient needs it there, and nowhere else.
@@ -94,7 +97,7 @@ class SwiGLURowLinear(Node):
     @staticmethod
     def forward(
         ctx: Any,
-        triton: bool,
+        how: dict[str, Any],
         gate: Tensor,
         up: Tensor,
         product: Tensor,
@@ -104,7 +107,7 @@ class SwiGLURowLinear(Node):
         height: int,
     ) -> Tensor:
         """Apply the weight to the product."""
-        ctx.triton = triton
+        ctx.how = how
         y, weight = row_output(ctx, product, weight, bias, add_bias, height)
         ctx.save_for_backward(gate, up, weight)
         return y
@@ -116,9 +119,7 @@ class SwiGLURowLinear(Node):
         gate, up, weight = ctx.saved_tensors
         _, needs_gate, needs_up, _, needs_weight, needs_bias = ctx.needs_input_grad[:6]
         dproduct = row_input_gradient(ctx, grads[0], weight)
-        dgate, dup, product = swiglu_backward(
-            dproduct, gate, up, product=needs_weight, triton=ctx.triton
-        )
+        dgate, dup, product = swiglu_backward(dproduct, gate, up, product=needs_weight, **ctx.how)
         del dproduct
         inputs = dgate if needs_gate else None, dup if needs_up else None
         parameters = row_parameter_gradients(ctx, grads[0], product, needs_bias)

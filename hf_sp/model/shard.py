@@ -43,12 +43,12 @@ def placements(model: nn.Module, plan: Plan) -> dict[int, tuple[str, Placement]]
             elif leaf.style == "row":
                 wanted[f"{leaf.path}.weight"] = Shard(1)
         wanted |= {f"{path}.weight": Shard(0) for path in block.over_heads}
+        wanted |= dict.fromkeys(block.of_heads, Shard(0))
         experts = block.experts
         if experts is not None:
-            features = experts.split == "features"
-            wanted[f"{experts.path}.gate_up_proj"] = packed_shard(1) if features else Shard(0)
-            wanted[f"{experts.path}.down_proj"] = Shard(2 if features else 0)
-    for path in filter(None, (plan.embedding, plan.head)):
+            for name, (dim, halves) in experts.split_dims().items():
+                wanted[f"{experts.path}.{name}"] = packed_shard(dim) if halves else Shard(dim)
+    for path in filter(None, (plan.embedding, *plan.embeddings, plan.head)):
         wanted[f"{path}.weight"] = wanted[f"{path}.bias"] = Shard(0)
     placed: dict[int, tuple[str, Placement]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

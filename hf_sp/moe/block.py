@@ -22,8 +22,9 @@ from hf_sp.model.low_rank import low_rank
 from hf_sp.model.ports import BlockInput, GatheredInput, Port, column_linear
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.moe.dispatcher import Dispatcher
-from hf_sp.moe.experts import gate_up_gradient, run_experts
+from hf_sp.moe.experts import Maths, gate_up_gradient, run_experts
 from hf_sp.moe.router import RouterParameters
+from hf_sp.plan.known_forms import experts_gating
 from hf_sp.plan.schema import Block
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import version
@@ -41,18 +42,28 @@ class SparseBoundary(BlockBoundary):
         self, state: ParallelState, module: nn.Module, block: Block, columns: list[Any]
     ) -> None:
         assert block.experts is not None
-        self.form = block.experts
-        self.whole_experts = block.experts.split == "experts"
         inside = block.path + "."
-        router: Any = module.get_submodule(self.form.router.removeprefix(inside))
-        self.experts = module.get_submodule(self.form.path.removeprefix(inside))
         # Where tokens travel, the shared expert is a TP block of its own.
-        columns = [] if self.whole_experts else columns
-        super().__init__(state, BlockInput(), columns, attention=False)
+        columns = [] if block.experts.split == "experts" else columns
+        self.prepare(
+            state, module.get_submodule(block.experts.path.removeprefix(inside)), block, columns
+        )
+        router: Any = module.get_submodule(self.form.router.removeprefix(inside))
         self.router, self.parameters = router, RouterParameters(state, router, self.route)
+        self.chooser: Any = module.get_submodule(self.form.chooser.removeprefix(inside))
         self.linears.insert(0, (router, self.parameters))
         for column in columns:
             column.block = self.block
+
+    def prepare(
+        self, state: ParallelState, experts: nn.Module, block: Block, columns: list[Any]
+    ) -> None:
+        """Note the experts, and what they compute."""
+        assert block.experts is not None
+        BlockBoundary.__init__(self, state, BlockInput(), columns, attention=False)
+        self.form, self.experts = block.experts, experts
+        self.whole_experts = block.experts.split == "experts"
+        self.gating = experts_gating(experts)
 
     def install(self, module: nn.Module) -> None:
         """Register the hooks of the block and of what is in it."""
@@ -71,9 +82,11 @@ class SparseBoundary(BlockBoundary):
             x = x.contiguous()
             gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
-            top_k = int(self.router.top_k)
-            gradient = functools.partial(gate_up_gradient, top_k=top_k)
-            experts = Experts(self.experts, self.weight("gate_up_proj", x), top_k, gradient)
+            top_k = int(self.chooser.top_k)
+            how = {"top_k": top_k, "transposed": self.form.transposed}
+            gradient = functools.partial(gate_up_gradient, **how)
+            weight, width = self.weight("gate_up_proj", x), 2 * self.form.intermediate // state.tp
+            experts = Experts(self.experts, weight, width, top_k, gradient)
             gathered = gather_columns(
                 x,
                 [] if jitters else self.linears,
@@ -118,17 +131,18 @@ class SparseBoundary(BlockBoundary):
         if gathered is None:
             return None
         if gathered.recompute is not None and gathered.reads(x):
-            _attach_reshaped(x, gathered.recompute)
+            attach_reshaped(x, gathered.recompute)
         return gathered.port(reader, x)
 
-    def route(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The router's product of its tokens."""
         port = self.port(self.router, x)
         if port is not None:
             return column_linear(x, port, batch_major=True)
         if not self.whole_experts or x.dtype != weight.dtype or not torch.is_grad_enabled():
             return None
-        return low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
+        logits = low_rank(cast_for_autocast(x, x), cast_for_autocast(weight, x), None, 0)
+        return logits if bias is None else logits + bias
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts, in place of HF's loop or grouped forward.
@@ -155,7 +169,13 @@ class SparseBoundary(BlockBoundary):
         else:
             # Each rank adds what its experts make of that token.
             dispatcher = Dispatcher.local(index, count, state.rank * count)
-        out = run_experts(x, top_k_weights, gate_up, down, dispatcher, port, triton=state.kernels)
+        biases: list[Tensor | None] = [None, None]
+        if self.form.bias:
+            biases = [self.weight(f"{name}_proj_bias", x) for name in ("gate_up", "down")]
+        adds = self.whole_experts or state.rank == 0
+        layout = self.form.transposed, self.form.interleaved
+        maths = Maths(self.gating, state.kernels, *layout, adds_bias=adds)
+        out = run_experts(x, top_k_weights, gate_up, down, biases, dispatcher, port, maths)
         whole = state.sharded or not self.whole_experts
         return out if whole else pairs.allreduce_identity(out, state.axis)
 
@@ -194,7 +214,7 @@ class SharedBoundary(BlockBoundary):
         self.flat = x.dim() == 2
         recompute, x = recompute_of(x), x.unsqueeze(0) if self.flat else x
         if recompute is not None:
-            _attach_reshaped(x, recompute)
+            attach_reshaped(x, recompute)
         return super().enter(module, *replace_hidden_states(args, kwargs, x))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -203,7 +223,7 @@ class SharedBoundary(BlockBoundary):
         return out.squeeze(0) if isinstance(out, Tensor) and self.flat else out
 
 
-def _attach_reshaped(x: Tensor, recompute: Recompute) -> None:
+def attach_reshaped(x: Tensor, recompute: Recompute) -> None:
     """Let ``x`` be computed as another tensor is, whose values it has in its own shape."""
     again = functools.partial(_reshaped, function=recompute.function, shape=x.shape)
     attach_recompute(x, Recompute(again, recompute.inputs))

@@ -21,8 +21,8 @@ from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import tree_map_only
 
-Product = Callable[[Tensor, Tensor], Tensor | None]
-"""Of tokens with the weight; None for tokens that it does not know."""
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+"""Of tokens with weight and bias; None for tokens that it does not know."""
 
 
 class RouterWeight:
@@ -42,8 +42,8 @@ class RouterWeight:
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """A linear goes to the block, which knows its tokens; all else is plain."""
-        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
-            result = args[1]._linear(args[0], args[1]._weight)
+        if func is F.linear and 2 <= len(args) <= 3 and not kwargs and isinstance(args[1], cls):
+            result = args[1]._linear(args[0], args[1]._weight, *args[2:] or (None,))
             if result is not None:
                 return result
         plain = tree_map_only(cls, lambda weight: weight._weight, (args, kwargs or {}))
@@ -57,10 +57,14 @@ class RouterParameters(LocalParameters):
         super().__init__(state, Partial.HEADS)
         self.module, self.linear = module, linear
 
-    def node_parameters(self, like: Tensor) -> tuple[Tensor, None]:
-        """The weight; its gradient is summed over the ranks."""
-        weight = local(cast(Tensor, self.module._parameters["weight"]))
-        return cast_for_autocast(pairs.identity_allreduce(weight, self.state.axis), like), None
+    def node_parameters(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; their gradients are summed over the ranks."""
+        own = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        weight, bias = (None if p is None else self._summed(p, like) for p in own)
+        return cast(Tensor, weight), bias
+
+    def _summed(self, p: Tensor, like: Tensor) -> Tensor:
+        return cast_for_autocast(pairs.identity_allreduce(local(p), self.state.axis), like)
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the weight."""
@@ -80,12 +84,18 @@ def leave_router_logits(
     length = state.length
     assert length is not None
 
+    experts = [block.experts for block in state.plan.blocks if block.experts is not None]
+    # Routers outside of blocks route a rank's own tokens, or the same on every rank.
+    outside = bool(experts) and not experts[0].router
+
     def leave(local_TE: Tensor) -> Tensor:
+        if not state.sharded and outside:
+            return local_TE
         if not state.sharded:
             # Tokens travel in no such forward: every rank has routed every token.
             return pairs.identity_onerank(local_TE, state.axis)
         by_row = local_TE.view(batch, -1, local_TE.shape[-1])
-        if state.plan.ep > 1:
+        if state.plan.ep > 1 or outside:
             full = pairs.allgather_scatter(by_row, length, state.axis)
         else:
             full = pairs.identity_onerank(by_row[:, :length], state.axis)

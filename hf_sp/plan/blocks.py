@@ -30,12 +30,16 @@ def tp_block(
     if mixer is not None:
         return mixer
     heads = _heads(model, modules, path, keys)
+    bare = {key: kind for key, kind in keys.items() if key not in modules}
+    _check_bare(modules, path, bare, heads)
+    keys = {key: kind for key, kind in keys.items() if key not in bare}
     partial = tuple(key for key, kind in keys.items() if kind == "partial")
+    alike = tuple(key for key, kind in keys.items() if kind == "alike")
     wide = [key for key, kind in keys.items() if kind == "column" and _is_norm(modules[key])]
     leaves = tuple(
         _leaf(key, modules[key], kind, heads, tp)
         for key, kind in keys.items()
-        if kind != "partial" and key not in wide
+        if key not in (*partial, *alike, *wide)
     )
     styles = {leaf.style for leaf in leaves} - {"replicated"}
     if "row" not in styles or len(styles) == 1:
@@ -77,7 +81,32 @@ def tp_block(
                 rule="its weight is split as what a column linear makes or a row linear reads",
                 legal=", ".join(map(str, sorted(sizes))),
             )
-    return Block(path, leaves, partial, tuple(wide), attention=heads is not None)
+    return Block(
+        path,
+        leaves,
+        partial,
+        over_heads=tuple(wide),
+        alike=alike,
+        of_heads=tuple(bare),
+        attention=heads is not None,
+    )
+
+
+def _check_bare(
+    modules: Modules, path: str, bare: Mapping[str, Kind], heads: _Heads | None
+) -> None:
+    """Refuse parameters of the block itself that are not a number for each query head."""
+    for key, kind in bare.items():
+        owner, _, name = key.rpartition(".")
+        shape = tuple(modules[owner].get_parameter(name).shape)
+        if owner != path or heads is None or kind != "column" or shape != (heads.query,):
+            raise PlanError(
+                "a parameter of the plan is not one number for each head of an attention",
+                where=key,
+                got=f"{kind}, shape {shape}",
+                rule="a key names a linear, a norm, or an attention's own parameter by heads",
+                legal=f"colwise, of shape ({heads.query},)" if heads else "",
+            )
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -111,16 +140,11 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
     if len(given) == 1:
         return None
     config = getattr(block, "config", model.config).get_text_config()
-    try:
-        query = getattr(config, "num_attention_heads", 0)
-    except RuntimeError as error:  # transformers': each layer has a number of its own
-        raise PlanError(
-            "the layers have different numbers of heads",
-            where=path,
-            rule="hf_sp splits all layers alike",
-        ) from error
     row = next((key for key, kind in keys.items() if kind == "row"), "")
     width = getattr(modules.get(row), "in_features", 0)
+    dim = getattr(block, "head_dim", None)
+    # Where layers differ, transformers' config raises, and each attention knows its own.
+    query = _number(config, "num_attention_heads", width // dim if dim else 0)
     if not _GIVEN_TO_ATTENTION & {*given} or not query or not width or width % query:
         raise PlanError(
             "a block of the plan is neither an MLP nor an attention that hf_sp knows",
@@ -130,8 +154,18 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
             "its row linear reads whole heads",
         )
     latent = "replicated" in keys.values()
-    key_value = query if latent else getattr(config, "num_key_value_heads", None) or query
-    return _Heads(getattr(block, "head_dim", None) or width // query, query, key_value, latent)
+    dim = dim or width // query
+    groups = getattr(block, "num_key_value_groups", 1)
+    key_value = _number(config, "num_key_value_heads", width // dim // groups) or query
+    return _Heads(dim, query, query if latent else key_value, latent)
+
+
+def _number(config: Any, name: str, otherwise: int) -> int:
+    """A number of the config, or another one where each layer has its own."""
+    try:
+        return getattr(config, name, 0)
+    except RuntimeError:
+        return otherwise
 
 
 def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: int) -> Leaf:
@@ -149,6 +183,8 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
     segments: tuple[int, ...] = ()
+    if kind == "column" and parts == query:
+        count, rest = query, 0  # a gate, a number for each head
     if kind == "packed" and count == query + 2 * key_value:
         segments, count = (query, key_value, key_value), key_value
     elif kind == "column_by_head" and not count % query:

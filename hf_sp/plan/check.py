@@ -36,14 +36,19 @@ def check_tp(model: str, plan: Plan) -> None:
         return
     largest = min((size for name, size in sizes if name != _REPLICABLE), default=1)
     legal = [tp for tp in range(1, largest + 1) if all(_allows(*size, tp) for size in sizes)]
+    best = max(tp for tp in legal if tp <= plan.tp)
+    # On as many ranks: each group of tp takes a batch of its own.
+    divides = best > 1 and plan.tp % best == 0
     remainders = (f"{name}={size}, {size} % {plan.tp} = {size % plan.tp}" for name, size in bad)
     raise PlanError(
         f"tp={plan.tp} cannot shard {model}",
         where="\n".join(sizes[size] for size in bad),
         got="\n".join(remainders),
-        rule="tp must divide the query heads and the intermediate size, and divide the key/value "
-        "heads or be a multiple of them",
+        rule="a rank computes whole query heads, with the key/value heads that they attend to, and "
+        "as many features as the others: tp must divide the query heads and the intermediate size, "
+        "and divide the key/value heads or be a multiple of them",
         legal="tp = " + ", ".join(map(str, legal)),
+        remedy=f"tp={best}" + (f", dp_shard={plan.tp // best}" if divides else ""),
     )
 
 

@@ -10,8 +10,9 @@ what a family needs beyond its own plan strings is a row in ``families``.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -21,9 +22,10 @@ from hf_sp.plan.blocks import tp_block
 from hf_sp.plan.check import check_ep, check_tp
 from hf_sp.plan.experts import STYLES as EXPERTS_STYLES
 from hf_sp.plan.experts import experts_block, is_experts, sparse_blocks, style_of_experts
-from hf_sp.plan.families import plan_strings
+from hf_sp.plan.families import DROPOUT, plan_strings
 from hf_sp.plan.outer import (
     Modules,
+    find_beside,
     find_embedding,
     find_final_norm,
     find_head,
@@ -41,9 +43,12 @@ _STYLES: dict[str, Kind] = {
     "packed_colwise": "packed",
     "mla_kv_a_proj": "replicated",
     "colwise_by_head": "column_by_head",
+    "replicate": "alike",
 }
 # Styles of modules outside the layers; how these are split is read off the modules themselves.
-_OUTER_STYLES = {"colwise_gather_output", "colwise", "embedding_rowwise"}
+_OUTER_STYLES = {"colwise_gather_output", "colwise", "embedding_rowwise", "replicate"}
+# Of an argument of the layers, not a module: it has a row for each token.
+_OF_ARGUMENTS = {"sequence"}
 
 
 def derive_plan(
@@ -79,10 +84,11 @@ def derive_plan(
             rule="hf_sp derives the split of each layer from the model's own plan strings",
             remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
         )
+    family = getattr(model.config, "model_type", name)
     modules = dict(model.named_modules())
-    known = modules.keys() | dict(model.named_parameters()).keys()
+    known = {*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     experts = [path for path, module in modules.items() if is_experts(module)]
-    container, keys = _layered_keys(name, styles, modules, experts)
+    container, keys, per_token = _layered_keys(name, styles, modules, experts)
     decoder = container.rpartition(".")[0]
     stack = list(cast(nn.ModuleList, modules[container]))
     if len(set(stack)) != len(stack):
@@ -100,15 +106,19 @@ def derive_plan(
         for child in dict.fromkeys([*(key.partition(".")[0] for key in keys), *sparse]):
             path = f"{layer}.{child}"
             named = {f"{layer}.{key}": kind for key, kind in keys.items() if inside(key, child)}
+            token_wise = path in modules and named.get(path) == "partial"
             if child in sparse:
                 # The keys are those of a dense MLP, which the model may not have.
                 blocks.append(experts_block(modules, path, sparse[child], named, ep))
             else:
                 named = {key: kind for key, kind in named.items() if key in known}
-                blocks += [tp_block(model, modules, path, named, tp)] if named else []
+                if named and not token_wise:
+                    blocks.append(tp_block(model, modules, path, named, tp))
             matched |= {key.removeprefix(f"{layer}.") for key in named}
-        norms += _norms(modules, layer, [b for b in blocks if inside(b.path, layer)])
-    missing = [f"{container}.*.{key}" for key in sorted(keys.keys() - matched)]
+        own = [block for block in blocks if inside(block.path, layer)]
+        norms += _norms(modules, layer, own, [f"{layer}.{key}" for key in keys])
+    missing = [f"{container}.*.{name}" for name in per_token if name not in _arguments(stack[0])]
+    missing += [f"{container}.*.{key}" for key in sorted(keys.keys() - matched)]
     missing += [key for key in styles if ".*." not in key and key not in modules]
     if missing:
         raise PlanError(
@@ -116,12 +126,16 @@ def derive_plan(
             where="\n".join(missing),
             rule="where a key matches no module, a weight would silently stay whole",
         )
-    _refuse_dropout(model, modules, container)
+    dropout = _drops(model, modules, container)
+    if dropout and (family not in DROPOUT or any(block.experts for block in blocks)):
+        _refuse_dropout(dropout)
     embedding = find_embedding(model, modules, decoder)
     head = find_head(model, modules)
-    norm = find_final_norm(model, modules, decoder, container, embedding)
+    embeddings, alike = find_beside(modules, decoder, styles, {embedding, head})
+    others = {embedding, *embeddings, *alike}
+    norm = find_final_norm(model, modules, decoder, container, others)
     plan = Plan(
-        family=getattr(model.config, "model_type", name),
+        family=family,
         tp=tp,
         sp=sp,
         decoder=decoder,
@@ -131,9 +145,12 @@ def derive_plan(
         norm=norm,
         head=head,
         shard_norms=(*norms, norm),
-        replicated=find_outside(modules, decoder, {embedding, norm, head}),
+        replicated=(*alike, *find_outside(modules, decoder, {embedding, norm, head})),
         tied=head is not None and modules[head].weight is modules[embedding].weight,
         ep=ep,
+        embeddings=embeddings,
+        per_token=tuple(per_token),
+        dropout=bool(dropout),
     )
     check_ep(name, plan, dp_shard)
     check_tp(name, plan)
@@ -142,8 +159,9 @@ def derive_plan(
 
 def _layered_keys(
     name: str, styles: Mapping[str, str], modules: Modules, experts: list[str]
-) -> tuple[str, dict[str, Kind]]:
-    """The layer container's path, and what is below a layer -> our kind."""
+) -> tuple[str, dict[str, Kind], list[str]]:
+    """The layer container's path, what is below a layer -> our kind, and arguments by token."""
+    per_token: list[str] = []
     containers: set[str] = set()
     keys: dict[str, Kind] = {}
     unknown: list[str] = []
@@ -151,14 +169,17 @@ def _layered_keys(
     for key, style in styles.items():
         container, layered, below = key.partition(".*.")
         of_experts = style_of_experts(key, experts)
-        others: Any = _STYLES if layered else _OUTER_STYLES
+        others: Any = {*_STYLES, *_OF_ARGUMENTS} if layered else _OUTER_STYLES
         if style == "packed_colwise" and key not in named:
             others = ()  # a parameter of experts of another form
         if style != of_experts and (of_experts or style not in others):
             unknown.append(f"{key}: {style}")
         elif layered and not of_experts:
             containers.add(container)
-            keys[below] = _STYLES[style]
+            if style in _OF_ARGUMENTS:
+                per_token.append(below)
+            else:
+                keys[below] = _STYLES[style]
     if unknown:
         inner, outer = ", ".join(_STYLES), ", ".join(sorted(_OUTER_STYLES))
         experts_styles = ", ".join(
@@ -168,7 +189,8 @@ def _layered_keys(
             f"{name}: the plan uses styles that hf_sp does not carry out",
             where="\n".join(unknown),
             rule="a plan is carried out whole or not at all",
-            legal=f"linears and norms in a layer: {inner}\nexperts of a form that hf_sp knows: "
+            legal=f"linears and norms in a layer: {inner}\nan argument of the layers: "
+            f"{', '.join(_OF_ARGUMENTS)}\nexperts of a form that hf_sp knows: "
             f"{experts_styles}\noutside the layers: {outer}",
         )
     if not containers:
@@ -185,23 +207,30 @@ def _layered_keys(
             got=", ".join(sorted(containers)),
             rule="all layered keys share one ModuleList of decoder layers",
         )
-    return containers.pop(), keys
+    return containers.pop(), keys, per_token
 
 
-def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
+def _arguments(module: nn.Module) -> Collection[str]:
+    return inspect.signature(module.forward).parameters
+
+
+def _norms(modules: Modules, layer: str, blocks: list[Block], named: list[str]) -> list[str]:
     """Modules of a layer that own weights outside its blocks; inside, the blocks claim them all."""
     norms = []
     for path, own in owners(modules, layer):
         block = next((b for b in blocks if inside(path, b.path)), None)
         if block is not None:
-            claimed = [*block.partial, *block.over_heads, *(leaf.path for leaf in block.leaves)]
+            if path == block.path and {f"{path}.{name}" for name in own} <= {*block.of_heads}:
+                continue
+            claimed = [*block.partial, *block.over_heads, *block.alike]
+            claimed += [leaf.path for leaf in block.leaves]
             rows = block.mixer.own if block.mixer else ()
-            named = {one.name for one in rows if one.module == path}
-            own = {name: p for name, p in own.items() if name not in named}
+            shown = {one.name for one in rows if one.module == path}
+            own = {name: p for name, p in own.items() if name not in shown}
             # experts_block has looked at all weights of a sparse one.
             if block.experts or not own or any(inside(path, one) for one in claimed):
                 continue
-        elif all(p.dim() <= 1 for p in own.values()):
+        elif all(p.dim() <= 1 for p in own.values()) or any(inside(path, key) for key in named):
             norms.append(path)
             continue
         wrong, p = max(own.items(), key=lambda item: item[1].dim())
@@ -220,8 +249,8 @@ def _norms(modules: Modules, layer: str, blocks: list[Block]) -> list[str]:
 _KNOWN_DROPOUT = {"attention_dropout", "classifier_dropout", "classifier_dropout_prob"}
 
 
-def _refuse_dropout(model: Any, modules: Modules, container: str) -> None:
-    """Refuse dropout in the layers: modules, and calls with a probability from the config."""
+def _drops(model: Any, modules: Modules, container: str) -> dict[str, float]:
+    """Dropout in the layers: modules, and calls with a probability from the config."""
     found = {
         path: module.p
         for path, module in modules.items()
@@ -231,12 +260,16 @@ def _refuse_dropout(model: Any, modules: Modules, container: str) -> None:
         dropout = ("dropout" in name or "pdrop" in name) and name not in _KNOWN_DROPOUT
         if dropout and isinstance(value, float) and value > 0:
             found[f"config.{name}"] = value
-    if found:
-        raise PlanError(
-            "a decoder layer drops hidden states at random",
-            where="\n".join(found),
-            got=", ".join(map(str, found.values())),
-            rule="on sequence shards and partial sums the masks would not be the model's",
-            legal="0 (attention_dropout is supported)",
-            remedy="set it to 0 in the config",
-        )
+    return found
+
+
+def _refuse_dropout(found: Mapping[str, float]) -> None:
+    raise PlanError(
+        "a decoder layer drops hidden states at random",
+        where="\n".join(found),
+        got=", ".join(map(str, found.values())),
+        rule="what is dropped has to be one rank's own, or a part of a sum; that is known of "
+        + ", ".join(sorted(DROPOUT)),
+        legal="0 (attention_dropout is supported)",
+        remedy="set it to 0 in the config",
+    )

@@ -8,11 +8,14 @@ on this rank's features instead. A key that matches no module of a version is le
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+from hf_sp.plan.outer import inside
 
 Rows = Mapping[str, str]
 
@@ -61,6 +64,15 @@ _SHARED_EXPERTS: Rows = {
     "layers.*.mlp.shared_experts.down_proj": "rowwise",
 }
 
+_HUNYUAN: Rows = {
+    **_ATTENTION,
+    **_MLP,
+    "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
+}
+# Chooses keys for all heads, without a gradient.
+_INDEXER: Rows = {"layers.*.self_attn.indexer": "replicate"}
+
 # An activation with numbers of its own, applied to own features.
 _ACTIVATION: Rows = {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
 # Gated DeltaNet; each head's query in the attention has a gate beside it.
@@ -105,6 +117,17 @@ FAMILIES: Mapping[str, Rows] = {
     "glm": _PACKED_MLP,
     "glm4": _PACKED_MLP,
     "glm4_moe": _HEAD_NORMS,
+    # Transformers splits whole experts alone.
+    "gpt_oss": {**_ATTENTION, "layers.*.self_attn.sinks": "colwise"},
+    "gemma4_text": {
+        "embed_tokens_per_layer": "embedding_rowwise",
+        "per_layer_model_projection": "replicate",
+        "per_layer_projection_norm": "replicate",
+        "layers.*.per_layer_input": "sequence",
+        "layers.*.per_layer_input_gate": "replicated_with_grad_allreduce",
+        "layers.*.per_layer_projection": "replicated_with_grad_allreduce",
+        "layers.*.router": "replicated_with_grad_allreduce",
+    },
     "gpt_neox": {"layers.*.attention.query_key_value": "colwise_by_head"},
     "olmo2": _NORMS_OVER_HEADS,
     "olmo3": _NORMS_OVER_HEADS,
@@ -117,6 +140,23 @@ FAMILIES: Mapping[str, Rows] = {
     "glm4_moe_lite": _LATENT_ATTENTION,
     "youtu": _LATENT_ATTENTION,
     "axk1": _LATENT_ATTENTION,
+    "deepseek_v32": {**_LATENT_ATTENTION, **_INDEXER},
+    "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
+    "afmoe": {
+        **_ATTENTION,
+        **_HEAD_NORMS,
+        **_MLP,
+        **_SHARED_EXPERTS,
+        "layers.*.self_attn.gate_proj": "colwise",
+    },
+    "persimmon": {
+        "layers.*.self_attn.query_key_value": "colwise_by_head",
+        "layers.*.self_attn.q_layernorm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_layernorm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.dense": "rowwise",
+        "layers.*.mlp.dense_h_to_4h": "colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    },
     "granitemoe": _ATTENTION,
     "granitemoeshared": {
         **_ATTENTION,
@@ -128,14 +168,16 @@ FAMILIES: Mapping[str, Rows] = {
     "sarvam_moe": _HEAD_NORMS,
     "sarvam_mla": _LATENT_ATTENTION,
     "phimoe": _ATTENTION,
-    "hunyuan_v1_moe": {**_ATTENTION, **_MLP},
-    "hunyuan_v1_dense": {
-        **_ATTENTION,
-        **_MLP,
-        "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
+    "hunyuan_v1_moe": {
+        **_HUNYUAN,
+        "layers.*.mlp.shared_mlp.gate_proj": "colwise",
+        "layers.*.mlp.shared_mlp.up_proj": "colwise",
+        "layers.*.mlp.shared_mlp.down_proj": "rowwise",
     },
+    "hunyuan_v1_dense": _HUNYUAN,
     "stablelm": {**_ATTENTION, **_MLP},
+    "qwen3_vl_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
+    "qwen3_vl_moe_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
     "emu3": {**_ATTENTION, **_MLP},
     "bitnet": {
         **_ATTENTION,
@@ -147,22 +189,36 @@ FAMILIES: Mapping[str, Rows] = {
     "apertus1p5_text": _ACTIVATION,
 }
 
+# Whose layers drop hidden states in places that hf_sp gives the right masks: tokens between blocks,
+# heads and features before a row linear, its outputs behind it. Not what a block is given.
+DROPOUT = {"gpt_neox", "gptj", "phi", "phi3", "seed_oss", "starcoder2"}
+
 
 def plan_strings(model: Any) -> dict[str, str]:
     """A model's plan: its own ``tp_plan``, with the rows here."""
     styles = dict(getattr(model, "tp_plan", None) or {})
     rows = FAMILIES.get(model.config.get_text_config().model_type, {})
-    paths = [path for path, _ in model.named_modules()]
-    paths += [name for name, _ in model.named_parameters()]
-    stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    paths = [path for path, _ in (*model.named_modules(), *model.named_parameters())]
+    embedding = model.get_input_embeddings()
+    decoder = next((p for p, m in model.named_modules() if m is embedding), "").rpartition(".")[0]
+    # Not those of a vision tower.
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and inside(path, decoder)
+    ]
     for key, style in rows.items():
         container, _, below = key.partition(".*.")
+        if not below:
+            styles |= {path: style for path in paths if f".{path}".endswith(f".{key}")}
         for stack in stacks:
             whole = f"{stack}.*.{below}"
             # Not "layers" in the place of "encoder.layers": the key names all of it but the prefix.
             if not f".{stack}".endswith(f".{container}"):
                 continue
-            if any(fnmatchcase(path, whole) for path in paths):
+            layer = model.get_submodule(f"{stack}.0") if style == "sequence" else None
+            argument = layer is not None and below in inspect.signature(layer.forward).parameters
+            if argument or any(fnmatchcase(path, whole) for path in paths):
                 styles[whole] = style
             else:
                 styles.pop(whole, None)

@@ -7,9 +7,11 @@ which is always right; a sparse block is refused. Must not know tensor paralleli
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -20,6 +22,10 @@ from hf_sp.plan.schema import Plan
 from hf_sp.plan.source import known
 
 Casting = Literal["llama", "gemma", "gpt_oss"]
+Gating = tuple[Literal["silu", "gelu_tanh", "clamped"], float, float]
+"""Argument of ``hf_sp.kernels.swiglu``: what makes one of gate and up."""
+SILU: Gating = ("silu", 1.0, 0.0)
+GELU_TANH: Gating = ("gelu_tanh", 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +40,15 @@ class NormForm:
 
 @dataclass(frozen=True, slots=True)
 class GatedForm:
-    """Names of the linears of ``down(silu(gate(x)) * up(x))``."""
+    """Names of the linears of ``down(act(gate(x)) * up(x))``.
+
+    Without ``up``, both are packed in ``gate``.
+    """
 
     gate: str
     up: str
     down: str
+    gating: Gating = SILU
 
 
 # casting, offset, whether our float64 is theirs: not where the others, gpt_oss's, cast the weight.
@@ -66,12 +76,22 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
 
 def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | None:
-    """The form of a gated SiLU MLP with these linears, None if it computes something else."""
+    """The form of a gated MLP with these linears, None if it computes something else."""
     found = known(module, FORMS["gated"])
-    if found is None or not _silu(module, found[1]):
+    gating = found and _gating(module, found[1])
+    if found is None or gating is None:
         return None
-    form = GatedForm(*(found[1][role] for role in ("gate", "up", "down")))
-    return form if {*columns} == {form.gate, form.up} and row == form.down else None
+    roles = found[1]
+    form = GatedForm(roles["gate"], roles.get("up", ""), roles["down"], gating)
+    return form if {*columns} == {form.gate, form.up} - {""} and row == form.down else None
+
+
+def experts_gating(module: nn.Module) -> Gating:
+    """What experts of a known form (``check_sparse_blocks``) make of gate and up."""
+    found = known(module, FORMS["experts"])
+    gating = _gating(module, found[1]) if found else None
+    assert gating is not None
+    return gating
 
 
 def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
@@ -88,18 +108,36 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         experts = block.experts
         if experts is None:
             continue
+        owned = model.get_submodule(experts.path)._parameters
+        _check("experts", model, experts.path, {name.replace("_proj", ""): name for name in owned})
+        if not experts.router:
+            continue  # nothing is around them but the layer, which each rank runs on its tokens
         gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
-        paths = {"router": experts.router, "experts": experts.path, "shared": experts.shared}
+        paths = {"router": experts.chooser, "experts": experts.path, "shared": experts.shared}
         paths["shared_gate"] = gate
         names = {role: path.removeprefix(f"{block.path}.") for role, path in paths.items() if path}
-        packed = {"gate_up": "gate_up_proj", "down": "down_proj"}
-        _check("experts", model, experts.path, packed)
-        _check("router", model, experts.router, {"weight": "weight"})
+        names |= _own(model, block.path)
+        own = _own(model, experts.chooser)
+        if experts.router != experts.chooser:
+            own["linear"] = experts.router.rpartition(".")[2]
+        for path in block.alike:
+            owner, _, name = path.rpartition(".")
+            if owner == experts.chooser:
+                own["correction"] = name
+                _check("correction", model, path, _own(model, path))
+        _check("router", model, experts.chooser, own)
         _check("block", model, block.path, names)
 
 
+def _own(model: nn.Module, path: str) -> dict[str, str]:
+    """A module's parameters: the names of their roles, where they have the same."""
+    owned = model.get_submodule(path)._parameters
+    return {name: name for name, p in owned.items() if p is not None}
+
+
 _RULES = {
-    "experts": "gate and up packed in halves, SiLU, no bias",
+    "correction": "it is added to the probabilities that experts are chosen by",
+    "experts": "gate and up packed, SiLU, tanh GELU or gpt-oss's product",
     "router": "(logits [T, E], weights [T, k], experts [T, k]) of each token by itself",
     "block": "parts see the tokens as they are; linear in what the experts return, token by token",
 }
@@ -112,7 +150,7 @@ def _check(kind: str, model: nn.Module, path: str, parts: dict[str, str]) -> Non
     found = known(module, FORMS[kind], bound=kind == "router")
     roles, owned = found[1] if found else {}, {*module._parameters, *module._modules}
     used = {role: a for role, a in roles.items() if role != "act" and a in owned}
-    if not found or used != parts or not _silu(module, roles):
+    if not found or used != parts or _gating(module, roles) is None:
         raise PlanError(
             "a part of a mixture-of-experts block computes something that hf_sp does not know",
             where=path,
@@ -123,12 +161,22 @@ def _check(kind: str, model: nn.Module, path: str, parts: dict[str, str]) -> Non
         )
 
 
-def _silu(module: nn.Module, roles: dict[str, str]) -> bool:
-    """Whether the activation, if the form has one, is SiLU."""
+def _gating(module: nn.Module, roles: dict[str, str]) -> Gating | None:
+    """What a form makes of gate and up; None if its activation is not known."""
+    if "limit" in roles:
+        alpha, limit = (module.__dict__.get(roles[role]) for role in ("alpha", "limit"))
+        numbers = isinstance(alpha, float) and isinstance(limit, float)
+        return ("clamped", alpha, limit) if numbers else None
     name = roles.get("act", "")
     act = module._modules.get(name) or module.__dict__.get(name)
-    if type(act) is nn.SiLU:
-        return "forward" not in act.__dict__
+    if type(act) in (nn.SiLU, nn.GELU):
+        tanh = getattr(act, "approximate", "tanh") == "tanh" and "forward" not in act.__dict__
+        return (SILU if type(act) is nn.SiLU else GELU_TANH) if tanh else None
     if isinstance(act, nn.Module):
-        return known(act, FORMS["silu"]) is not None
-    return not name or act is F.silu
+        form, inner = known(act, FORMS["activation"]) or ("", {})
+        if form == "calls":
+            act = act.__dict__.get(inner["act"])
+            gelu = isinstance(act, functools.partial) and act.func is torch.nn.functional.gelu
+            return GELU_TANH if gelu and act.keywords == {"approximate": "tanh"} else None
+        return SILU if form else None
+    return SILU if not name or act is F.silu else None

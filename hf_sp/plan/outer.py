@@ -38,6 +38,22 @@ def find_embedding(model: Any, modules: Modules, decoder: str) -> str:
     """Path of the input embedding; it must be a plain one beside the layers."""
     module = model.get_input_embeddings()
     path = next(path for path, other in modules.items() if other is module)
+    _check_embedding(module, path, decoder)
+    return path
+
+
+def find_beside(
+    modules: Modules, decoder: str, styles: Mapping[str, str], known: set[str | None]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Embeddings besides the input's, and what is computed alike on all ranks, as the plan says."""
+    keys = [key for key in styles if ".*." not in key and key in modules and key not in known]
+    embeddings = tuple(key for key in keys if styles[key] == "embedding_rowwise")
+    for path in embeddings:
+        _check_embedding(modules[path], path, decoder)
+    return embeddings, tuple(key for key in keys if styles[key] == "replicate")
+
+
+def _check_embedding(module: Any, path: str, decoder: str) -> None:
     problem = ""
     scaled = type(module).__bases__ == (nn.Embedding,) and known(module, _SCALED) is not None
     if type(module) is not nn.Embedding and not scaled:
@@ -53,7 +69,6 @@ def find_embedding(model: Any, modules: Modules, decoder: str) -> str:
             got=problem,
             rule="a torch.nn.Embedding beside the decoder layers, plain or scaled as Gemma's",
         )
-    return path
 
 
 def find_head(model: Any, modules: Modules) -> str | None:
@@ -71,12 +86,12 @@ def find_head(model: Any, modules: Modules) -> str | None:
 
 
 def find_final_norm(
-    model: Any, modules: Modules, decoder: str, container: str, embedding: str
+    model: Any, modules: Modules, decoder: str, container: str, others: set[str]
 ) -> str:
     """Path of the decoder's final norm, where the sequence is gathered."""
     wide = {}
     for path, own in owners(modules, decoder):
-        if inside(path, container) or path == embedding:
+        if inside(path, container) or path in others:
             continue
         matrices = any(p.dim() > 1 for p in own.values())
         # In a decoder that is the whole model, the head and other siblings would be found too.

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["column", "column_by_head", "packed", "row", "partial", "replicated"]
+Kind = Literal["column", "column_by_head", "packed", "row", "partial", "replicated", "alike"]
 """What a plan says of a module.
 
 ``column``, ``row``: a linear. ``column_by_head``: a column linear with several features' kinds a
 head. ``packed``: several column linears in one, gate and up, or q, k and v. ``partial``: replicated
 weights on local heads. ``replicated``: a linear whose output is the same on every rank, and used on
-local heads.
+local heads. ``alike``: the same on every rank, and without a gradient.
 """
 
 Style = Literal["column", "row", "column_replicated", "replicated", "packed"]
@@ -110,7 +110,10 @@ class Experts:
     """The experts of a mixture-of-experts block."""
 
     path: str  # owns gate_up_proj [E, 2f, H] and down_proj [E, H, f]
-    router: str  # owns one replicated weight [E, H]; its gradient is partial
+    # Owns one replicated weight [E, H], and may a bias; their gradients are partial. "" where the
+    # experts are a child of the layer, which hands them routed tokens.
+    router: str
+    chooser: str  # whose forward routes: the router, or what holds it
     shared: str  # the shared expert, whose linears are leaves of the block; "" without one
     # features: every rank has f / tp features of every expert, on all tokens.
     # experts: every rank has E / ep whole experts, and tokens travel to them.
@@ -118,6 +121,24 @@ class Experts:
     count: int  # E
     intermediate: int  # f
     hidden: int  # H
+    transposed: bool = False  # gate_up_proj is [E, H, 2f] and down_proj [E, f, H]
+    interleaved: bool = False  # gate and up alternate, else they are halves
+    bias: bool = False  # owns gate_up_proj_bias [E, 2f] and down_proj_bias [E, H] too
+
+    def split_dims(self) -> dict[str, tuple[int, bool]]:
+        """Parameter -> the dim that is split, and whether it holds two halves, split each.
+
+        The others are whole on every rank.
+        """
+        if self.split == "experts":
+            names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+            return dict.fromkeys(names, (0, False))
+        halves = not self.interleaved
+        dims = {
+            "gate_up_proj": (2 if self.transposed else 1, halves),
+            "gate_up_proj_bias": (1, halves),
+        }
+        return {**dims, "down_proj": (1 if self.transposed else 2, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +155,10 @@ class Block:
     over_heads: tuple[
         str, ...
     ] = ()  # norms over the features of all heads; each rank has its own's
+    # Modules with weights that compute the same on every rank, and have no gradient: what chooses
+    # keys for sparse attention, corrections of a router.
+    alike: tuple[str, ...] = ()
+    of_heads: tuple[str, ...] = ()  # parameters with a number for each query head
     attention: bool = False  # attends over the sequence and so needs its true length
     experts: Experts | None = None
     mixer: Mixer | None = None
@@ -157,6 +182,9 @@ class Plan:
     replicated: tuple[str, ...] = ()  # outside the decoder, computed alike on all ranks
     tied: bool = False  # head and embedding share one weight
     ep: int = 1  # 1, tp, or tp times the data parallel ranks it spans
+    embeddings: tuple[str, ...] = ()  # besides the input embedding: vocab-parallel too
+    dropout: bool = False  # the layers drop hidden states
+    per_token: tuple[str, ...] = ()  # arguments of a layer that have a row for each token
 
     def __str__(self) -> str:
         """The plan of one layer of each kind and of what surrounds them, one line a module."""
@@ -165,8 +193,12 @@ class Plan:
             same = tuple((path.replace(f"{layer}.", ""), what) for path, what in self._layer(layer))
             kinds.setdefault(same, []).append(layer)
         rows = [(self.embedding, "vocab-parallel embedding: all-reduce")]
+        rows += [(path, "vocab-parallel embedding: all-reduce") for path in self.embeddings]
         if self.sp:
             rows.append((self.layers[0], "entry of the stack: take the sequence shard"))
+            rows += [
+                (f"  {name}", "as each layer's argument: own tokens") for name in self.per_token
+            ]
         for layers in kinds.values():
             if len(kinds) > 1:
                 numbers = ", ".join(layer.rpartition(".")[2] for layer in layers)
@@ -206,7 +238,8 @@ class Plan:
             travel = experts.split == "experts"
             alone = "on the sequence shard, no collective of its own"
             yield block.path, f"MoE block: {alone if travel else ends}"
-            yield f"  {experts.router}", "router: replicated, gradient summed over tp"
+            if experts.router:
+                yield f"  {experts.router}", "router: replicated, gradient summed over tp"
             count, f, h = experts.count, experts.intermediate, experts.hidden
             e, part = (count // self.ep, f) if travel else (count, f // self.tp)
             how = "all-to-all there and back" if travel else "features split"
@@ -223,5 +256,9 @@ class Plan:
             yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
+        for path in block.alike:
+            yield f"  {path}", "replicated, without a gradient"
+        for path in block.of_heads:
+            yield f"  {path}", "a number for each head: own heads'"
         for path in block.over_heads:
             yield f"  {path}", "norm over all heads: weight split, 1 all-reduce of sums of squares"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sp import parallelize
-from scripts._families import models
+from scripts._families import models, vision
 
 # Transformers computes its loss, and many a norm and router, in float32 in a float64 model too:
 # each rounds by 6e-8, and a rank's part otherwise than the whole. Faults are above 1e-4.
@@ -26,33 +26,23 @@ FLOOR = 1e-3
 MAX_NORM = 0.1
 
 
-def batches(model: nn.Module, left: bool) -> list[dict[str, Tensor]]:
-    """Of two steps: padded and odd, even and whole."""
-    vocab = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for length, pads in ((13, (4, 0)), (16, (0, 0))):
-        ids = torch.randint(3, vocab, (2, length), generator=generator)
-        mask = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
-        mask = mask if left else mask.flip(1)
-        labels = ids.masked_fill(~mask, -100)
-        made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
-    return made
-
-
 def check(family: str) -> dict[str, Any]:
     """What differs, on this rank: the largest relative error by kind; texts of what is wrong.
 
     Collectives: the models', and gathers of the results.
     """
-    model = models.build(family).train()
+    left = family not in models.RIGHT_PADDED
+    if family in vision.FAMILIES:
+        model, batches = vision.build(family).train(), vision.batches(family, left)
+    else:
+        model = models.build(family).train()
+        batches = models.batches(model.config.get_text_config().vocab_size, left)
     parallel = parallelize(copy.deepcopy(model))
     found: dict[str, Any] = {"problems": []}
     errors: dict[str, float] = dict.fromkeys(("loss", "gradients", "weights", "logits"), 0.0)
     optimizers = [torch.optim.SGD(m.parameters(), lr=2.0, momentum=0.9) for m in (model, parallel)]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    left = family not in models.RIGHT_PADDED
-    for batch in batches(model, left):
+    for batch in batches:
         losses = []
         for one in (model, parallel):
             one.zero_grad(set_to_none=True)
@@ -81,7 +71,7 @@ def check(family: str) -> dict[str, Any]:
     model.eval()
     parallel.eval()
     with torch.no_grad():
-        inputs = {k: v for k, v in batches(model, left)[0].items() if k != "labels"}
+        inputs = {k: v for k, v in batches[0].items() if k != "labels"}
         real = inputs["attention_mask"].bool()
         logits = [_whole(m(**inputs).logits)[real] for m in (model, parallel)]
         _worst(errors, "logits", logits[1], logits[0])

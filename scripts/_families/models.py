@@ -66,7 +66,23 @@ _LATENT = {"head_dim": 8, "num_key_value_heads": 8}
 ODD: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "dots3_note_text": {"num_key_value_heads": 8},
     "dots1": {"n_shared_experts": 1},
+    # Layers of both kinds, of which the last two use the keys and values of the first two.
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "attention_k_eq_v": True,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "use_double_wide_mlp": True,
+    },
     "glm4_moe": {"use_qk_norm": True},
     "glm4_moe_lite": _LATENT,
     "gptj": {"rotary_dim": 4},
@@ -113,6 +129,11 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config(family)), dtype=dtype)
+    return fill(model, seed)
+
+
+def fill(model: Any, seed: int = 0) -> Any:
+    """Give a model weights by which faults show."""
     # HF's grouped forward takes no float64; this is the definition.
     model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
@@ -125,3 +146,18 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
             elif isinstance(tensor, torch.nn.Parameter) or "bias" in name:
                 tensor.add_(0.2 * noise)
     return model
+
+
+def batches(
+    vocab: int, left: bool, generator: torch.Generator | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Of two steps: padded and odd, even and whole."""
+    generator = generator or torch.Generator().manual_seed(0)
+    made = []
+    for length, pads in ((13, (4, 0)), (16, (0, 0))):
+        ids = torch.randint(3, vocab, (2, length), generator=generator)
+        mask = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
+        mask = mask if left else mask.flip(1)
+        labels = ids.masked_fill(~mask, -100)
+        made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return made

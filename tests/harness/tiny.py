@@ -19,8 +19,10 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,6 +37,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    SeedOssConfig,
 )
 
 from hf_sp.proof.reference import float64_loss
@@ -145,6 +148,48 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
             Qwen3NextConfig,
             {**_DELTA_NET, **_SPARSE, **_SMALL_EXPERTS, "shared_expert_intermediate_size": 40},
         ),
+        # two sizes of heads, keys that are values, layers with keys of layers before, an argument
+        # of the layers by token, experts that the layer owns, beside its MLP
+        "gemma4": (
+            Gemma4TextConfig,
+            {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "head_dim": 16,
+                "global_head_dim": 32,
+                "num_global_key_value_heads": 2,
+                "attention_k_eq_v": True,
+                "num_kv_shared_layers": 2,
+                "sliding_window": 5,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 96,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 48,
+                "pad_token_id": None,
+            },
+        ),
+        # sinks, a number for each head; biases everywhere, of experts and their router too; gate
+        # and up of an expert alternate, and are clamped; a layer with a window
+        "gpt_oss": (
+            GptOssConfig,
+            {
+                "head_dim": 8,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 5,
+                "attention_bias": True,
+                "pad_token_id": None,
+                # Both clamps are met.
+                "swiglu_limit": 1.0,
+            },
+        ),
+        # dropout behind the row linears, inside of both blocks
+        "seed_oss": (
+            SeedOssConfig,
+            {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -174,6 +219,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
 # Gated DeltaNet is all float32, and its solve makes more of a rounding that falls otherwise.
 FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next"), 1e-5)
+# Twice the layers, a dozen such norms and a router in each.
+FLOAT32["gemma4"] = 4e-6
 
 
 class LlamaCapped(LlamaForCausalLM):
@@ -230,7 +277,7 @@ def build(
         model = (make or AutoModelForCausalLM.from_config)(
             config(family, **overrides), dtype=dtype, attn_implementation=attn
         )
-    if family in {*SPARSE, "deepseek_v3", "qwen3_next"}:
+    if family in SPARSE or family in MECHANISMS:
         # HF's grouped forward takes no float64; this is the definition.
         model.set_experts_implementation("eager")
         if family in SPARSE and dtype == torch.float64 and not family.endswith("_own_router"):
@@ -248,9 +295,9 @@ def build(
 
 
 def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "scale")):
         return 1 + 0.2 * noise
-    if noise.dim() == 1:
+    if name.endswith("bias") or noise.dim() == 1:
         return 0.2 * noise
     if "embed_tokens" in name:
         return 0.5 * noise

@@ -56,7 +56,7 @@ def test_limits():
     assert dispatch.norm_kernels(wide, None) is not None
     assert dispatch.norm_kernels(wide, None, backward=True) is None
     assert dispatch.norm_kernels(torch.ones(1, table.MAX_FORWARD + 1), None) is None
-    assert dispatch.swiglu_kernels(X, X.half()) is None
+    assert dispatch.swiglu_kernels("silu", X, X.half()) is None
 
 
 def test_a_triton_that_does_not_import_is_no_triton(monkeypatch):

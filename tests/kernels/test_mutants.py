@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import hf_sp.kernels
 from hf_sp.kernels import launch as dispatch
 from hf_sp.kernels import norm, rms_norm, swiglu
+from hf_sp.kernels.reference import GELU_TANH
 from tests.kernels import exact
 from tests.kernels.exact import check_norm, like, random_case
 from tests.kernels.hugging_face import NORMS
@@ -65,6 +66,7 @@ def probe_swiglu(triton):
     check_swiglu(gate, up, like(gate), triton)
     gate, up = random_pair((8, 300), torch.bfloat16)
     check_swiglu(gate, up, like(gate), triton)
+    check_swiglu(gate, up, like(gate), triton, GELU_TANH)
     wanted = F.silu(gate) * up
     assert (swiglu(gate, up, triton=triton) == wanted).float().mean().item() > 0.995, "bits"
 
@@ -85,11 +87,13 @@ NORM = [
     ("(row // inner)", "(row // inner // 2)"),
 ]
 SWIGLU = [
-    ("(1.0 + tl.exp(-g32))).to(g.dtype).to(tl.float32)", "(1.0 + tl.exp(-g32)))"),
-    ("silu * (1.0 - sigmoid)", "silu * sigmoid"),
-    ("(dz32 * silu)", "(dz32 * g32)"),
+    ("(1.0 + tl.exp(-v))).to(g.dtype).to(tl.float32)", "(1.0 + tl.exp(-v)))"),
+    ("act * (1.0 - sigmoid)", "act * sigmoid"),
+    ("slope = slope * (1.5957691216057308", "slope = slope * (1.5"),
+    ("1.5957691216057308 * (g32 +", "1.5 * (g32 +"),
+    ("(dz32 * act)", "(dz32 * g32)"),
     ("dz32 * u32 * (", "dz32 * ("),
-    ("z = (silu.to(g.dtype).to(tl.float32) * u32)", "z = (silu * u32)"),
+    ("z = (act.to(g.dtype).to(tl.float32) * u32)", "z = (act * u32)"),
     ("row // inner", "row // inner // 2"),
     ("rows, n = 1, rows * n", "rows, n = 1, n"),
 ]
@@ -102,8 +106,9 @@ REFERENCE = [
     ("dw.sum(tuple", "dw.mean(tuple"),
 ]
 REFERENCE_SWIGLU = [
-    ("silu * (1 - sigmoid)", "silu * sigmoid"),
-    ("dup = dz * silu", "dup = dz * sigmoid"),
+    ("act * (1 - sigmoid)", "act * sigmoid"),
+    ("dup = dz * act", "dup = dz * sigmoid"),
+    ("1 + 3 * _GELU_CUBE", "1 + _GELU_CUBE"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_sp.errors import ShapeError
 from hf_sp.kernels import launch as dispatch
 from hf_sp.kernels import swiglu, swiglu_triton
+from hf_sp.kernels.reference import GELU_TANH, SILU
 from hf_sp.kernels.swiglu import swiglu_backward, swiglu_forward
 from tests.kernels.exact import U, assert_within, like, tiny
 
@@ -22,39 +25,73 @@ def random_pair(shape, dtype, seed=0):
     return [(3 * torch.randn(shape, generator=g)).to(dtype).requires_grad_() for _ in range(2)]
 
 
-def check_swiglu(gate, up, dz, triton):
+def check_swiglu(gate, up, dz, triton, gating=SILU):
     """Forward, backward and the recomputed product against float64; returns what was found."""
     gate.requires_grad_()
     up.requires_grad_()
-    z = swiglu(gate, up, triton=triton)
+    how = {"triton": triton, "gating": gating}
+    z = swiglu(gate, up, **how)
     assert type(z.grad_fn).__name__ == "SwiGluBackward"
     kept = dz.clone()
     dgate, dup = torch.autograd.grad(z, [gate, up], dz)
     assert torch.equal(dz, kept), "the incoming gradient was written to"
     gate, up, z = gate.detach(), up.detach(), z.detach()
-    found = swiglu_backward(dz, gate, up, product=True, triton=triton)
+    found = swiglu_backward(dz, gate, up, product=True, **how)
     assert all(torch.equal(a, b) for a, b in zip(found, (dgate, dup, z), strict=True))
-    assert torch.equal(swiglu_forward(gate, up, triton=triton), z)
-    assert swiglu_backward(dz, gate, up, product=False, triton=triton)[2] is None
+    assert torch.equal(swiglu_forward(gate, up, **how), z)
+    assert swiglu_backward(dz, gate, up, product=False, **how)[2] is None
 
-    # float32 noise: exp of g is wrong by |g| roundings of its argument, plus a dozen operations.
+    # float32 noise: exp of v is wrong by |v| roundings of its argument, plus a dozen operations.
     u, least = U[gate.dtype], tiny(gate.dtype)
     g, v, d = gate.double(), up.double(), dz.double()
-    noise = (g.abs() + 16) * U[torch.float32]
-    sigmoid = torch.sigmoid(g)
-    silu = g * sigmoid
-    # silu is rounded, then the product.
-    assert_within(
-        z, silu * v, (silu * v).abs() * (2 * u + u * u + noise) + least * (1 + v.abs()), "z"
-    )
-    dup_true = d * silu
+    inner, rise, error = g, 1.0, 0.0
+    if gating == GELU_TANH:
+        inner = (8 / math.pi) ** 0.5 * (g + 0.044715 * g**3)
+        rise = (8 / math.pi) ** 0.5 * (1 + 0.134145 * g**2)
+        # torch has 1 + tanh, which cancels. Its argument has four roundings more.
+        error = 4 * (g * v).abs() * U[torch.float32]
+    noise = ((1 if gating == SILU else 5) * inner.abs() + 16) * U[torch.float32]
+    sigmoid = torch.sigmoid(inner)
+    act = g * sigmoid
+    # The activation is rounded, then the product.
+    bound = (act * v).abs() * (2 * u + u * u + noise) + error + least * (1 + v.abs())
+    assert_within(z, act * v, bound, "z")
+    dup_true = d * act
     assert_within(dup, dup_true, dup_true.abs() * (u + noise) + least, "dup")
-    slope = sigmoid * (1 + g * (1 - sigmoid))
+    slope = sigmoid * (1 + g * (1 - sigmoid) * rise)
     dgate_true = d * v * slope
     # The slope is a sum that may cancel: noise is relative to its terms.
-    size = (d * v).abs() * sigmoid * (1 + g.abs() * (1 - sigmoid))
+    size = (d * v).abs() * sigmoid * (1 + g.abs() * (1 - sigmoid) * rise)
     assert_within(dgate, dgate_true, dgate_true.abs() * u + size * noise + least, "dgate")
     return z, dgate, dup
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", list(U))
+def test_gelu_against_float64(dtype, triton, ran):
+    gate, up = random_pair((3, 5, 96), dtype)
+    check_swiglu(gate, up, like(gate), triton, GELU_TANH)
+    assert set(ran()) == (BOTH if triton else set())
+
+
+@pytest.mark.parametrize("gating", [GELU_TANH, ("clamped", 1.7, 2.0)], ids=lambda g: g[0])
+def test_other_gates_agree_with_autograd(gating, ran):
+    """In float64, of the text of transformers; gpt-oss's at its edges too."""
+    gate, up = (x.double().requires_grad_() for x in random_pair((7, 64), torch.bfloat16))
+    with torch.no_grad():
+        gate[0], up[0], up[1] = 2.0, 2.0, -2.0
+    if gating == GELU_TANH:
+        theirs = F.gelu(gate, approximate="tanh") * up
+    else:
+        g, v = gate.clamp(min=None, max=2.0), up.clamp(min=-2.0, max=2.0)
+        theirs = (v + 1) * (g * torch.sigmoid(g * 1.7))
+    ours = swiglu(gate, up, gating=gating)
+    assert torch.equal(ours, theirs)
+    dz = like(gate)
+    pairs = (torch.autograd.grad(z, [gate, up], dz) for z in (ours, theirs))
+    for a, b in zip(*pairs, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-14
+    assert not ran()
 
 
 @PATHS

@@ -6,15 +6,18 @@ from types import SimpleNamespace
 from unittest import mock
 
 from harness.parity import Case
+from parity import dropout_jobs
 from torch.distributed.tensor import Shard
 
 from hf_sp import install
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.install import _install_norm
-from hf_sp.model import embedding, norm_over_heads, shard
+from hf_sp.model import block, embedding, norm_over_heads, parameters, shard, streams
 from hf_sp.model.mixer import OwnRowsParameters
 from hf_sp.model.parameters import Partial
+from hf_sp.moe import block as moe_block
+from hf_sp.moe import experts, layer_experts
 from hf_sp.plan.schema import Leaf, OwnRows
 from mutants import wrongly
 from mutants.registry import Patch, mutant
@@ -114,3 +117,62 @@ def gated_norm_gradient_is_not_summed() -> list[Patch]:
         return right(model, path, state, Partial.NEVER if mine else partial)
 
     return [(install, "_install_norm", alone)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def sinks_are_of_other_heads() -> list[Patch]:
+    right = parameters.local
+
+    def local(p):
+        x = right(p)
+        return x.flip(0) if x.shape == (4,) and len(p) == 8 else x
+
+    return [(parameters, "local", local)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def every_rank_adds_the_experts_bias() -> list[Patch]:
+    def maths(*args, adds_bias):
+        return experts.Maths(*args, adds_bias=True)
+
+    return [(moe_block, "Maths", maths)]
+
+
+@mutant(Case("gpt_oss", attn="eager"))
+def experts_bias_is_not_weighted_in_backward() -> list[Patch]:
+    right = experts.bias_gradient
+    return [(experts, "bias_gradient", lambda dy, w, groups: right(dy, w.sign(), groups))]
+
+
+@mutant(dropout_jobs.Case("seed_oss"), check=dropout_jobs.drops_all)
+def ranks_drop_other_parts_of_a_sum() -> list[Patch]:
+    right = streams.LayerDropout.go_on
+    go_on = lambda self, *args, own: right(self, *args, own=True)  # noqa: E731
+    return [(streams.LayerDropout, "go_on", go_on)]
+
+
+@mutant(Case("gemma4"))
+def routed_weights_of_own_experts_features_are_not_summed() -> list[Patch]:
+    # Each rank's own part of the gradient, as if the others had none.
+    wrong = mock.Mock(wraps=pairs)
+    wrong.allgather_reducescatter = lambda x, _, axis: pairs.allgather_scatter(
+        x, x.shape[1] * axis.size, axis
+    )
+    return [(layer_experts, "pairs", wrong)]
+
+
+@mutant(Case("gemma4"))
+def inputs_of_layers_are_the_first_tokens() -> list[Patch]:
+    def own(self, x, name):
+        return x[:, : -(-x.shape[1] // self.state.tp)] if name in self.names else x
+
+    return [(block.OwnTokens, "_own", own)]
+
+
+@mutant(Case("gemma4"))
+def routers_of_layers_see_own_tokens_only() -> list[Patch]:
+    right = pairs.identity_allreduce
+    router = {(4, 64), (4,), (64,)}
+    return [
+        (pairs, "identity_allreduce", lambda x, axis: x if x.shape in router else right(x, axis))
+    ]

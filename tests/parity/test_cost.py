@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -147,6 +150,38 @@ def test_plain_tp_saves_what_tp_does(tp):
 def test_plain_tp_makes_norms_and_products_again_too(tp):
     layer = _layer(LlamaConfig, SMALL, tp, False)
     assert layer.alive_bytes / 256 == kernels_tp_bytes_per_token(SMALL, tp)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_gemma_keeps_what_llama_keeps(tp):
+    """GeGLU is made again as SwiGLU is."""
+    shape = LayerShape(512, 1792, 8, 4, 64)
+    config = functools.partial(GemmaConfig, hidden_act="gelu_pytorch_tanh")
+    for recompute in ("none", "norm", "norm+act"):
+        layer = _layer(config, shape, tp, True, recompute=recompute)
+        assert layer.alive_bytes / 256 == kernels_bytes_per_token(shape, tp, recompute)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_layer_of_gemma_3(tp):
+    """Behind each exit a norm keeps what comes out; norms of queries and keys as below."""
+    shape = LayerShape(512, 1792, 8, 4, 64)
+    layer = _layer(Gemma3TextConfig, shape, tp, True)
+    heads = shape.heads + shape.kv_heads
+    behind = (4 * shape.hidden + 8) / tp
+    inputs = (2 * heads * shape.head_dim + 4 * heads) / tp
+    assert layer.alive_bytes / 256 == kernels_bytes_per_token(shape, tp) + behind + inputs
+    assert _calls(layer.collectives) == {"all_gather": 6, "reduce_scatter": 4, "all_reduce": 1}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_packed_gate_and_up(tp):
+    """GLM-4 has them in one linear: what is made again is what two linears would keep."""
+    shape = LayerShape(512, 1792, 8, 4, 64)
+    step = functools.partial(_layer, functools.partial(Glm4Config, pad_token_id=None), shape, tp)
+    none, norm, act = (step(True, recompute=r).alive_bytes for r in ("none", "norm", "norm+act"))
+    assert (none - norm) / 256 == 4 * shape.hidden / tp
+    assert (norm - act) / 256 == 2 * shape.intermediate / tp
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -28,6 +28,13 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("olmo2", sp=False, checkpoint="non_reentrant"),
         Case("gpt_neox", checkpoint="reentrant"),
         Case("gpt_neox", sp=False),
+        Case("gemma4", accum=3),
+        Case("gemma4", sp=False, parallelize=more[:1]),
+        Case("gemma4", checkpoint="non_reentrant", parallelize=(("ep", tp),)),
+        Case("gpt_oss", attn="eager", accum=3),
+        Case("gpt_oss", attn="eager", sp=False, checkpoint="reentrant"),
+        Case("gpt_oss", attn="eager", parallelize=(("ep", tp),)),
+        Case("gpt_oss", attn="eager", parallelize=more[:1]),
         Case("deepseek_v3", accum=3),
         Case("deepseek_v3", sp=False, checkpoint="non_reentrant"),
         Case("deepseek_v3", parallelize=(("ep", tp),)),
@@ -38,8 +45,8 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("qwen3_next", checkpoint="non_reentrant"),
         Case("qwen3_next", parallelize=(("ep", tp),)),
     )
-    apart = "phi3", "olmo2", "qwen3_5"
-    return cases + tuple(Case(f, loaded=tp == 2, data=tp // 2) for f in apart)
+    apart = (("phi3", {}), ("olmo2", {}), ("qwen3_5", {}), ("gpt_oss", {"attn": "eager"}))
+    return cases + tuple(Case(f, loaded=tp == 2, data=tp // 2, **more) for f, more in apart)
 
 
 CELLS = [

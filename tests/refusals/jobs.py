@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from checkpoint.jobs import launched
 from harness import tiny
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from hf_sp import parallelize
@@ -99,15 +99,6 @@ def ids_out_of_range(where: str, value: int) -> str | None:
     batch = {"input_ids": ids.clone(), "labels": ids.clone()}
     batch[where][0, 5] = value
     return _message(lambda: model(**batch))
-
-
-def dropout_of_other_seeds(alike: bool) -> str | None:
-    """Dropout on the replicated hidden states of a classifier, generators alike or not."""
-    config = tiny.config("llama", num_labels=3, classifier_dropout=0.3)
-    torch.manual_seed(0)
-    model = parallelize(AutoModelForTokenClassification.from_config(config).train())
-    torch.manual_seed(5 if alike else dist.get_rank())
-    return _message(lambda: model(input_ids=torch.arange(12).view(1, 12)))
 
 
 def different_seeds() -> tuple[bool, bool]:
@@ -251,3 +242,15 @@ def wrapped_or_debugged(folder: str) -> list[str | None]:
             _message(lambda: Accelerator(cpu=True).prepare(Around(model))),
             _message(lambda: train(model, debug="underflow_overflow")),
         ]
+
+
+def takes(family: str, sizes: dict[str, int], **degrees: int) -> str | None:
+    """What `parallelize` says to these degrees; None if it takes them and a step runs."""
+    model = tiny.build(family, **sizes)
+
+    def step() -> None:
+        parallel = parallelize(model, **degrees)
+        ids = torch.arange(14).view(2, 7)
+        parallel(input_ids=ids, labels=ids).loss.backward()
+
+    return _message(step)

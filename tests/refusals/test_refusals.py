@@ -182,13 +182,6 @@ def test_twice():
         assert second is not None
 
 
-def test_dropout_of_generators_that_differ():
-    for message in pool(2).run(jobs.dropout_of_other_seeds, alike=False):
-        assert "random generators differ" in message
-        assert "dropout" in message
-    assert pool(2).run(jobs.dropout_of_other_seeds, alike=True) == [None, None]
-
-
 def test_different_seeds_train_one_model():
     assert pool(2).run(jobs.different_seeds) == [(True, True)] * 2
 

@@ -43,7 +43,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 from hf_sp.kernels.norm import rms_norm
 from hf_sp.plan import source as sources
-from hf_sp.plan.known_forms import FORMS, GatedForm, NormForm, gated_form, norm_form
+from hf_sp.plan.known_forms import FORMS, GELU_TANH, GatedForm, NormForm, gated_form, norm_form
 from hf_sp.plan.source import known_class
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -416,8 +416,17 @@ def test_almost_a_gated_mlp_is_none(cls, training):
     assert gated_form(mlp, ["gate_proj", "up_proj"], "down_proj") is None
 
 
-def test_other_activations_and_fused_projections_are_none():
+def test_tanh_gelu_and_packed_mlps_are_known():
+    names = ["gate_proj", "up_proj"], "down_proj"
     gelu = Gemma2MLP(Gemma2Config(**SIZES))
-    assert gated_form(gelu, ["gate_proj", "up_proj"], "down_proj") is None
+    assert gated_form(gelu, *names) == GatedForm("gate_proj", "up_proj", "down_proj", GELU_TANH)
     phi = Phi3MLP(Phi3Config(**SIZES, pad_token_id=0))
-    assert gated_form(phi, ["gate_up_proj"], "down_proj") is None
+    assert gated_form(phi, ["gate_up_proj"], "down_proj") == GatedForm(
+        "gate_up_proj", "", "down_proj"
+    )
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "quick_gelu", "gelu_python_tanh"])
+def test_other_activations_are_none(act):
+    gelu = Gemma2MLP(Gemma2Config(**SIZES, hidden_activation=act))
+    assert gated_form(gelu, ["gate_proj", "up_proj"], "down_proj") is None

@@ -193,6 +193,8 @@ def test_dropout_in_a_forward():
     with torch.device("meta"):
         config = AutoConfig.for_model("seed_oss", num_hidden_layers=1, residual_dropout=0.1)
         model = AutoModelForCausalLM.from_config(config)
+    assert derive_plan(model, 2, True).dropout
+    model.config.model_type = "another"
     with pytest.raises(PlanError, match=r"config\.residual_dropout"):
         derive_plan(model, 2, True)
 
