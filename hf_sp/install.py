@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_sp.context import attention as context
 from hf_sp.model.block import BlockBoundary, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
+from hf_sp.model.local import LocalConfig
 from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.norm_over_heads import OverHeadsForward
@@ -45,7 +47,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
         single = [(m, local) for m, local in inside if set(m._parameters) == {"weight"}]
         sums = PartialSums(state, single)
         sums.install(model.get_submodule(path))
-        if last is not None and state.data == 1:
+        if last is not None and not state.fsdp:
             # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
             last.next = sums
         last = sums
@@ -78,11 +80,14 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
     heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
-    BlockBoundary(state, shared, columns, block.attention, heads).install(module)
+    boundary = BlockBoundary(state, shared, columns, block.attention, heads)
+    boundary.install(module)
     if not block.attention:
         _install_gated(module, block.path, block.leaves, state)
-    else:
-        _tell_heads(module, block, state.tp)
+        return
+    _tell_heads(module, block, state.tp)
+    if state.parts is not None:
+        boundary.tell = context.install(module, state).tell
 
 
 def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
@@ -99,19 +104,6 @@ def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
         # What cuts its q, k and v out of one tensor asks its config too.
         config = LocalConfig(module.__dict__["config"], **local)
         setattr(module, "config", config)  # noqa: B010 (no attribute of nn.Module)
-
-
-class LocalConfig:
-    """A config with other values of some names; for the rest it is that config, also later."""
-
-    def __init__(self, config: Any, **local: int) -> None:
-        self.__dict__.update(local, whole=config)
-
-    def __getattr__(self, name: str) -> Any:
-        # A copy is without its attributes at first.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.__dict__["whole"], name)
 
 
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:

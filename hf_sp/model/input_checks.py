@@ -73,8 +73,8 @@ def _same(state: ParallelState, kind: str, given: _Given, roles: list[str], firs
     rows = exchange(state.all_ranks, state.mesh.device_type, call, words)
     if any(row[3] for row in rows):
         return False
-    for i in range(0, len(rows), state.tp):
-        one, *others = rows[i : i + state.tp]
+    for i in range(0, len(rows), state.group_size):
+        one, *others = rows[i : i + state.group_size]
         for other in others:
             if one[0] != other[0] or not math.isclose(one[1], other[1], rel_tol=1e-3, abs_tol=1e-8):
                 return False
@@ -86,7 +86,8 @@ def _compare(model: nn.Module, state: ParallelState, given: _Given, roles: list[
     everyone: list[Any] = [None] * state.everyone.size
     mine = (roles, _random(model, state), given)
     dist.all_gather_object(everyone, mine, group=state.all_ranks)
-    groups = [everyone[i : i + state.tp] for i in range(0, len(everyone), state.tp)]
+    size = state.group_size
+    groups = [everyone[i : i + size] for i in range(0, len(everyone), size)]
     if any(generator != group[0][1] for group in groups for _, generator, _ in group):
         raise ConfigError(
             "the ranks' random generators differ",

@@ -125,6 +125,7 @@ class Plan:
     replicated: tuple[str, ...] = ()  # outside the decoder, computed alike on all ranks
     tied: bool = False  # head and embedding share one weight
     ep: int = 1  # 1, tp, or tp times the data parallel ranks it spans
+    cp: int = 1
 
     def __str__(self) -> str:
         """The plan of one layer of each kind and of what surrounds them, one line a module."""
@@ -133,7 +134,7 @@ class Plan:
             same = tuple((path.replace(f"{layer}.", ""), what) for path, what in self._layer(layer))
             kinds.setdefault(same, []).append(layer)
         rows = [(self.embedding, "vocab-parallel embedding: all-reduce")]
-        if self.sp:
+        if self.sp or self.cp > 1:
             rows.append((self.layers[0], "entry of the stack: take the sequence shard"))
         for layers in kinds.values():
             if len(kinds) > 1:
@@ -141,13 +142,14 @@ class Plan:
                 rows.append((f"layers {numbers}:", ""))
             rows += self._layer(layers[0])
         rows.append((self.norm, self._norm()))
-        if self.sp:
+        if self.sp or self.cp > 1:
             rows.append((self.norm, "exit of the stack: all-gather"))
         if self.head is not None:
             tied = ", tied to the embedding" if self.tied else ""
             rows.append((self.head, f"vocab-parallel head, chunked loss{tied}"))
         rows += [(path, "replicated, computed alike on all ranks") for path in self.replicated]
         degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
+        degrees += f"  cp={self.cp}" if self.cp > 1 else ""
         lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
         lines += [f"  {path:<39} {what}".rstrip() for path, what in rows]
         return "\n".join(lines)
@@ -185,6 +187,9 @@ class Plan:
                 yield f"  {experts.shared}", f"TP block: {ends}"
         for leaf in block.leaves:
             yield f"  {leaf.path}", leaf.describe(self.tp)
+        if block.attention and self.cp > 1:
+            what = "all-to-all of q, k, v to heads, of its output back"
+            yield f"  {block.path}", f"attention: {what}"
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.over_heads:
