@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def on_own_part(module: nn.Module, kwargs: dict[str, Any], parts: Parts) -> dict
         own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
     positions = kwargs.get("position_ids")
     # By name it is used beside the projections; among the rest it goes on to the attention.
-    if positions is not None and "position_ids" in _names_of(type(module)):
+    if positions is not None and "position_ids" in _names_of(cast(Any, type(module))):
         own["position_ids"] = parts.take(positions, -1)
     return {**kwargs, **own}
 
