@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sp import checks, checks_fsdp, integrations
 from hf_sp.comm.collectives import Axis
-from hf_sp.comm.mesh import Degrees, build_mesh, resolve_degrees
+from hf_sp.comm.degrees import Degrees, resolve_degrees
+from hf_sp.comm.mesh import build_mesh
+from hf_sp.comm.parts import Parts
 from hf_sp.errors import HfSpError
 from hf_sp.install import install
 from hf_sp.model.fsdp import shard_over_data
@@ -66,8 +68,11 @@ def parallelize(
             ranks that the data parallel degrees leave.
         sp: shard hidden states between the blocks along the sequence, over the same tp ranks.
             ``False`` is plain Megatron tensor parallelism.
-        cp: context parallel degree; 1 in this release.
-        cp_mode: how context parallelism would exchange keys and values.
+        cp: context parallel degree: ranks that have a part of the sequence each, which tp cuts
+            further. Each is given the whole batch. FSDP2 shards weights and optimizer state over
+            these ranks too. It divides a tp rank's query heads.
+        cp_mode: how these exchange what attention needs. ``"ulysses"``: all tokens of some heads
+            for some tokens of all heads, and back. The others are not in this release.
         ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
             features of every expert and the blocks gather and scatter as dense ones do. ``tp``:
             each rank has ``E / ep`` whole experts, and the tokens of its sequence shard travel to
@@ -110,8 +115,9 @@ def parallelize(
         is the unsharded model's.
 
     Collectives per decoder layer and step with ``sp``: 6 all-gathers and 4 reduce-scatters, and one
-    small all-reduce of its norms' gradients. Without ``sp``: 4 all-reduces. With
-    data parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter.
+    small all-reduce of its norms' gradients. Without ``sp``: 4 all-reduces. With data or context
+    parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter. With ``cp``: 4
+    all-to-alls.
 
     Raises:
         ConfigError: an argument, the environment or the model's state does not allow it.
@@ -131,14 +137,15 @@ def parallelize(
         }
         checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
         checks.check_environment()
-        checks.check_other_sequence_parallelism(cp)
+        checks.check_other_sequence_parallelism()
         checks.check_model(model)
         integrations.check_adapters(model)
-        degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh)
+        degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh, cp)
+        checks.check_cp_mode(cp_mode, degrees)
         checks_fsdp.check_policies(mp_policy, offload_policy, degrees, ep)
-        reach = degrees.dp_shard if degrees.dp_replicate == 1 else 1
+        reach = degrees.dp_shard if degrees.dp_replicate * degrees.cp == 1 else 1
         with integrations.without_adapters(model) as whole:
-            resolved = _checked_plan(whole, degrees.tp, sp, plan, ep, reach)
+            resolved = _checked_plan(whole, degrees.tp, sp, plan, ep, reach, degrees.cp)
         checks_fsdp.check_data_parallel(model, resolved, degrees)
         checks.check_optimizers(model)
     except HfSpError as error:
@@ -166,6 +173,9 @@ def parallelize(
         mp_policy=mp_policy or MixedPrecisionPolicy(),
         offload_policy=offload_policy or OffloadPolicy(),
         checkpoint=checkpoint,
+        degrees=degrees,
+        parts=None if ranks.cp is None else Parts(ranks.cp, degrees.tp if sp else 1),
+        peers=ranks.peers,
     )
     with integrations.without_adapters(model) as whole:
         taken = agree_on_weights(whole, state.everyone, state.mesh.device_type)
@@ -214,6 +224,7 @@ def supports(
     sp: bool = True,
     *,
     ep: int = 1,
+    cp: int = 1,
     plan: Mapping[str, str] | None = None,
     model_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
@@ -225,6 +236,7 @@ def supports(
         tp: as in ``parallelize``, as are ``sp``, ``ep`` and ``plan``.
         sp: shard the sequence.
         ep: expert parallel degree.
+        cp: context parallel degree.
         plan: plan strings to use instead of the model's own.
         model_class: whose ``from_config`` builds the model, on meta.
         **kwargs: of ``AutoConfig.from_pretrained``, for a name.
@@ -239,8 +251,8 @@ def supports(
     with torch.device("meta"):
         model = model_class.from_config(config)
     try:
-        checks.check_arguments({"tp": tp, "ep": ep}, {"sp": sp}, {})
+        checks.check_arguments({"tp": tp, "ep": ep, "cp": cp}, {"sp": sp}, {})
         checks.check_model(model)
-        return Support(_checked_plan(model, tp, sp, plan, ep))
+        return Support(_checked_plan(model, tp, sp, plan, ep, 1, cp))
     except HfSpError as error:
         return Support(None, f"{type(error).__name__}: {error}")

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hf_sp.comm.mesh import launched_world, spans_world, start_distributed
+from hf_sp.comm.degrees import Degrees, launched_world, spans_world
+from hf_sp.comm.mesh import start_distributed
 from hf_sp.comm.watch import TIMES, seconds
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.state import parallel_state
@@ -54,8 +55,8 @@ def check_environment() -> None:
         seconds(variable)
 
 
-def check_other_sequence_parallelism(cp: int) -> None:
-    """Refuse context parallelism, and a launcher that means another kind than ours."""
+def check_other_sequence_parallelism() -> None:
+    """Refuse a launcher that means another kind of sequence parallelism than ours."""
     if (size := _announced("PARALLELISM_CONFIG_SP_SIZE")) > 1:
         raise ConfigError(
             "accelerate's sp_size is not Megatron's sequence parallelism",
@@ -64,13 +65,16 @@ def check_other_sequence_parallelism(cp: int) -> None:
             rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
             remedy="set parallelism_config_tp_size instead, and parallelize(model, sp=True)",
         )
-    if (cp := max(cp, _announced("PARALLELISM_CONFIG_CP_SIZE"))) > 1:
+
+
+def check_cp_mode(mode: str, degrees: Degrees) -> None:
+    """Refuse a way of context parallelism that this release does not have."""
+    if degrees.cp > 1 and mode != "ulysses":
         raise ConfigError(
-            "cp is not built yet",
-            where="parallelize(cp=...) or PARALLELISM_CONFIG_CP_SIZE",
-            got=f"cp={cp}",
-            rule="this release shards the sequence over the tp ranks",
-            legal="cp=1",
+            f"cp_mode={mode!r} is not built yet",
+            got=str(degrees),
+            rule="this release exchanges heads for tokens",
+            legal="cp_mode='ulysses'",
         )
 
 

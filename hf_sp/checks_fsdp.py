@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-from hf_sp.comm.mesh import Degrees
+from hf_sp.comm.degrees import Degrees
 from hf_sp.errors import ConfigError
 from hf_sp.plan import Plan
 
@@ -23,7 +23,7 @@ def check_policies(mp_policy: object, offload_policy: object, degrees: Degrees, 
         if not isinstance(policy, kinds[name]):
             legal = f"a torch.distributed.fsdp.{kinds[name].__name__}, or None"
             raise ConfigError(f"{name} is a policy of FSDP2", got=f"{name}={policy!r}", legal=legal)
-    if given and degrees.data == 1:
+    if given and degrees.fsdp == 1:
         raise ConfigError(
             f"{' and '.join(given)} without data parallel groups",
             got=str(degrees),
@@ -72,7 +72,7 @@ def check_backends(offload_policy: OffloadPolicy | None) -> None:
 
 def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     """Refuse what FSDP cannot take, or would not find."""
-    if degrees.data == 1:
+    if degrees.fsdp == 1:
         return
     experts = [b.experts.path + "." for b in plan.blocks if b.experts is not None]
     alone = tuple(experts) if plan.ep > plan.tp else ()
@@ -83,13 +83,13 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     for leaf in (leaf for block in plan.blocks for leaf in block.leaves if leaf.style == "packed"):
         # An adapter holds the linear inside.
         biased = {f"{leaf.path}.bias", f"{leaf.path}.base_layer.bias"} & names
-        if biased or leaf.shape[1] % degrees.dp_shard:
+        if biased or leaf.shape[1] % (degrees.dp_shard * degrees.cp):
             raise ConfigError(
                 "a packed linear cannot be sharded over data parallel ranks",
                 where=leaf.path,
                 got=f"{leaf.shape[1]} input features, " + ("with a bias" if biased else "no bias"),
                 rule="tp splits its output features, FSDP its input features, evenly",
-                legal="dp_shard that divides these, and no bias",
+                legal="dp_shard * cp that divides these, and no bias",
             )
     for name, p in base.named_parameters():
         if name.startswith(alone) or not p.requires_grad:

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_sp.context import attention as context
 from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
+from hf_sp.model.local import LocalConfig
 from hf_sp.model.mixer import install_mixer, install_own_rows
 from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
@@ -60,7 +62,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
             LayerDropout(state).install(model.get_submodule(path), *found)
         if plan.per_token:
             OwnTokens(state, plan.per_token).install(model.get_submodule(path))
-        if last is not None and state.data == 1:
+        if last is not None and not state.fsdp:
             # FSDP reduces a layer's gradients at the end of its backward: they have to be there.
             last.next = sums
         last = sums
@@ -108,6 +110,8 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
         _install_gated(module, block.path, block.leaves, state)
     else:
         _tell_heads(module, block, state.tp)
+        if state.parts is not None:
+            boundary.tell = context.install(module, state).tell
 
 
 def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:
@@ -133,19 +137,6 @@ def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:
         # What cuts its q, k and v out of one tensor asks its config too.
         config = LocalConfig(module.__dict__["config"], **local)
         setattr(module, "config", config)  # noqa: B010 (no attribute of nn.Module)
-
-
-class LocalConfig:
-    """A config with other values of some names; for the rest it is that config, also later."""
-
-    def __init__(self, config: Any, **local: int) -> None:
-        self.__dict__.update(local, whole=config)
-
-    def __getattr__(self, name: str) -> Any:
-        # A copy is without its attributes at first.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.__dict__["whole"], name)
 
 
 def _install_sparse(model: nn.Module, block: Block, state: ParallelState) -> None:

@@ -144,7 +144,7 @@ def _finish(model: Any, loading: Loading) -> None:
     state = parallel_state(model)
     assert state is not None
     if untied := loading.tied.keys() - model.all_tied_weights_keys.keys():
-        if state.data > 1:
+        if state.fsdp:
             raise ConfigError(
                 "the checkpoint has two values of what the configuration ties",
                 where=", ".join(untied),

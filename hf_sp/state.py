@@ -19,6 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.degrees import Degrees
+from hf_sp.comm.parts import Parts
 from hf_sp.plan.schema import Plan
 from hf_sp.torch_private import process_group
 
@@ -47,14 +49,22 @@ class ParallelState:
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
     checkpoint: Checkpoint = "hf"  # what Trainer's checkpoints hold
+    degrees: Degrees = field(default_factory=lambda: Degrees(1))
+    # How the sequence is cut over context parallel ranks, None without them.
+    parts: Parts | None = None
+    peers: tuple[str, ...] = ()  # process groups over the groups with batches of their own
     # Forwards in which that is still done, by kind of forward; later ones compare digests.
     checks_left: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, CHECKS))
 
     # The rest is of the current forward; a copy starts without.
     # It decodes a token, or fills a cache with few: plain TP, nothing is scattered.
     few_tokens: bool = field(default=False, init=False)
-    # Whole sequence length while the decoder runs, else None.
+    # With context parallel ranks: each of them runs it on the whole sequence (it fills a cache).
+    uncut: bool = field(default=False, init=False)
+    # Length of the sequence, or of the part of it that is cut, while the decoder runs, else None.
     length: int | None = field(default=None, init=False)
+    # And of all of it.
+    whole_length: int = field(default=0, init=False)
     # Inside the forward of the whole model, where the LM head may return lazy logits.
     in_model: bool = field(default=False, init=False)
     # What the final norm returns there: all ranks' hidden states, or, where only the head meets
@@ -82,8 +92,23 @@ class ParallelState:
 
     @property
     def data(self) -> int:
-        """Data parallel degree: groups of tp ranks with a batch of their own."""
-        return self.everyone.size // self.axis.size
+        """Data parallel degree: groups of tp and cp ranks with a batch of their own."""
+        return self.everyone.size // self.group_size
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that are given the same batch."""
+        return self.axis.size * (1 if self.parts is None else self.parts.axis.size)
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP shards the weights."""
+        return self.everyone.size > self.axis.size
+
+    @property
+    def cut(self) -> Parts | None:
+        """How the current forward's sequence is cut over context parallel ranks, if it is."""
+        return None if self.uncut else self.parts
 
     @property
     def offloaded(self) -> bool:
@@ -127,12 +152,15 @@ class ParallelState:
         attention mask hides is, as it is routed too. With data parallel ranks: of this rank's
         batch, or of all batches if ep spans them.
 
-        Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer.
+        Collectives: with whole experts on each rank, 1 all-reduce for each sparse layer; with
+        context parallel ranks another.
         """
-        if self.plan.ep == 1:
-            return {path: counts.clone() for path, counts in self.load.items()}
-        axis = self.expert_axis
-        return {path: comm.all_reduce(counts, axis) for path, counts in self.load.items()}
+        axes = [] if self.plan.ep == 1 else [self.expert_axis]
+        axes += [] if self.parts is None else [self.parts.axis]
+        load = {path: counts.clone() for path, counts in self.load.items()}
+        for axis in axes:
+            load = {path: comm.all_reduce(counts, axis) for path, counts in load.items()}
+        return load
 
     @contextlib.contextmanager
     def no_logits(self) -> Iterator[None]:

@@ -114,7 +114,7 @@ def check_new_adapter(model: nn.Module, config: Any, name: str, low_cpu_mem_usag
 def _check_groups(model: nn.Module, config: Any, where: str) -> None:
     """Refuse what FSDP, once it is there, is not told of: it takes one adapter, of the blocks."""
     state = parallel_state(model)
-    if state is None or state.data == 1:
+    if state is None or not state.fsdp:
         return
     inside = tuple(f"{block.path}." for block in state.plan.blocks)
     chosen = [
@@ -130,9 +130,9 @@ def _check_groups(model: nn.Module, config: Any, where: str) -> None:
         or "modules_to_save" * bool(getattr(config, "modules_to_save", None))
     ):
         raise ConfigError(
-            f"{what} cannot be added to a model with data parallel ranks",
+            f"{what} cannot be added to a model with data or context parallel ranks",
             where=where,
-            got=", ".join(chosen) or f"{state.data} groups of tp ranks",
+            got=", ".join(chosen) or str(state.degrees),
             rule="FSDP has sharded the model; it is given one more group for each block",
             remedy="get_peft_model (and add_adapter) first, parallelize second",
         )

@@ -1,15 +1,16 @@
 """The mesh: taken from the user or built over the launcher's ranks.
 
 One axis named ``tp``; with data parallel ranks, ``dp_shard`` before it, and ``dp_replicate`` before
-that (accelerate's names and order). Starts ``torch.distributed`` where nobody has, and the watch
-over its ranks. Holds the meshes that it has built.
+that (accelerate's names and order). FSDP shards over context parallel ranks too, which are between:
+the axis is ``dp_shard_cp`` then. Starts ``torch.distributed`` where nobody has, and the watch over
+its ranks. Holds the meshes that it has built.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -21,39 +22,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.degrees import AXES, WITH_CP, Degrees, sizes_of
 from hf_sp.comm.watch import watch
-from hf_sp.errors import ConfigError
 from hf_sp.gloo import finish_at_exit
 from hf_sp.torch_private import flatten, real_tensors
 
 logger = logging.getLogger(__name__)
-
-AXES = ("dp_replicate", "dp_shard", "tp")
-_ACCELERATES = "PARALLELISM_CONFIG_{}_SIZE"
-
-
-@dataclass(frozen=True, slots=True)
-class Degrees:
-    """How many ranks of each kind; their product is the number of ranks.
-
-    Args:
-        tp: tensor parallel.
-        dp_shard: data parallel, each with a part of the weights (FSDP).
-        dp_replicate: data parallel, each with the same weights.
-    """
-
-    tp: int
-    dp_shard: int = 1
-    dp_replicate: int = 1
-
-    @property
-    def data(self) -> int:
-        """Groups of tp ranks with a batch of their own."""
-        return self.dp_shard * self.dp_replicate
-
-    def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in AXES}
-        return ", ".join(f"{n}={size}" for n, size in sizes.items() if size > 1 or n == "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,141 +36,20 @@ class Mesh:
 
     Args:
         tp: 1-D, axis ``tp``.
-        data: the data parallel axes, in FSDP's order (replicate, shard); None without them.
-        whole: all of them; ``tp`` without data parallel ranks.
+        data: the axes that FSDP reduces over, in its order (replicate, shard); None without them.
+        whole: all of them; ``tp`` without others.
         everyone: all ranks as one axis, in the order of ``whole``.
+        cp: the context parallel ranks; None without them.
+        peers: names of the process groups over which this rank meets the ranks of other groups
+            that have its place in theirs, the inner one (of dp_shard) first.
     """
 
     tp: DeviceMesh
     data: DeviceMesh | None
     whole: DeviceMesh
     everyone: Axis
-
-
-def launched_world() -> int:
-    """Number of ranks: of the running process group, else what the launcher announces."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def resolve_degrees(
-    tp: int | None, dp_shard: int | None, dp_replicate: int, mesh: DeviceMesh | None
-) -> Degrees:
-    """The degrees: arguments, mesh, accelerate's environment; tp takes the ranks that are left.
-
-    ``dp_replicate=1`` says nothing where a mesh or accelerate's configuration is given.
-
-    Raises:
-        ConfigError: they do not make up the world, or contradict the mesh or accelerate.
-    """
-    if mesh is not None:
-        return _degrees_of(mesh, {"tp": tp, "dp_shard": dp_shard}, dp_replicate)
-    world = launched_world()
-    tp = _configured("tp", tp)
-    dp_shard = _configured("dp_shard", dp_shard)
-    dp_replicate = _configured("dp_replicate", dp_replicate if dp_replicate > 1 else None) or 1
-    data = (dp_shard or 1) * dp_replicate
-    if world % data or (tp is not None and tp * data != world):
-        given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
-        asked = [f"{n}={size}" for n, size in given.items() if size and size > 1] or [f"tp={tp}"]
-        ranks = (tp or 1) * data
-        raise ConfigError(
-            f"{', '.join(asked)} {'do' if len(asked) > 1 else 'does'} not make up the world",
-            got=f"{world} rank{'s' if world > 1 else ''}",
-            rule="tp * dp_shard * dp_replicate is the number of ranks",
-            legal=_fitting(world, tp, data, dp_replicate),
-            remedy=f"start {ranks} ranks: torchrun --nproc_per_node {ranks} script.py",
-        )
-    return Degrees(tp or world // data, dp_shard or 1, dp_replicate)
-
-
-def _configured(name: str, given: int | None) -> int | None:
-    """A degree as it was given, else as accelerate's configuration has it."""
-    variable = _ACCELERATES.format(name.upper())
-    announced = os.environ.get(variable, "")
-    configured = int(announced) if announced.isdigit() and int(announced) > 0 else None
-    if given is not None and configured not in (None, 1, given):
-        raise ConfigError(
-            f"{name} contradicts accelerate's configuration",
-            got=f"{name}={given}, {variable}={configured}",
-            rule=f"they must be equal; {name} may be left out under accelerate launch",
-        )
-    return given or configured
-
-
-def _fitting(world: int, tp: int | None, data: int, dp_replicate: int) -> str:
-    """What may be asked for instead, one degree being changed."""
-    rest = (tp or 1) * dp_replicate
-    ways = [f"tp={world // data}"] if world % data == 0 else []
-    if world % rest == 0 and (tp is None or world > rest):
-        sizes = [d for d in range(1, world // rest + 1) if world // rest % d == 0]
-        sizes = sizes if tp is None else sizes[-1:]
-        ways.append("dp_shard=" + ", ".join(map(str, sizes)))
-    if not ways:
-        ways.append("dp_shard and dp_replicate whose product divides the number of ranks")
-    return ", or ".join(ways)
-
-
-def _sizes(mesh: DeviceMesh) -> dict[str, int]:
-    return {name: mesh.size(i) for i, name in enumerate(mesh.mesh_dim_names or ())}
-
-
-def _degrees_of(mesh: DeviceMesh, given: dict[str, int | None], dp_replicate: int) -> Degrees:
-    _check_axes(mesh)
-    sizes = {name: size for name, size in _sizes(mesh).items() if name in AXES}
-    given = {**given, "dp_replicate": dp_replicate if dp_replicate > 1 else None}
-    for name, size in given.items():
-        found = sizes.get(name, 1)
-        if size not in (None, found):
-            raise ConfigError(
-                f"{name} contradicts the mesh",
-                got=f"{name}={size}, mesh axis {name!r} of size {found}",
-                rule="they must be equal; degrees may be left out where a mesh is given",
-            )
-    return Degrees(**sizes)
-
-
-def _check_axes(mesh: DeviceMesh) -> None:
-    sizes = _sizes(mesh)
-    got = ", ".join(f"{n}={size}" for n, size in sizes.items())
-    refuse = functools.partial(ConfigError, where="parallelize(mesh=...)", got=got)
-    if "tp" not in sizes:
-        raise refuse(
-            "the mesh has no axis named 'tp'",
-            rule="the tensor parallel axis is named 'tp'",
-            remedy="init_device_mesh(device, (tp,), mesh_dim_names=('tp',))",
-        )
-    used = [name for name, size in sizes.items() if size > 1]
-    known = [name for name in sizes if name in AXES]
-    spread = used not in ([], ["tp"])
-    if set(used) - set(AXES) or (spread and known != sorted(known, key=AXES.index)):
-        raise refuse(
-            "the mesh has other axes beside tp, or in another order",
-            rule="hf_sp knows dp_replicate, dp_shard and tp, in this order",
-            legal=", ".join(AXES),
-            remedy="pass the 1-D submesh mesh['tp'] and reduce gradients over the rest yourself",
-        )
-    if spread and "dp_shard" not in sizes:
-        raise refuse(
-            "the mesh has dp_replicate without dp_shard",
-            rule="FSDP, which keeps replicas equal, asks for an axis to shard over too",
-            remedy="give it one of size 1: init_device_mesh(device, (dp_replicate, 1, tp), "
-            "mesh_dim_names=('dp_replicate', 'dp_shard', 'tp'))",
-        )
-    if spread and (ranks := mesh.mesh.flatten().tolist()) != list(range(launched_world())):
-        raise refuse(
-            "the mesh does not have all ranks in their order",
-            got=f"ranks {ranks} of {launched_world()}",
-            rule="with data parallel axes a mesh has ranks 0, 1, ... as init_device_mesh has them",
-            remedy="init_device_mesh(device, (dp_shard, tp), mesh_dim_names=('dp_shard', 'tp'))",
-        )
-
-
-def spans_world(mesh: DeviceMesh) -> bool:
-    """Whether a mesh of the user's has data parallel axes and all ranks."""
-    data = [name for name, size in _sizes(mesh).items() if name in AXES[:2] and size > 1]
-    return bool(data) and mesh.size() == launched_world()
+    cp: Axis | None = None
+    peers: tuple[str, ...] = ()
 
 
 def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
@@ -205,15 +58,17 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     if mesh is None:
         start_distributed()
         # FSDP's replicated form shards too, be it over one rank.
-        first = 0 if degrees.dp_replicate > 1 else 1 if degrees.dp_shard > 1 else 2
-        shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)[first:]
+        shard = degrees.dp_shard * degrees.cp
+        first = 0 if degrees.dp_replicate > 1 else 1 if shard > 1 else 2
+        shape = (degrees.dp_replicate, shard, degrees.tp)[first:]
+        axes = (AXES[0], WITH_CP if degrees.cp > 1 else AXES[1], AXES[2])
         device = "cuda" if "nccl" in dist.get_backend_config() and _use_cuda() else "cpu"
-        mesh = _mesh_over_all(device, shape, AXES[first:])
+        mesh = _mesh_over_all(device, shape, axes[first:])
     watch()
     _warn_of_nodes(degrees.tp)
-    names = [n for n in _sizes(mesh) if n in AXES[:2]]
+    names = [n for n in sizes_of(mesh) if n in (*AXES[:2], WITH_CP)]
     tp = mesh["tp"] if mesh.ndim > 1 else mesh
-    if degrees.data == 1:
+    if degrees.fsdp == 1:
         return Mesh(tp, None, tp, Axis.of(tp))
     group = dist.group.WORLD
     assert group is not None
@@ -221,7 +76,43 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     data = mesh[tuple(names)] if len(names) > 1 else mesh[names[0]]
     # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
     whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
-    return Mesh(tp, data, whole, everyone)
+    cp, peers = None, [mesh.get_group(n) for n in names[::-1] if sizes_of(mesh)[n] > 1]
+    if degrees.cp > 1:
+        shape = (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
+        cp = _axis_of(shape, 2)
+        peers = [_group_of(shape, dim) for dim in (1, 0) if shape[dim] > 1]
+    return Mesh(tp, data, whole, everyone, cp, tuple(g.group_name for g in peers))
+
+
+def _axis_of(shape: tuple[int, ...], dim: int) -> Axis:
+    """This rank's axis along a dim of all ranks, laid out in a shape."""
+    group = _group_of(shape, dim)
+    return Axis(
+        group.group_name, shape[dim], dist.get_rank() // math.prod(shape[dim + 1 :]) % shape[dim]
+    )
+
+
+def _group_of(shape: tuple[int, ...], dim: int) -> dist.ProcessGroup:
+    """This rank's process group along that dim; the same one for every model of this world."""
+    world, key = dist.group.WORLD, (shape, dim)
+    assert world is not None
+    known = _groups.get(key)
+    if known is None or known[0]() is not world:
+        size, after = shape[dim], math.prod(shape[dim + 1 :])
+        ranks = [
+            [block + inner + i * after for i in range(size)]
+            for block in range(0, math.prod(shape), size * after)
+            for inner in range(after)
+        ]
+        if len(ranks) == 1:
+            return world
+        with real_tensors():
+            group, _ = dist.new_subgroups_by_enumeration(ranks)
+        known = _groups[key] = weakref.ref(world), group
+    return known[1]
+
+
+_groups: dict[tuple, tuple[Callable[[], Any], dist.ProcessGroup]] = {}
 
 
 def _mesh_over_all(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="folder, config.json, or cached name")
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--dp-shard", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--seq", type=int, default=8192, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=1, help="rows of a group's forward")
@@ -136,7 +137,7 @@ def compare(config: PreTrainedConfig, run: Run, capacity: int | None) -> Iterato
     for library in track(LIBRARIES, "counting", console=Console(stderr=True), transient=True):
         mine = replace(run, library=library)
         if library != "hf_sp":
-            mine = replace(mine, dp_shard=1, ep=1, recompute=None, sp=False)
+            mine = replace(mine, dp_shard=1, cp=1, ep=1, recompute=None, sp=False)
             mine = replace(mine, tp=1 if library == "one GPU" else mine.tp)
         try:
             row = row_of(config, mine)
@@ -157,15 +158,15 @@ def compare(config: PreTrainedConfig, run: Run, capacity: int | None) -> Iterato
 def search(
     config: PreTrainedConfig, run: Run, gpus: int, capacity: int | None
 ) -> Iterable[dict[str, Any]]:
-    """Every split of so many GPUs into tp and data parallel groups; those that fit first.
+    """Every split of so many GPUs into tp and data parallel groups, at cp; those that fit first.
 
     Among those the least tp: its collectives are waited for, those of data parallel groups are not.
     """
-    degrees = [tp for tp in range(1, gpus + 1) if gpus % tp == 0]
+    degrees = [tp for tp in range(1, gpus + 1) if gpus % (tp * run.cp) == 0]
     rows, refused = [], []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for tp in progress.track(degrees, description="counting"):
-            mine = replace(run, tp=tp, dp_shard=gpus // tp)
+            mine = replace(run, tp=tp, dp_shard=gpus // tp // run.cp)
             try:
                 rows.append(row_of(config, mine))
             except HfSpError as error:
@@ -180,13 +181,13 @@ def table(name: str, run: Run, rows: Iterable[dict[str, Any]], capacity: int | N
     tokens = f"{run.batch} x {run.seq} tokens"
     how = f"{run.dtype}, {run.optimizer}{f', LoRA r={run.lora}' if run.lora else ''}"
     found = Table(title=f"{name}: GiB on a GPU in a step of {tokens} ({how})")
-    for head in ("", "tp", "dp", *(f.name for f in fields(Kinds)), "peak", "in", "kept"):
+    for head in ("", "tp", "cp", "dp", *(f.name for f in fields(Kinds)), "peak", "in", "kept"):
         found.add_column(head, justify="left" if not head else "right")
     if capacity is not None:
         found.add_column(f"fits {capacity / GIB:.1f} GiB", justify="right")
         found.add_column("longest", justify="right")
     for row in rows:
-        begin = (row["library"], str(row["tp"]), str(row["dp_shard"]))
+        begin = (row["library"], str(row["tp"]), str(row["cp"]), str(row["dp_shard"]))
         if "error" in row:
             found.add_row(*begin, row["error"].splitlines()[0])
             continue

@@ -57,6 +57,7 @@ class Run:
     Args:
         tp: tensor parallel degree.
         dp_shard: data parallel groups that share weights, gradients and optimizer state.
+        cp: context parallel ranks of a group.
         ep: expert parallel degree, as in ``parallelize``.
         seq: tokens of a row.
         batch: rows of a group's forward.
@@ -71,6 +72,7 @@ class Run:
 
     tp: int = 1
     dp_shard: int = 1
+    cp: int = 1
     ep: int = 1
     seq: int = 8192
     batch: int = 1
@@ -85,7 +87,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """GPUs of the run."""
-        return 1 if self.library == "one GPU" else self.tp * self.dp_shard
+        return 1 if self.library == "one GPU" else self.tp * self.cp * self.dp_shard
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -168,8 +170,8 @@ def _prepare(model: nn.Module, run: Run) -> nn.Module:
 
 
 def _with_hf_sp(mesh: Any, run: Run) -> Callable[[nn.Module], nn.Module]:
-    degrees: dict[str, Any] = {"tp": run.tp, "dp_shard": run.dp_shard}
-    if run.dp_shard == 1:
+    degrees: dict[str, Any] = {"tp": run.tp, "cp": run.cp, "dp_shard": run.dp_shard}
+    if run.cp * run.dp_shard == 1:
         degrees = {"mesh": mesh}
     return lambda model: parallelize(
         model, **degrees, sp=run.sp, ep=run.ep, recompute=run.recompute

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from hf_sp.integrations.processes import as_ranks, group_index, shown
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import process_group
 
 PATCHES = Patches(lambda _: shown() is not None)
 """Patches that act while groups are shown."""
@@ -39,9 +40,7 @@ def _groups(state: ParallelState) -> list[dist.ProcessGroup]:
 
     Gathered over them in turn, parts lie in the order of the groups.
     """
-    names = state.whole.mesh_dim_names or ()
-    sizes = zip(names, state.whole.shape, strict=True)
-    return [state.whole.get_group(n) for n, size in sizes if n != "tp" and size > 1][::-1]
+    return [process_group(name) for name in state.peers]
 
 
 # --- who is the one that writes -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What accelerate, and with it Trainer, takes for the processes: groups of tp ranks, not ranks.
+"""What accelerate, and with it Trainer, takes for the processes: groups of ranks, not ranks.
 
 To them a parallelized model is a plain one in as many processes as there are groups with a batch of
 their own. All that they count, deal out, gather and average is right then; what one process does
@@ -40,7 +40,7 @@ def _tell(processes: int, index: int) -> None:
 
 def group_index(state: ParallelState) -> int:
     """This rank's group among those that have a batch of their own."""
-    return state.everyone.rank // state.tp
+    return state.everyone.rank // state.group_size
 
 
 def release() -> None:
@@ -66,8 +66,7 @@ def check_config(state: ParallelState, given: ParallelismConfig | None, where: s
     if given is None:
         return
     names = ("tp", "dp_shard", "dp_replicate", "cp", "sp")
-    own = dict(zip(state.whole.mesh_dim_names or (), state.whole.shape, strict=True))
-    sizes = {f"{name}_size": own.get(name, 1) for name in names}
+    sizes = {f"{name}_size": getattr(state.degrees, name, 1) for name in names}
     differing = [name for name, size in sizes.items() if getattr(given, name) != size]
     if differing:
         raise ConfigError(

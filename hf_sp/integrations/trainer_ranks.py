@@ -18,7 +18,7 @@ from hf_sp.comm.calls import exchange
 from hf_sp.errors import HfSpError
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import ParallelState, parallel_state
-from hf_sp.torch_private import set_timeout
+from hf_sp.torch_private import process_group, set_timeout
 
 _ALIKE = """
 per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate
@@ -56,7 +56,9 @@ def apply_timeout(args: TrainingArguments, state: ParallelState) -> None:
     """
     if args.ddp_timeout == TrainingArguments.ddp_timeout:
         return
-    for group in (None, state.group, state.all_ranks, *state.whole.get_all_groups()):
+    named = [*state.peers, *([] if state.parts is None else [state.parts.axis.group])]
+    groups = (state.group, state.all_ranks, *state.whole.get_all_groups())
+    for group in (None, *groups, *map(process_group, named)):
         set_timeout(group, timedelta(seconds=args.ddp_timeout))
 
 

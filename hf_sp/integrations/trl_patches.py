@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_sp.comm.parts import gather_take
 from hf_sp.errors import ConfigError
 from hf_sp.kernels.vocab import check_ids
 from hf_sp.model.forward import final_hidden
@@ -142,8 +143,12 @@ def _score(
     scale, cap = known
     # cap * tanh(scale * x / cap) / temperature is of the same form.
     cap = None if cap is None else cap / temperature
-    spec = head.spec(request, _IGNORE, scale / temperature, cap)
-    return token_statistics(hidden, weight, bias, targets, spec, fields)
+    spec, parts = head.spec(request, _IGNORE, scale / temperature, cap), request.parts
+    if parts is None:
+        return token_statistics(hidden, weight, bias, targets, spec, fields)
+    own = token_statistics(hidden, weight, bias, parts.take(targets, 1, _IGNORE), spec, fields)
+    whole = (x if x is None else gather_take(x, request.whole, parts) for x in own)
+    return TokenStatistics(*whole)  # type: ignore[arg-type]
 
 
 def _output(found: TokenStatistics, targets: Tensor, items: Any, drop_last: bool) -> Any:

@@ -9,13 +9,15 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
+from hf_sp.comm.parts import Parts, gather_take, take_gather
 from hf_sp.errors import ShapeError
 from hf_sp.model.columns import ColumnLinear, Factor, gather_columns
 from hf_sp.model.ports import BlockInput
@@ -50,6 +52,35 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
     return None if positions is None else positions.shape[-1]
 
 
+CACHES = ("cache", "past_key_values")
+"""What transformers calls it, the newer name first."""
+
+
+def on_own_part(module: nn.Module, kwargs: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """An attention's arguments, of the whole sequence, for projections of this rank's part.
+
+    Masks stay whole: the attention itself sees the whole sequence. A cache does not: it is for
+    forwards that asked for one, which are not cut.
+    """
+    own: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
+    found = kwargs.get("position_embeddings")
+    if isinstance(found, Tensor):
+        own["position_embeddings"] = parts.take(found, -2)
+    elif found is not None:
+        own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
+    positions = kwargs.get("position_ids")
+    # By name it is used beside the projections; among the rest it goes on to the attention.
+    if positions is not None and "position_ids" in _names_of(cast(Any, type(module))):
+        own["position_ids"] = parts.take(positions, -1)
+    return {**kwargs, **own}
+
+
+@functools.cache
+def _names_of(cls: Any) -> tuple[str, ...]:
+    """The parameters of a class's forward."""
+    return tuple(inspect.signature(cls.forward).parameters)
+
+
 def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
     """Factors of adapters on a block's children; they come and go, so they are looked up."""
     found: list[Factor] = []
@@ -64,7 +95,10 @@ class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
     ``attention``: it needs the true sequence length, padding stripped; it has that many ``heads``.
+    ``tell``, if set, is told the length of the whole sequence, of which this rank has a part.
     """
+
+    tell: Callable[[int], None] | None = None
 
     def __init__(
         self,
@@ -90,12 +124,19 @@ class BlockBoundary:
         state = self.state
         x = get_hidden_states(args, kwargs)
         length = true_length(kwargs) or self.length if self.attention else None
-        if self.attention and length is None and state.sharded:
+        needs = state.sharded or (state.cut is not None and self.tell is not None)
+        if self.attention and length is None and needs:
             raise ShapeError(
                 "an attention block was called without position_embeddings or position_ids",
                 where=type(module).__name__,
                 rule="its input is a sequence shard; the whole length is read from these",
             )
+        parts = state.cut
+        if parts is not None and self.tell is not None:
+            assert length is not None
+            self.tell(length)
+            kwargs = on_own_part(module, kwargs, parts)
+            length = None  # a part has no padding that tp does
         gathered = gather_columns(
             x,
             self.linears,
@@ -169,9 +210,13 @@ class StackBoundary:
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; the backward all-gathers."""
-        if not self.state.sharded:
+        state, x = self.state, get_hidden_states(args, kwargs)
+        if state.cut is not None:
+            x = take_gather(x, state.cut, state.axis if state.sharded else None)
+        elif state.sharded:
+            x = pairs.scatter_allgather(x, state.axis)
+        else:
             return None
-        x = pairs.scatter_allgather(get_hidden_states(args, kwargs), self.state.axis)
         return replace_hidden_states(args, kwargs, x)
 
     def leave(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -181,10 +226,18 @@ class StackBoundary:
         shard stays: ``state.final_hidden`` says so, and the head gathers it by chunks.
         """
         state = self.state
-        if not state.sharded or state.length is None:
+        if state.length is None or (not state.sharded and state.cut is None):
             return None
         if state.final_hidden == "shard":
             state.final_length = state.length
             return None
         # HF's own is contiguous, and people call .view on it. No copy for B = 1.
-        return pairs.allgather_scatter(output, state.length, state.axis).contiguous()
+        return whole_hidden(output, state).contiguous()
+
+
+def whole_hidden(x: Tensor, state: ParallelState) -> Tensor:
+    """Hidden states between two layers as ``[B, S, H]``, for code that is the same on all ranks."""
+    assert state.length is not None
+    if state.sharded:
+        x = pairs.allgather_scatter(x, state.length, state.axis)
+    return x if state.cut is None else gather_take(x, state.whole_length, state.cut)

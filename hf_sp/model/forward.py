@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
+from hf_sp.comm.parts import gather_heads
+from hf_sp.errors import ConfigError
+from hf_sp.model.block import CACHES, whole_hidden
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.input_checks import check_forward
 from hf_sp.model.lazy import LazyLogits
@@ -67,6 +70,13 @@ class DecoderBoundary(_Boundary):
         self._batch, state.length = (0, None) if tokens is None else tokens.shape[:2]
         # Never in training, where a checkpointed layer may run again after this forward is over.
         state.few_tokens = not torch.is_grad_enabled() and self._few_tokens(inputs)
+        if state.parts is not None and state.length is not None:
+            if not state.in_model:
+                state.uncut = _fills_a_cache(inputs)
+            state.uncut |= state.few_tokens
+            state.whole_length = state.length
+            if not state.uncut:
+                state.length = state.parts.length(state.length)
         as_dict = kwargs.get("return_dict")
         self._as_tuple = not (module.config.return_dict if as_dict is None else as_dict)
         if state.sharded:
@@ -112,33 +122,63 @@ class DecoderBoundary(_Boundary):
         try:
             if state.length is None or not hasattr(output, "get"):
                 return None
-            self._gather(output, state.length)
+            self._gather(output)
             return output.to_tuple() if self._as_tuple else output
         finally:
             state.length, state.few_tokens = None, False
+            state.uncut &= state.in_model
             state.delivered = (None, None)
             self.stream.stop()
 
-    def _gather(self, output: Any, length: int) -> None:
-        state, axis, last = self.state, self.state.axis, output.get("last_hidden_state")
+    def _gather(self, output: Any) -> None:
+        state, last = self.state, output.get("last_hidden_state")
         # FSDP hangs hooks on what leaves the model. On a view an in-place operation would drop
         # them: it warns of each.
-        own = torch.clone if state.data > 1 else lambda x: x
+        own = torch.clone if state.fsdp else lambda x: x
         routed = output.get("router_logits")
         if routed is not None:
             routed = self.leave_router_logits(routed, state, self._batch)
             output["router_logits"] = tuple(map(own, routed))
 
         def hidden(x: Tensor) -> Tensor:
-            whole = x is last or not state.sharded
-            return x if whole else own(pairs.allgather_scatter(x, length, axis))
+            whole = x is last or not (state.sharded or state.cut)
+            return x if whole else own(whole_hidden(x, state))
 
         def heads(x: Tensor) -> Tensor:
-            return pairs.concat_slice(x, 1, (x.shape[1],) * state.tp, axis)
+            if state.cut is not None:
+                x = gather_heads(x, state.cut)
+            return pairs.concat_slice(x, 1, (x.shape[1],) * state.tp, state.axis)
+
+        if state.cut is not None:
+            # Nothing was put into it: its keys and values would be of a part.
+            for name in CACHES:
+                if name in output:
+                    output[name] = None
 
         for name, gather in (("hidden_states", hidden), ("attentions", heads)):
             if output.get(name) is not None:
                 output[name] = tuple(x if x is None else gather(x) for x in output[name])
+
+
+def _fills_a_cache(inputs: dict[str, Any]) -> bool:
+    """Whether a forward was asked for a cache, beyond the config's default.
+
+    One that records gradients makes none: these are sums over the parts.
+
+    Raises:
+        ConfigError: such a forward was given a cache.
+    """
+    given = [n for n in CACHES if inputs.get(n) is not None]
+    if not torch.is_grad_enabled():
+        return bool(given) or inputs.get("use_cache") is True
+    if given:
+        raise ConfigError(
+            "a forward with gradients was given a cache",
+            got=given[0],
+            rule="with cp > 1 each rank has keys and values of its part of the sequence only",
+            remedy="leave it out of training; under torch.no_grad() every rank fills it with all",
+        )
+    return False
 
 
 class ModelBoundary(_Boundary):
@@ -152,6 +192,8 @@ class ModelBoundary(_Boundary):
         inputs = _bind(module, args, kwargs)
         check_forward(module, self.state, inputs)
         self.stream.start(module)
+        if self.state.parts is not None:
+            self.state.uncut = _fills_a_cache(inputs)
         self.state.in_model = True
         loss_alone = (
             inputs.get("labels") is not None
@@ -166,7 +208,7 @@ class ModelBoundary(_Boundary):
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Make the logits that someone may read; drop those that a training step does not."""
         self.state.in_model, self.state.final_hidden = False, "gathered"
-        self.state.final_length = None
+        self.state.final_length, self.state.uncut = None, False
         self.stream.stop()
         if isinstance(output, tuple):
             # Logits that are not made leave their place to None: the others keep theirs.

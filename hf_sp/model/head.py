@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_sp.comm import pairs
 from hf_sp.comm.collectives import padded
+from hf_sp.comm.parts import Parts, gather_take, sum_times
 from hf_sp.errors import ShapeError
 from hf_sp.kernels.cross_entropy_steps import LossTerms
 from hf_sp.kernels.vocab import check_ids, vocab_range, vocab_sizes
@@ -29,7 +30,10 @@ class HeadRequest(NamedTuple):
 
     head: VocabParallelHead
     hidden: Tensor  # replicated [..., H], or a sequence shard [B, s, H]
-    length: int | None  # whole sequence length of a shard, None if replicated
+    length: int | None  # of the sequence, or its part, that a shard is of; None if replicated
+    whole: int = 0  # and of all of it
+    parts: Parts | None = None  # how that is cut over context parallel ranks
+    sharded: bool = False  # over tp too
 
 
 class VocabParallelHead(ParallelLinear):
@@ -63,10 +67,11 @@ class VocabParallelHead(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whole logits, or a stand-in for them inside the model's own forward."""
-        length = self.state.final_length
-        shape = (*x.shape[:-1], self.vocab)
+        state = self.state
+        length = state.final_length
+        shape, request = (*x.shape[:-1], self.vocab), HeadRequest(self, x, length)
         if length is not None:
-            rows = padded(length, self.state.tp) // self.state.tp
+            rows = padded(length, state.tp) // state.tp if state.sp else length
             if x.dim() != 3 or x.shape[1] != rows:
                 raise ShapeError(
                     "something between the final norm and the LM head changed the sequence",
@@ -75,8 +80,9 @@ class VocabParallelHead(ParallelLinear):
                     rule=f"for the loss alone it is [B, {rows}, H], a shard of {length} tokens",
                     remedy="parallelize(..., keep_logits=True)",
                 )
-            shape = (x.shape[0], length, self.vocab)
-        request = HeadRequest(self, x, length)
+            whole = length if state.cut is None else state.whole_length
+            request = HeadRequest(self, x, length, whole, state.cut, state.sp)
+            shape = (x.shape[0], whole, self.vocab)
         # Backward hooks wrap the output in a Function: it has to be a real tensor.
         if not self.state.in_model or self._backward_hooks or self._backward_pre_hooks:
             return self.logits(request)
@@ -86,10 +92,12 @@ class VocabParallelHead(ParallelLinear):
     def logits(self, request: HeadRequest) -> Tensor:
         """The whole logits ``[..., V]``."""
         x = cast_for_autocast(request.hidden, request.hidden)
-        if request.length is None:
-            x = pairs.identity_allreduce(x, self.axis)
-        else:
+        if request.sharded:
             x = pairs.allgather_reducescatter(x, request.length, self.axis)
+        else:
+            x = pairs.identity_allreduce(x, self.axis)
+        if request.parts is not None:
+            x = gather_take(x, request.whole, request.parts)
         local_logits = F.linear(x, *self.local_parameters(x))
         sizes = vocab_sizes(self.vocab, self.axis)
         return pairs.concat_slice(local_logits, x.dim() - 1, sizes, self.axis)
@@ -100,7 +108,7 @@ class VocabParallelHead(ParallelLinear):
         """How the request is computed with in chunks."""
         start, _ = vocab_range(self.vocab, self.axis)
         terms = LossTerms(self.vocab, start, ignore_index, softcap, scale, self.state.kernels)
-        return HeadSpec(terms, self.axis, request.length is not None, self.state.loss_chunk)
+        return HeadSpec(terms, self.axis, request.sharded, self.state.loss_chunk)
 
     def extra_repr(self) -> str:
         """Local sizes, the place on the tp axis, the whole vocabulary."""
@@ -175,7 +183,11 @@ class CausalLMLoss:
             targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(hidden.device)
         check_ids(targets, head.vocab, "labels", ignore_index)
-        spec = head.spec(request, ignore_index, *mapping)
-        total = linear_cross_entropy(hidden, *head.local_parameters(hidden), targets, spec)
         items = targets.ne(ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        spec, parts = head.spec(request, ignore_index, *mapping), request.parts
+        if parts is not None:
+            targets = parts.take(targets, 1, ignore_index)
+        total = linear_cross_entropy(hidden, *head.local_parameters(hidden), targets, spec)
+        if parts is not None:
+            total = sum_times(total, parts)
         return scaled_loss(total, items)

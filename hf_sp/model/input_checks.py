@@ -72,8 +72,8 @@ def _same(state: ParallelState, kind: str, given: _Given, roles: list[str], firs
     rows = exchange(state.all_ranks, state.mesh.device_type, call, words)
     if any(row[3] for row in rows):
         return False
-    for i in range(0, len(rows), state.tp):
-        one, *others = rows[i : i + state.tp]
+    for i in range(0, len(rows), state.group_size):
+        one, *others = rows[i : i + state.group_size]
         for other in others:
             if one[0] != other[0] or not math.isclose(one[1], other[1], rel_tol=1e-3, abs_tol=1e-8):
                 return False
@@ -85,7 +85,8 @@ def _compare(model: nn.Module, state: ParallelState, given: _Given, roles: list[
     everyone: list[Any] = [None] * state.everyone.size
     mine = (roles, given)
     dist.all_gather_object(everyone, mine, group=state.all_ranks)
-    groups = [everyone[i : i + state.tp] for i in range(0, len(everyone), state.tp)]
+    size = state.group_size
+    groups = [everyone[i : i + size] for i in range(0, len(everyone), size)]
     rows = []
     for index, group in enumerate(groups):
         of = f" of group {index}" if len(groups) > 1 else ""

@@ -1,4 +1,4 @@
-"""From stored parameters (DTensors) to the local tensors that a forward computes with."""
+"""From what is stored to what a forward computes with here: tensors of DTensors, a config."""
 
 from __future__ import annotations
 
@@ -102,3 +102,16 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
 
 # As autocast: double precision is left alone.
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class LocalConfig:
+    """A config with other values of some names; for the rest it is that config, also later."""
+
+    def __init__(self, config: Any, **local: Any) -> None:
+        self.__dict__.update(local, whole=config)
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy is without its attributes at first.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["whole"], name)

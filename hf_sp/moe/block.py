@@ -184,10 +184,11 @@ class SparseBoundary(BlockBoundary):
         state, count, gathered = self.state, self.form.count, self.block.gathered
         if state.length is None or gathered is None:
             return  # a recomputation in backward: counted before
-        if state.sharded:
-            # Not the rows that pad the sequence to a multiple of tp.
+        if state.sharded or state.cut is not None:
+            # Not the rows that pad the sequence to a multiple of tp and cp.
             batch, rows, _ = gathered.x.shape
-            real = state.length - (state.rank * rows if self.whole_experts else 0)
+            real = state.length if state.cut is None else state.cut.real(state.whole_length)
+            real -= state.rank * rows if self.whole_experts else 0
             index_Tk = index_Tk.view(batch, rows, -1)[:, : max(real, 0)]
         flat = index_Tk.detach().reshape(-1)
         counts = flat.new_zeros(count + 1)

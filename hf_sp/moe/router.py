@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
+from hf_sp.comm.parts import gather_take
 from hf_sp.model.local import cast_for_autocast, local
 from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.state import ParallelState
@@ -89,16 +90,16 @@ def leave_router_logits(
     outside = bool(experts) and not experts[0].router
 
     def leave(local_TE: Tensor) -> Tensor:
-        if not state.sharded and outside:
-            return local_TE
-        if not state.sharded:
-            # Tokens travel in no such forward: every rank has routed every token.
-            return pairs.identity_onerank(local_TE, state.axis)
         by_row = local_TE.view(batch, -1, local_TE.shape[-1])
-        if state.plan.ep > 1 or outside:
+        if state.sharded and (state.plan.ep > 1 or outside):
             full = pairs.allgather_scatter(by_row, length, state.axis)
+        elif outside:
+            full = by_row
         else:
+            # Every rank of tp has routed every token.
             full = pairs.identity_onerank(by_row[:, :length], state.axis)
-        return full.reshape(batch * length, -1)
+        if state.cut is not None:
+            full = gather_take(full, state.whole_length, state.cut)
+        return full.reshape(-1, full.shape[-1])
 
     return tuple(leave(x) for x in logits)

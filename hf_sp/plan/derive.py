@@ -20,6 +20,7 @@ from torch import nn
 from hf_sp.errors import PlanError
 from hf_sp.plan.blocks import tp_block
 from hf_sp.plan.check import check_ep, check_tp
+from hf_sp.plan.context import check_cp
 from hf_sp.plan.experts import STYLES as EXPERTS_STYLES
 from hf_sp.plan.experts import experts_block, is_experts, sparse_blocks, style_of_experts
 from hf_sp.plan.families import DROPOUT, plan_strings
@@ -58,6 +59,7 @@ def derive_plan(
     styles: Mapping[str, str] | None = None,
     ep: int = 1,
     dp_shard: int = 1,
+    cp: int = 1,
 ) -> Plan:
     """Read a model's plan and check that hf_sp can carry it out whole at this ``tp``.
 
@@ -68,11 +70,12 @@ def derive_plan(
         styles: plan strings to use instead of ``model.tp_plan``.
         ep: expert parallel degree.
         dp_shard: data parallel ranks that ep may span beside tp.
+        cp: context parallel degree.
 
     Raises:
         PlanError: no plan, an unknown style, a key that matches nothing, a weight that no key
             claims, a layer of another shape than the plan needs, sizes that tp cannot divide, or
-            an ep that the model or this release does not have.
+            an ep or a cp that the model or this release does not have.
     """
     styles = plan_strings(model) if styles is None else styles
     name = type(model).__name__
@@ -151,9 +154,11 @@ def derive_plan(
         embeddings=embeddings,
         per_token=tuple(per_token),
         dropout=bool(dropout),
+        cp=cp,
     )
     check_ep(name, plan, dp_shard)
     check_tp(name, plan)
+    check_cp(name, plan, modules, cp)
     return plan
 
 

@@ -185,6 +185,7 @@ class Plan:
     embeddings: tuple[str, ...] = ()  # besides the input embedding: vocab-parallel too
     dropout: bool = False  # the layers drop hidden states
     per_token: tuple[str, ...] = ()  # arguments of a layer that have a row for each token
+    cp: int = 1
 
     def __str__(self) -> str:
         """The plan of one layer of each kind and of what surrounds them, one line a module."""
@@ -194,7 +195,7 @@ class Plan:
             kinds.setdefault(same, []).append(layer)
         rows = [(self.embedding, "vocab-parallel embedding: all-reduce")]
         rows += [(path, "vocab-parallel embedding: all-reduce") for path in self.embeddings]
-        if self.sp:
+        if self.sp or self.cp > 1:
             rows.append((self.layers[0], "entry of the stack: take the sequence shard"))
             rows += [
                 (f"  {name}", "as each layer's argument: own tokens") for name in self.per_token
@@ -205,13 +206,14 @@ class Plan:
                 rows.append((f"layers {numbers}:", ""))
             rows += self._layer(layers[0])
         rows.append((self.norm, self._norm()))
-        if self.sp:
+        if self.sp or self.cp > 1:
             rows.append((self.norm, "exit of the stack: all-gather"))
         if self.head is not None:
             tied = ", tied to the embedding" if self.tied else ""
             rows.append((self.head, f"vocab-parallel head, chunked loss{tied}"))
         rows += [(path, "replicated, computed alike on all ranks") for path in self.replicated]
         degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
+        degrees += f"  cp={self.cp}" if self.cp > 1 else ""
         lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
         lines += [f"  {path:<39} {what}".rstrip() for path, what in rows]
         return "\n".join(lines)
@@ -254,6 +256,9 @@ class Plan:
             stretches = own.rows(self.tp, 0)
             whole = f"whole, {sum(n for _, n in stretches)} of {own.size} rows used"
             yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
+        if block.attention and self.cp > 1:
+            what = "all-to-all of q, k, v to heads, of its output back"
+            yield f"  {block.path}", f"attention: {what}"
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.alike:

@@ -63,13 +63,14 @@ def named_inputs(tp: int, vocab: int) -> dict[str, Batch]:
     }  # fmt: skip
 
 
-def inputs(case: Case) -> dict[str, Report]:
-    """Each batch.
+def inputs(case: Case, only: tuple[str, ...] = ()) -> dict[str, Report]:
+    """Each batch, or those of some names only.
 
     Train mode (loss, all gradients), then eval with and without labels (loss, logits).
     """
     model, parallel = pair(case)
     made = named_inputs(dist.get_world_size(), model.config.vocab_size)
+    made = {name: made[name] for name in only or made}
 
     def run(report: Report, name: str) -> None:
         compare_once(report, model, parallel, made[name])

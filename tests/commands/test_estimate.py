@@ -43,8 +43,9 @@ def answer(capsys, *arguments):
         (LLAMA, replace(SHORT, checkpointing=True, sp=False)),
         (SPARSE, SHORT),
         (LLAMA, replace(SHORT, tp=1, dp_shard=2, optimizer="adamw_foreach")),
+        (LLAMA, replace(SHORT, tp=1, cp=2)),
     ],
-    ids=["plain", "odd", "checkpointing", "sparse", "groups"],
+    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts"],
 )
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.

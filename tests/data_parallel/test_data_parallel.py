@@ -218,7 +218,7 @@ def test_batches_that_differ_are_refused_on_all_ranks(kind, part):
 
 
 def test_what_is_not_built():
-    late = "cannot be added to a model with data parallel ranks"
+    late = "cannot be added to a model with data or context parallel ranks"
     parts = {
         "head adapter": f"an adapter outside of the attention and MLP blocks {late}",
         "modules_to_save": f"modules_to_save {late}",

@@ -15,7 +15,8 @@ from parity.test_cost import LLAMA_70B, _config
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_sp import parallel_state, parallelize
-from hf_sp.comm.mesh import Degrees, build_mesh
+from hf_sp.comm.degrees import Degrees
+from hf_sp.comm.mesh import build_mesh
 from hf_sp.estimate import CollectiveCount, count_step, fake_tensors, fake_world, per_layer
 from hf_sp.model.fsdp import make_buffers
 from scripts.bench._cost.layers import kernels_bytes_per_token

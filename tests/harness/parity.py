@@ -45,9 +45,9 @@ __all__ = ["Case", "around", "assert_parity", "each", "pair", "train", "train_al
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the parity matrix; tp is the world it runs on, divided by `data`.
+    """One cell of the parity matrix; tp is the world it runs on, divided by `data` and `cp`.
 
-    `data` groups of tp ranks have batches of their own; the truth is the mean of their losses.
+    `data` groups of ranks have batches of their own; the truth is the mean of their losses.
 
     `around` names a mutant of tests/mutants, which is in place for the life of the parallel model
     only, on every rank. `model_kwargs` are configuration overrides.
@@ -66,6 +66,7 @@ class Case:
     max_norm: float = 0.1
     seed: int = 0
     data: int = 1
+    cp: int = 1
     around: str | None = None
     # The dtype that tolerances are of, where FSDP computes in a lower one than the weights have.
     judged: Literal["", "float32"] = ""
@@ -79,6 +80,7 @@ class Case:
         return (
             f"{self.family}-{on}-{self.checkpoint}-accum{self.accum}-{self.optimizer}-{self.dtype}"
             + (f"-data{self.data}" if self.data > 1 else "")
+            + (f"-cp{self.cp}" if self.cp > 1 else "")
         )
 
     def varied(self, **fields: Any) -> Case:
@@ -88,12 +90,12 @@ class Case:
     @property
     def tp(self) -> int:
         """Tensor parallel degree on this world."""
-        return dist.get_world_size() // self.data
+        return dist.get_world_size() // self.data // self.cp
 
     @property
     def group(self) -> int:
         """The group of this rank."""
-        return dist.get_rank() // self.tp
+        return dist.get_rank() // (self.tp * self.cp)
 
 
 def train(case: Case) -> Report:
@@ -101,7 +103,7 @@ def train(case: Case) -> Report:
     report = Report(str(case), dist.get_rank(), case.judged or case.dtype)
     # The truth depends neither on sp nor on checkpointing nor on a mutant.
     plain = {"sp": True, "checkpoint": "none", "around": None, "parallelize": ()}
-    plain |= {"loaded": False, "judged": ""}
+    plain |= {"loaded": False, "judged": "", "cp": 1}
     want = _reference_run(replace(case, **plain))
     with around(case):
         model, parallel = pair(case)
@@ -126,7 +128,7 @@ def pair(case: Case) -> tuple[nn.Module, nn.Module]:
     dtype = getattr(torch, case.dtype)
     model = tiny.build(case.family, dtype, case.seed, case.attn, **dict(case.model_kwargs))
     degrees = {} if case.data == 1 else {"dp_shard": case.data}
-    kwargs = {"tp": case.tp, "sp": case.sp, **degrees, **dict(case.parallelize)}
+    kwargs = {"tp": case.tp, "cp": case.cp, "sp": case.sp, **degrees, **dict(case.parallelize)}
     if case.loaded:
         with tempfile.TemporaryDirectory() as folder:
             folder = gather_objects(folder)[0]
@@ -276,8 +278,8 @@ class _WatchLength:
         self.seen.add((self.whole, hidden.shape[1]))
 
     def check(self, report: Report, case: Case) -> None:
-        tp = case.tp if case.sp else 1
-        wrong = [pair for pair in self.seen if pair[1] != -(-pair[0] // tp)]
+        parts = (case.tp if case.sp else 1) * case.cp
+        wrong = [pair for pair in self.seen if pair[1] != -(-pair[0] // parts)]
         if wrong or not self.seen:
             report.problems.append(
                 f"sp={case.sp}: (whole, local) lengths between blocks were {sorted(self.seen)}"

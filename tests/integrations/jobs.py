@@ -79,20 +79,22 @@ JOBS = {
 }
 
 
-def on_rank(job: str, mode: str, out: str, groups: int = 1, replicas: int = 1, **kwargs):
+def on_rank(
+    job: str, mode: str, out: str, groups: int = 1, replicas: int = 1, cp: int = 1, **kwargs
+):
     """Run a job by its name; its report."""
-    with scene_of(mode, out, groups, replicas) as scene:
+    with scene_of(mode, out, groups, replicas, cp) as scene:
         return JOBS[job](scene, **kwargs)
 
 
 @contextlib.contextmanager
-def scene_of(mode: str, out: str, groups: int = 1, replicas: int = 1):
+def scene_of(mode: str, out: str, groups: int = 1, replicas: int = 1, cp: int = 1):
     """This rank of a pool, as a process that torchrun has started."""
     random.seed(0)
     rank, world = dist.get_rank(), dist.get_world_size()
     with launched(rank, world), _forking(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield Scene(mode, Path(out), rank, world, groups, replicas)
+        yield Scene(mode, Path(out), rank, world, groups, replicas, cp)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Scene:
         mode: a name of its files; ``plain...`` is the unmodified model.
         groups: of tp ranks, with a batch of their own; one process is given those of all.
         replicas: groups that hold the same weights.
+        cp: context parallel ranks of a group.
     """
 
     mode: str
@@ -36,6 +37,7 @@ class Scene:
     world: int = 1
     groups: int = 1
     replicas: int = 1
+    cp: int = 1
 
     @property
     def plain(self):
@@ -44,8 +46,9 @@ class Scene:
     @property
     def degrees(self):
         """The arguments of ``parallelize``."""
-        found = {"tp": self.world // self.groups, "dp_shard": self.groups // self.replicas}
-        return {**found, "dp_replicate": self.replicas} if self.groups > 1 else {"tp": self.world}
+        found = {"tp": self.world // self.groups // self.cp, "cp": self.cp}
+        data = {"dp_shard": self.groups // self.replicas, "dp_replicate": self.replicas}
+        return {**found, **data} if self.groups > 1 else found
 
     def folder(self, name):
         """A folder of this mode and degree, the same on all ranks."""

@@ -53,6 +53,26 @@ def test_adapters_are_those_of_one_process(degrees, order, runs):
     assert found["resumed"] == found["history"]
 
 
+# Two groups of two context parallel ranks.
+CONTEXT = {"mode": "cp", "world": 4, "groups": 2, "cp": 2}
+
+
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [
+        (groups.resume, "best"),
+        (groups.resume, "resumed"),
+        (groups.lora, "lora_before"),
+        (groups.lora, "lora_after"),
+        (groups_trl.train, "SFTTrainer-full"),
+        (groups_trl.train, "DPOTrainer-lora"),
+    ],
+)
+def test_parts_of_a_sequence_are_those_of_one_process(job, name, runs):
+    """Trained, evaluated, saved and resumed; adapters; TRL's losses of tokens."""
+    compare(name, job, runs, **CONTEXT)
+
+
 @pytest.mark.parametrize("ep", [1, 4])
 def test_experts_are_those_of_one_process(ep, runs):
     """Split by features, and over all ranks of both groups."""

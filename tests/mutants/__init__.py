@@ -2,6 +2,7 @@
 
 from mutants import (
     adapters,
+    context,
     dense,
     embedding_and_loss,
     experts,
@@ -18,6 +19,7 @@ __all__ = [
     "Mutant",
     "adapters",
     "applied",
+    "context",
     "dense",
     "embedding_and_loss",
     "experts",

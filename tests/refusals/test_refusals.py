@@ -15,7 +15,7 @@ from torch import nn
 from hf_sp import parallelize
 from hf_sp.checks import check_devices
 from hf_sp.checks_fsdp import check_data_parallel
-from hf_sp.comm.mesh import Degrees, resolve_degrees
+from hf_sp.comm.degrees import Degrees, resolve_degrees
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import fake_world
 from hf_sp.plan import derive_plan
@@ -33,7 +33,7 @@ from refusals import jobs
         ({"tp": "2"}, "ConfigError", ["positive integer"]),
         ({"tp": True}, "ConfigError", ["positive integer"]),
         ({"sp": 2}, "ConfigError", ["sp is a switch"]),
-        ({"cp": 2}, "ConfigError", ["cp is not built yet", "cp=1"]),
+        ({"cp": 3}, "ConfigError", ["cp=3", "tp * cp * dp_shard * dp_replicate"]),
         ({"ep": 2}, "PlanError", ["no layer has experts"]),
         ({"tp": 2, "dp_shard": 2}, "ConfigError", ["dp_shard=2, tp=2 do not make up the world"]),
         ({"dp_shard": "2"}, "ConfigError", ["dp_shard must be a positive integer"]),
@@ -202,7 +202,7 @@ def test_without_a_launcher_tp_is_refused():
     ("name", "value", "part"),
     [
         ("PARALLELISM_CONFIG_SP_SIZE", "2", "DeepSpeed Ulysses"),
-        ("PARALLELISM_CONFIG_CP_SIZE", "2", "not built yet"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", "cp=2 does not make up the world"),
         ("PARALLELISM_CONFIG_TP_SIZE", "3", "does not make up the world"),
         ("HF_SP_HANG_SECONDS", "abc", "HF_SP_HANG_SECONDS is no number of seconds"),
         ("HF_SP_SAVE_TIMEOUT", "3 min", "HF_SP_SAVE_TIMEOUT is no number of seconds"),
