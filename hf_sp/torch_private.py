@@ -182,19 +182,19 @@ class _PackedShard(_StridedShard):
         return self._parts
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _PackedShard) and self.dim == other.dim
-        return same and self._parts.sizes == cast(_PackedShard, other)._parts.sizes
+        return isinstance(other, _PackedShard) and other._what() == self._what()
+
+    def _what(self) -> tuple[int, tuple[int, ...]]:
+        return self.dim, self._parts.sizes
 
     def __hash__(self) -> int:
-        return hash((self.dim, self._parts.sizes))
+        return hash(self._what())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(dim={self.dim}, sizes={self._parts.sizes})"
-
-    __str__ = __repr__
+        return "_PackedShard(dim={}, sizes={})".format(*self._what())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return packed_shard, (self.dim, self._parts.sizes)
+        return packed_shard, self._what()
 
     def _split_tensor(
         self, tensor: Tensor, num_chunks: int, *, with_padding: bool = True, contiguous: bool = True
