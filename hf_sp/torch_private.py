@@ -145,13 +145,8 @@ def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
     return isinstance(placement, _StridedShard)
 
 
-def packed_sizes(placement: _StridedShard, size: int) -> list[int]:
-    """How long the tensors are that are packed in a dim of that size."""
-    return split_sizes(placement.split_factor, size)
-
-
-def split_sizes(split_factor: Any, size: int) -> list[int]:
-    """The same of what a placement of ``packed_shard`` calls its ``split_factor``."""
+def packed_sizes(split_factor: Any, size: int) -> list[int]:
+    """How long the tensors are that a placement of ``packed_shard`` packs in a dim of that size."""
     sizes = split_factor.sizes if isinstance(split_factor, _Parts) else (1,) * split_factor
     return [part * size // sum(sizes) for part in sizes]
 
@@ -199,7 +194,7 @@ class _PackedShard(_StridedShard):
     def _split_tensor(
         self, tensor: Tensor, num_chunks: int, *, with_padding: bool = True, contiguous: bool = True
     ) -> tuple[list[Tensor], list[int]]:
-        whole = tensor.split(packed_sizes(self, tensor.shape[self.dim]), self.dim)
+        whole = tensor.split(packed_sizes(self._parts, tensor.shape[self.dim]), self.dim)
         cut = [part.chunk(num_chunks, self.dim) for part in whole]
         # The plan divides: no rank has more than others.
         return [torch.cat(own, self.dim) for own in zip(*cut, strict=True)], [0] * num_chunks

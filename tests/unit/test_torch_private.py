@@ -307,7 +307,7 @@ def test_packed_parts_of_several_sizes():
         optimizer.step()
         assert optimizer.state[p]["exp_avg"].placements == p.placements == (placement,)
     assert pickle.loads(pickle.dumps(placement)) == placement
-    assert private.packed_sizes(placement, 32) == [8, 8, 16]
+    assert private.packed_sizes(placement.split_factor, 32) == [8, 8, 16]
 
 
 def test_flattened_axes_are_known_to_the_mesh():
