@@ -176,13 +176,8 @@ def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
     return isinstance(placement, _StridedShard)
 
 
-def packed_sizes(placement: _StridedShard, size: int) -> list[int]:
-    """How long the tensors are that are packed in a dim of that size."""
-    return split_sizes(placement.split_factor, size)
-
-
-def split_sizes(split_factor: Any, size: int) -> list[int]:
-    """The same of what a placement of ``packed_shard`` calls its ``split_factor``."""
+def packed_sizes(split_factor: Any, size: int) -> list[int]:
+    """How long the tensors are that a placement of ``packed_shard`` packs in a dim of that size."""
     sizes = split_factor.sizes if isinstance(split_factor, _Parts) else (1,) * split_factor
     return [part * size // sum(sizes) for part in sizes]
 
@@ -213,24 +208,24 @@ class _PackedShard(_StridedShard):
         return self._parts
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _PackedShard) and self.dim == other.dim
-        return same and self._parts.sizes == cast(_PackedShard, other)._parts.sizes
+        return isinstance(other, _PackedShard) and other._what() == self._what()
+
+    def _what(self) -> tuple[int, tuple[int, ...]]:
+        return self.dim, self._parts.sizes
 
     def __hash__(self) -> int:
-        return hash((self.dim, self._parts.sizes))
+        return hash(self._what())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(dim={self.dim}, sizes={self._parts.sizes})"
-
-    __str__ = __repr__
+        return "_PackedShard(dim={}, sizes={})".format(*self._what())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return packed_shard, (self.dim, self._parts.sizes)
+        return packed_shard, self._what()
 
     def _split_tensor(
         self, tensor: Tensor, num_chunks: int, *, with_padding: bool = True, contiguous: bool = True
     ) -> tuple[list[Tensor], list[int]]:
-        whole = tensor.split(packed_sizes(self, tensor.shape[self.dim]), self.dim)
+        whole = tensor.split(packed_sizes(self._parts, tensor.shape[self.dim]), self.dim)
         cut = [part.chunk(num_chunks, self.dim) for part in whole]
         # The plan divides: no rank has more than others.
         return [torch.cat(own, self.dim) for own in zip(*cut, strict=True)], [0] * num_chunks

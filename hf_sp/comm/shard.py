@@ -60,7 +60,9 @@ def take_shard(
     A shard is a copy, so that the full storage can be freed; a replicated tensor may share it.
     """
     if is_packed(placement):
-        packed = full.split(packed_sizes(placement, full.shape[placement.dim]), placement.dim)
+        packed = full.split(
+            packed_sizes(placement.split_factor, full.shape[placement.dim]), placement.dim
+        )
         own = [take_shard(x, Shard(placement.dim), parts, index, device) for x in packed]
         return torch.cat(own, placement.dim)
     if isinstance(placement, Shard):
@@ -123,7 +125,7 @@ def split_packed(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     packed = next(p for p in x.placements if is_packed(p) and p.dim == dim)
     placed = [Shard(dim) if p is packed else p for p in x.placements]
     parts, shape = [], list(x.shape)
-    sizes = packed_sizes(packed, x.shape[dim])
+    sizes = packed_sizes(packed.split_factor, x.shape[dim])
     for shape[dim], part in zip(sizes, split_local(x, packed), strict=True):
         parts.append(as_dtensor(part.contiguous(), x.device_mesh, placed, shape))
     return tuple(parts)
@@ -132,7 +134,7 @@ def split_packed(x: Tensor, dim: int) -> tuple[Tensor, ...]:
 def split_local(x: DTensor, packed: Any) -> tuple[Tensor, ...]:
     """Views of this rank's parts of the tensors that are packed in one."""
     local = local_tensor(x).detach()
-    return local.split(packed_sizes(packed, local.shape[packed.dim]), packed.dim)
+    return local.split(packed_sizes(packed.split_factor, local.shape[packed.dim]), packed.dim)
 
 
 def merge_packed(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:

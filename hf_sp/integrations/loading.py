@@ -29,7 +29,7 @@ from hf_sp.errors import CheckpointError, ConfigError, HfSpError
 from hf_sp.model.shard import home_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
-from hf_sp.torch_private import split_sizes
+from hf_sp.torch_private import packed_sizes
 
 QUANTISED = "packed weights cannot be cut into shards (QLoRA: not in this release)"
 _SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -198,7 +198,7 @@ def slices_of_unequal_parts(
     """Several tensors packed in one are taken for tensors of one size (5.17 to 5.24)."""
     found: list[tuple[int, int]] = []
     for start, end in intervals:
-        for size in split_sizes(split_factor, end - start):
+        for size in packed_sizes(split_factor, end - start):
             found += original(self, [(start, start + size)], rank, world_size, 1)
             start += size
     return found

@@ -31,7 +31,7 @@ def _pieces(x: DTensor) -> list[tuple[metadata.ChunkStorageMetadata, Tensor]]:
     dim, before, shape = packed.dim, 0, list(x.shape)
     placed = [Shard(dim) if is_packed(p) and p.dim == dim else p for p in x.placements]
     found: list[Any] = []
-    sizes = packed_sizes(packed, x.shape[dim])
+    sizes = packed_sizes(packed.split_factor, x.shape[dim])
     for shape[dim], part in zip(sizes, split_local(x, packed), strict=True):
         (chunk,) = as_dtensor(part, x.device_mesh, placed, shape).__create_chunk_list__()
         starts = list(chunk.offsets)

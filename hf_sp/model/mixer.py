@@ -65,6 +65,29 @@ def install_mixer(
     for name in mixer.counts:
         setattr(module, name, module.__dict__[name] // boundary.state.tp)
     layer.register_forward_pre_hook(_LayerLength(boundary).note, with_kwargs=True)
+    _Unfused().install(module)
+
+
+class _Unfused:
+    """Hooks around a mixer: Mamba-2 asks whether it trains, to hand all to one kernel.
+
+    That kernel would be given the weights of its norm and its row linear past their own forwards.
+    """
+
+    training = False
+
+    def install(self, module: nn.Module) -> None:
+        """Register both. The second also runs, to clean up, if the forward raises."""
+        module.register_forward_pre_hook(self.enter)
+        module.register_forward_hook(self.leave, prepend=True, always_call=True)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Its children stay as they are."""
+        self.training, module.training = module.training, False
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """As it was."""
+        module.training = self.training
 
 
 class _LayerLength:

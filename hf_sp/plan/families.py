@@ -90,11 +90,43 @@ _DELTA_NET: Rows = {
     "layers.*.linear_attn.norm": "replicated_with_grad_allreduce",
     "layers.*.linear_attn.out_proj": "rowwise",
 }
+# A state-space model whose heads share the state's inputs and outputs by groups.
+_MAMBA_2: Rows = {
+    "layers.*.mamba.in_proj": "packed_colwise",
+    "layers.*.mamba.conv1d": "packed_colwise",
+    "layers.*.mamba.A_log": "colwise",
+    "layers.*.mamba.D": "colwise",
+    "layers.*.mamba.dt_bias": "colwise",
+    "layers.*.mamba.norm": "colwise",
+    "layers.*.mamba.out_proj": "rowwise",
+}
+_FEED_FORWARD: Rows = {
+    "layers.*.feed_forward.gate_proj": "colwise",
+    "layers.*.feed_forward.up_proj": "colwise",
+    "layers.*.feed_forward.down_proj": "rowwise",
+}
+
+
+def _under(child: str, *rows: Rows) -> Rows:
+    """The same of a layer whose one child is called alike, whatever it is."""
+    found: dict[str, str] = {}
+    for key, style in (item for one in rows for item in one.items()):
+        found[f"layers.*.{child}.{key.split('.', 3)[3]}"] = style
+    return found
+
 
 FAMILIES: Mapping[str, Rows] = {
     "qwen3_next": _DELTA_NET,
     "qwen3_5_text": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET,
+    "bamba": {**_ATTENTION, **_MAMBA_2, **_FEED_FORWARD},
+    "nemotron_h": {
+        **_under("mixer", _ATTENTION, _MLP, _MAMBA_2),
+        # Not in a model without them.
+        "layers.*.mixer.experts": "moe_tp_experts",
+        "layers.*.mixer.experts.up_proj": "colwise",
+        "layers.*.mixer.experts.down_proj": "rowwise",
+    },
     "olmo_hybrid": {
         **_NORMS_OVER_HEADS,
         "layers.*.linear_attn.q_proj": "colwise",

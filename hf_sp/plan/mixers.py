@@ -7,6 +7,7 @@ head are small: they are stored whole, and a rank uses the rows of its heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,19 +19,32 @@ from hf_sp.plan.schema import Block, Kind, Leaf, Mixer, OwnRows
 
 
 class _Form(NamedTuple):
-    """Names of attributes of a mixer."""
+    """Names of attributes of a mixer, and of its children."""
 
     heads: str  # groups of heads that belong together
     counts: tuple[str, ...]  # numbers of heads, features and channels, of which a rank has its part
-    packed: tuple[str, ...]  # of what is packed in one: features of each
+    # Of what is packed in one: features of each, numbers of which are multiplied.
+    packed: Mapping[str, tuple[str, ...]]
 
 
-# Gated DeltaNet: each key head serves the value heads behind it.
+_KEYS_AND_VALUES = "key_dim", "key_dim", "value_dim"
+# The state's inputs and outputs, which the heads of a group share.
+_SHARED = "n_groups ssm_state_size", "n_groups ssm_state_size"
 _FORMS = (
+    # Gated DeltaNet: each key head serves the value heads behind it.
     _Form(
         "num_k_heads",
         ("num_k_heads", "num_v_heads", "key_dim", "value_dim", "conv_dim"),
-        ("key_dim", "key_dim", "value_dim"),
+        {"in_proj_qkv": _KEYS_AND_VALUES, "conv1d": _KEYS_AND_VALUES},
+    ),
+    # Mamba-2: the gate is the first of what is packed, the time steps are the last.
+    _Form(
+        "n_groups",
+        ("n_groups", "num_heads", "intermediate_size", "conv_dim"),
+        {
+            "in_proj": ("intermediate_size", "intermediate_size", *_SHARED, "num_heads"),
+            "conv1d": ("intermediate_size", *_SHARED),
+        },
     ),
 )
 
@@ -45,19 +59,30 @@ def mixer_block(modules: Modules, path: str, keys: Mapping[str, Kind]) -> Block 
     form = next((f for f in _FORMS if {*f.counts} <= block.__dict__.keys()), None)
     if form is None:
         return None
+    if block._buffers:
+        raise PlanError(
+            "a mixer of the plan has a buffer",
+            where=", ".join(f"{path}.{name}" for name in block._buffers),
+            rule="which part of it is of a rank's heads is not known",
+        )
     heads = block.__dict__[form.heads]
-    packed = tuple(block.__dict__[name] for name in form.packed)
+    packed = {
+        f"{path}.{child}": tuple(
+            math.prod(block.__dict__[name] for name in one.split()) for one in names
+        )
+        for child, names in form.packed.items()
+    }
     leaves: list[Leaf] = []
     own: list[OwnRows] = []
     for key, kind in keys.items():
         module = modules.get(key)
-        segments = packed if kind == "packed" else (heads,)
+        segments = packed.get(key, (heads,)) if kind == "packed" else (heads,)
         if kind == "partial":
             continue
         if module is None:
             owner, _, name = key.rpartition(".")
             own.append(_own(modules[owner], owner, name, segments))
-        elif type(module) is nn.Conv1d:
+        elif not isinstance(module, nn.Linear):
             names = [name for name, p in module._parameters.items() if p is not None]
             own += [_own(module, key, name, segments) for name in names]
         else:

@@ -57,6 +57,15 @@ SMALL: dict[str, Any] = {
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
+    # State-space models.
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 4,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 4,
 }
 
 # family -> what its config is given besides or instead.
@@ -64,6 +73,7 @@ SMALL: dict[str, Any] = {
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _LATENT = {"head_dim": 8, "num_key_value_heads": 8}
 ODD: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "dots3_note_text": {"num_key_value_heads": 8},
@@ -88,6 +98,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "helium": {"head_dim": 8},
     "minicpm3": _LATENT,
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "olmo_hybrid": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,

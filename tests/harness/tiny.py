@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     CohereConfig,
     DeepseekV3Config,
     Gemma2Config,
@@ -190,6 +191,18 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
             SeedOssConfig,
             {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
         ),
+        # Mamba-2: two heads to a group, which share the state's inputs and outputs
+        "bamba": (
+            BambaConfig,
+            {
+                "attn_layer_indices": [1],
+                "mamba_n_heads": 8,
+                "mamba_d_head": 16,
+                "mamba_d_state": 8,
+                "mamba_n_groups": 4,
+                "pad_token_id": None,
+            },
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -217,8 +230,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
-# Gated DeltaNet is all float32, and its solve makes more of a rounding that falls otherwise.
-FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next"), 1e-5)
+# Their scans are all float32, and make more of a rounding that falls otherwise.
+FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next", "bamba"), 1e-5)
 # Twice the layers, a dozen such norms and a router in each.
 FLOAT32["gemma4"] = 4e-6
 

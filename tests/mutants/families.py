@@ -97,6 +97,11 @@ def keys_and_values_are_split_as_one() -> list[Patch]:
     return [(shard, "packed_shard", _as_one)]
 
 
+@mutant(Case("bamba"))
+def state_and_time_steps_are_split_as_one() -> list[Patch]:
+    return [(shard, "packed_shard", _as_one)]
+
+
 @mutant(Case("qwen3_5"))
 def mixer_has_the_next_ranks_rows() -> list[Patch]:
     right = OwnRows.rows

@@ -43,6 +43,8 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("qwen3_5", sp=False, checkpoint="non_reentrant", optimizer="adamw"),
         Case("qwen3_5", checkpoint="reentrant", parallelize=more[1:]),
         Case("qwen3_next", checkpoint="non_reentrant"),
+        Case("bamba", accum=3, checkpoint="reentrant"),
+        Case("bamba", sp=False),
         Case("qwen3_next", parallelize=(("ep", tp),)),
     )
     apart = (("phi3", {}), ("olmo2", {}), ("qwen3_5", {}), ("gpt_oss", {"attn": "eager"}))

@@ -150,11 +150,29 @@ def test_a_block_that_is_given_something_else():
 
 def test_packed_rows_of_a_rank():
     """8 query heads and 4 of keys and values, of 8 features, on 2 and on 8 ranks."""
-    plan = derive_plan(_meta("phi3"), 2, True)
-    leaf = next(leaf for leaf in plan.blocks[0].leaves if leaf.segments)
-    assert leaf.segments == (8, 4, 4)
-    assert leaf.rows(2, 1) == ((32, 32), (80, 16), (112, 16))
-    assert leaf.rows(8, 5) == ((40, 8), (80, 8), (112, 8))
+    leaves = {}
+    for tp in (2, 8):
+        plan = derive_plan(_meta("phi3"), tp, True)
+        leaves[tp] = next(leaf for leaf in plan.blocks[0].leaves if leaf.segments)
+        assert leaves[tp].segments == (8, 4, 4)
+    assert leaves[2].style == "packed"
+    assert leaves[2].rows(2, 1) is None
+    assert leaves[8].style == "column_replicated"
+    assert leaves[8].rows(8, 5) == ((40, 8), (80, 8), (112, 8))
+
+
+def test_rows_of_a_mixer():
+    """4 key heads of 16 features and 8 value heads of 8, on the second of 2 ranks."""
+    plan = derive_plan(_meta("qwen3_5"), 2, True)
+    mixer = next(block.mixer for block in plan.blocks if block.mixer)
+    rows = {one.name: one.rows(2, 1) for one in mixer.own}
+    assert rows["weight"] == ((32, 32), (96, 32), (160, 32))
+    assert rows["A_log"] == rows["dt_bias"] == ((4, 4),)
+
+
+def test_a_mixer_that_tp_does_not_divide():
+    with pytest.raises(PlanError, match="heads of linear attention=4, 4 % 8 = 4"):
+        derive_plan(_meta("qwen3_5"), 8, True)
 
 
 class _OtherLinear(nn.Linear):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 import unittest.mock
 import warnings
 from datetime import timedelta
@@ -303,6 +305,27 @@ def test_packed_shard():
         assert torch.zeros_like(found).placements == (placement,)
     assert private.is_packed(placement)
     assert not private.is_packed(Shard(1))
+
+
+def test_packed_parts_of_several_sizes():
+    """As halves; and the results of operators are still laid out so, optimizers' too."""
+    full = torch.arange(16 * 2.0).view(16, 2)
+    with fake_world(2) as mesh:
+        placement, other = (private.packed_shard(0, sizes) for sizes in ((4, 4, 8), (8, 4, 4)))
+        assert placement != other
+        assert placement != private.packed_shard(0, (1, 1, 1, 1))
+        found = distribute_tensor(full, mesh, (placement,), src_data_rank=None)
+        want = torch.cat([part.chunk(2)[0] for part in full.split([4, 4, 8])])
+        assert torch.equal(found.to_local(), want)
+        for x in (found * 2 + 1, torch.zeros_like(found).add_(found), copy.deepcopy(found)):
+            assert x.placements == (placement,)
+        p = torch.nn.Parameter(found)
+        p.grad = torch.zeros_like(found)
+        optimizer = torch.optim.AdamW([p])
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].placements == p.placements == (placement,)
+    assert pickle.loads(pickle.dumps(placement)) == placement
+    assert private.packed_sizes(placement.split_factor, 32) == [8, 8, 16]
 
 
 def test_flattened_axes_are_known_to_the_mesh():
