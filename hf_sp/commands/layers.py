@@ -19,6 +19,7 @@ from hf_sp.commands.rank import Run, build_on_meta, count, with_layers
 from hf_sp.estimate import CollectiveCount, Kinds, TrainingCount
 
 FEW = (3, 4, 5)
+_COUNTED: dict[tuple[str, int, Run], TrainingCount] = {}
 LONGEST = 2**24
 """Tokens beyond which nobody looks whether a row fits."""
 
@@ -32,7 +33,7 @@ def count_whole(config: PreTrainedConfig, run: Run) -> TrainingCount:
     layers = int(config.get_text_config().num_hidden_layers)
     if layers <= sum(FEW) or not _alike(config):
         return count(config, run)
-    small, middle, large = (count(with_layers(config, n), run) for n in FEW)
+    small, middle, large = (_count(config, n, run) for n in FEW)
     slope, before = _difference(large, middle), _difference(middle, small)
     if not _same(slope, before):
         return count(config, run)
@@ -43,9 +44,9 @@ def count_whole(config: PreTrainedConfig, run: Run) -> TrainingCount:
 
 
 def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
-    """Collectives of one layer, the third, by phase and kind."""
-    two, three = (count(with_layers(config, n), run) for n in (2, 3))
-    more = _difference(three, two).collectives
+    """Collectives of one layer, the fourth, by phase and kind."""
+    three, four = (_count(config, n, run) for n in FEW[:2])
+    more = _difference(four, three).collectives
     return {phase: {k: c for k, c in kinds.items() if c.calls} for phase, kinds in more.items()}
 
 
@@ -93,6 +94,14 @@ def _next(seen: Mapping[int, int], limit: int, low: int, high: int, at: int) -> 
         slope = (seen[last] - seen[before]) / (last - before)
         ahead = last + int((limit - seen[last]) // slope) if slope > 0 else (low + high) // 2
     return min(max(ahead, low + 1), high - 1)
+
+
+def _count(config: PreTrainedConfig, layers: int, run: Run) -> TrainingCount:
+    """The count of so many layers, made once."""
+    key = config.to_json_string(use_diff=False), layers, run
+    if key not in _COUNTED:
+        _COUNTED[key] = count(with_layers(config, layers), run)
+    return _COUNTED[key]
 
 
 def _alike(config: PreTrainedConfig) -> bool:

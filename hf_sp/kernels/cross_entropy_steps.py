@@ -87,9 +87,9 @@ def token_statistics(
     for rows in _slabs(T, v):
         if found and is_fake(logits_Tv):
             # A count of bytes: the slabs are alike, and there may be thousands.
-            found.append(found[0].new_empty(3, rows.stop - rows.start))
-        else:
-            found.append(_slab_statistics(logits_Tv[rows], labels_T[rows], terms))
+            found.append(found[0].new_empty(3, T - rows.start))
+            break
+        found.append(_slab_statistics(logits_Tv[rows], labels_T[rows], terms))
     return torch.cat(found, 1)
 
 

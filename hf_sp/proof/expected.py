@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from hf_sp.plan.known_forms import norm_form
 from hf_sp.plan.layouts import Collective, StepLayout, Tokens
 from hf_sp.plan.step import step_layout
 from hf_sp.proof.report import IN_FLOAT32, TOLERANCE
-from hf_sp.state import ParallelState
+from hf_sp.state import ParallelState, parallel_model
 
 
 def differences(ran: list[tuple[str, str, int]], told: list[Collective]) -> Iterator[str]:
@@ -58,7 +58,7 @@ def tolerance_of(model: nn.Module, state: ParallelState, dtype: torch.dtype) -> 
     plan = state.plan
     if dtype != torch.float64:
         return TOLERANCE[name], "float32 sums in another order"
-    modules = dict(model.named_modules())
+    modules = dict(cast(nn.Module, parallel_model(model)).named_modules())
     forms = [norm_form(modules[path]) for path in (*plan.shard_norms, plan.norm)]
     inside = []
     if any(block.experts for block in plan.blocks):
