@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results" / "memory.csv"
 PAGE = ROOT / "docs" / "memory.md"
 GIB = 2**30
-LENGTHS = (4096, 16384, 65536, 131072)
+LENGTHS = (8192, 32768, 131072)
 SHARED = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
 MODELS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
@@ -72,6 +72,11 @@ class Point:
     gradients: int
     optimizer: int
     activations: int
+
+
+def key(point: Point) -> tuple[str, int, str, int]:
+    """What it is a figure of."""
+    return point.model, point.tp, point.way, point.seq
 
 
 def config_of(model: str) -> LlamaConfig:
@@ -127,7 +132,7 @@ def table(points: Iterable[Point], model: str, seq: int) -> str:
 
 def tables(points: list[Point]) -> str:
     """All tables of the page."""
-    return "\n\n".join(table(points, model, seq) for model in MODELS for seq in LENGTHS[1:3])
+    return "\n\n".join(table(points, model, seq) for model in MODELS for seq in LENGTHS[:2])
 
 
 def put_tables(text: str, points: list[Point]) -> str:
@@ -179,10 +184,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="count all of them again")
     parser.add_argument("--model", choices=MODELS, help="count those of one model alone")
     options = parser.parse_args(arguments)
-    known = {(p.model, p.tp, p.way, p.seq): p for p in ([] if options.fresh else read())}
+    if options.fresh:
+        RESULTS.unlink(missing_ok=True)
+    known = {key(p): p for p in read()}
     for point in track(list(wanted()), "counting", console=Console(stderr=True)):
         if point[:4] not in known and options.model in (None, point[0]):
-            known[point[:4]] = count_point(*point)
+            # Another process may count the other model.
+            found = count_point(*point)
+            known = {key(p): p for p in read()} | {point[:4]: found}
             write(known[p[:4]] for p in wanted() if p[:4] in known)
     points = [known[p[:4]] for p in wanted() if p[:4] in known]
     PAGE.write_text(put_tables(PAGE.read_text(), points))

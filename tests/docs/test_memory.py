@@ -16,7 +16,7 @@ def test_the_page_shows_the_results():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "tp", "way", "seq"), [("8B", 8, "SP + recompute (default)", 16384)]
+    ("model", "tp", "way", "seq"), [("8B", 8, "SP + recompute (default)", 8192)]
 )
 def test_a_point_is_counted_again(model, tp, way, seq):
     run = next(p for p in figures.wanted() if p[:4] == (model, tp, way, seq))
