@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_sp.api import supports
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("comparing"):
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.tp
         arguments = (folder, "nccl" if gpus else "gloo", options)
-        torch.multiprocessing.spawn(_rank, arguments, nprocs=options.tp)
+        spawn(_rank, arguments, nprocs=options.tp)
         found = pickle.loads((Path(folder) / "found").read_bytes())
     if isinstance(found, HfSpError):
         raise found

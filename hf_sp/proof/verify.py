@@ -121,7 +121,7 @@ def verify(
             legal=f"dtype = {', '.join(map(str, DTYPES))}; batch with labels; no dp_shard",
         )
     given = model_or_factory
-    model = copy.deepcopy(given) if isinstance(given, nn.Module) else given()
+    model: Any = copy.deepcopy(given) if isinstance(given, nn.Module) else given()
     check_memory(model, dtype)
     model = model.to(dtype)
     changed = without_dropout(model)
@@ -164,7 +164,7 @@ class _Truth:
 
 
 def _reference(model: Any, batch: Batch) -> _Truth:
-    core = model.get_base_model() if _has_adapters(model) else model
+    core: Any = model.get_base_model() if _has_adapters(model) else model
     loss_function = getattr(core, "loss_function", None)
     wide = core.dtype == torch.float64 and loss_function is ForCausalLMLoss
     if wide:
