@@ -9,7 +9,7 @@ the whole model is counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from hf_sp.commands.rank import Run, build_on_meta, count, with_layers
 from hf_sp.estimate import CollectiveCount, Kinds, TrainingCount
 
 FEW = (3, 4, 5)
+MORE = (10, 11, 12)
+# By the config's text: counts of so many layers, and whether the layers are alike.
+_COUNTED: dict[tuple[str, int, Run], TrainingCount] = {}
+_ALIKE: dict[str, bool] = {}
 LONGEST = 2**24
 """Tokens beyond which nobody looks whether a row fits."""
 
@@ -30,22 +34,23 @@ def count_whole(config: PreTrainedConfig, run: Run) -> TrainingCount:
         ConfigError, PlanError: as ``parallelize``; or transformers has no causal LM of the config.
     """
     layers = int(config.get_text_config().num_hidden_layers)
-    if layers <= sum(FEW) or not _alike(config):
-        return count(config, run)
-    small, middle, large = (count(with_layers(config, n), run) for n in FEW)
-    slope, before = _difference(large, middle), _difference(middle, small)
-    if slope != before:
-        return count(config, run)
-    whole = _plus(large, slope, layers - FEW[-1])
-    backward = slope.peaks["backward"] - slope.held
-    known = backward >= max(slope.kept, slope.gradients)
-    return whole if known and min(whole.peaks.values()) > 0 else count(config, run)
+    for few in (FEW, MORE):
+        if layers <= sum(few) or not _alike(config):
+            break
+        small, middle, large = (_count(config, n, run) for n in few)
+        slope = _difference(large, middle)
+        if not _same(slope, _difference(middle, small)):
+            break
+        # The line that is seen has the larger slope of the two: no other meets it further on.
+        if slope.peaks["backward"] - slope.held >= max(slope.kept, slope.gradients):
+            return _plus(large, slope, layers - few[-1])
+    return count(config, run)
 
 
 def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
-    """Collectives of one layer, the third, by phase and kind."""
-    two, three = (count(with_layers(config, n), run) for n in (2, 3))
-    more = _difference(three, two).collectives
+    """Collectives of one layer, the fourth, by phase and kind."""
+    three, four = (_count(config, n, run) for n in FEW[:2])
+    more = _difference(four, three).collectives
     return {phase: {k: c for k, c in kinds.items() if c.calls} for phase, kinds in more.items()}
 
 
@@ -95,16 +100,39 @@ def _next(seen: Mapping[int, int], limit: int, low: int, high: int, at: int) -> 
     return min(max(ahead, low + 1), high - 1)
 
 
+def _count(config: PreTrainedConfig, layers: int, run: Run) -> TrainingCount:
+    """The count of so many layers, made once."""
+    key = config.to_json_string(use_diff=False), layers, run
+    if key not in _COUNTED:
+        _COUNTED[key] = count(with_layers(config, layers), run)
+    return _COUNTED[key]
+
+
 def _alike(config: PreTrainedConfig) -> bool:
     """Whether all layers from the third on are made of the same modules and weights."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _ALIKE:
+        _ALIKE[key] = _look(config)
+    return _ALIKE[key]
+
+
+def _look(config: PreTrainedConfig) -> bool:
     model: Any = build_on_meta(config, torch.bfloat16)
-    layers = next((m.layers for m in model.modules() if hasattr(m, "layers")), [])
+    layers: Any = next((m.layers for m in model.modules() if hasattr(m, "layers")), [])
     found = set()
     for layer in list(layers)[FEW[0] - 1 :]:
         kinds = tuple((name, type(m)) for name, m in layer.named_modules())
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         found.add((kinds, shapes))
     return len(found) == 1
+
+
+def _same(a: TrainingCount, b: TrainingCount) -> bool:
+    """To a few numbers that torch makes when it first runs something."""
+    off = _difference(a, b)
+    numbers = [off.held, off.gradients, off.kept, *off.peaks.values()]
+    kinds = [n for kinds in off.kinds_at.values() for n in astuple(kinds)]
+    return all(abs(n) <= 64 for n in numbers + kinds) and a.collectives == b.collectives
 
 
 def _difference(a: TrainingCount, b: TrainingCount) -> TrainingCount:

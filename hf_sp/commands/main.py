@@ -18,10 +18,10 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; a refusal is printed, and ends with status 2."""
-    parser = argparse.ArgumentParser(prog="hf-sp", description="hf_sp, before a run.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    whole = argparse.ArgumentParser(prog="hf-sp", description="hf_sp, before a run.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         doc = str(module.__doc__)
         known = commands.add_parser(
@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.add_argument("--json", action="store_true", help="print JSON instead of tables")
         module.add_arguments(known)
         known.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a refusal is printed, and ends with status 2."""
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except HfSpError as error:

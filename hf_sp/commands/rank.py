@@ -141,7 +141,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """A model of shapes alone."""
     with torch.device("meta"):
-        return _build(config, dtype=dtype)
+        return _build(deepcopy(config), dtype=dtype)  # it notes its dtype there
 
 
 def _build(config: PreTrainedConfig, **how: Any) -> nn.Module:

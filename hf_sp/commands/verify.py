@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_sp.api import supports
@@ -54,12 +55,9 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.name)
     check(config, options)
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("comparing"):
-        cores = str(max(1, (os.cpu_count() or 1) // options.tp))
-        before = os.environ.setdefault("OMP_NUM_THREADS", cores)
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.tp
         arguments = (folder, "nccl" if gpus else "gloo", options)
-        torch.multiprocessing.spawn(_rank, arguments, nprocs=options.tp)
-        assert before
+        spawn(_rank, arguments, nprocs=options.tp)
         found = pickle.loads((Path(folder) / "found").read_bytes())
     if isinstance(found, HfSpError):
         raise found
@@ -110,6 +108,7 @@ def build(name: str, config: PreTrainedConfig, options: Any) -> nn.Module:
 
 def _rank(rank: int, folder: str, backend: str, options: argparse.Namespace) -> None:
     """One rank. What it refuses is handed back; any other error ends all with its traceback."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.tp))
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store = f"file://{folder}/store"

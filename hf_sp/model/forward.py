@@ -26,6 +26,9 @@ from hf_sp.torch_private import has_global_hooks
 SHARD_FROM = 8 * 2**20
 """Bytes of a rank's hidden states from which a prefill is sharded; vLLM's rule, for H100s."""
 
+# The decoder's argument, until transformers 5.23 and since.
+_CACHE = ("past_key_values", "cache")
+
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The inputs by name, positional ones too."""
@@ -110,7 +113,8 @@ class DecoderBoundary(_Boundary):
         every rank, which all have the same batch.
         """
         state, length = self.state, self.state.length
-        if length is None or length == 1 or inputs.get("past_key_values") is None:
+        cached = any(inputs.get(name) is not None for name in _CACHE)
+        if length is None or length == 1 or not cached:
             return length == 1
         weight: Any = self.model.get_submodule(state.plan.embedding).weight
         size = self._batch * length * weight.shape[1] * weight.element_size()

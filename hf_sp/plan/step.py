@@ -35,7 +35,7 @@ class _Step:
         S, tp = tokens.length, plan.tp
         self.padded = -(-S // tp) * tp
         # Whether a gradient is wanted of the hidden states here: something before is trained.
-        self.wanted = self._trains(embedding)
+        self.wanted: bool = self._trains(embedding)
 
     def layout(self) -> StepLayout:
         begin, layers = self._begin(), tuple(map(self._layer, self.plan.layers))
@@ -55,8 +55,8 @@ class _Step:
         plan, t, found = self.plan, self.tokens, []
         norm = self.modules[plan.norm]
         if plan.sp:
-            wide = t.fused and norm_form(norm) is not None
-            found += [self._sum("norm's gradient", p, wide) for p in self._trained(norm)]
+            fused = t.fused and norm_form(norm) is not None
+            found += [self._sum("norm's gradient", p, fused) for p in self._trained(norm)]
         self.wanted = self.wanted or bool(self._trained(norm))
         if plan.head is None:
             if plan.sp:
@@ -85,7 +85,8 @@ class _Step:
         norms = [p for p in self.plan.shard_norms if p.startswith(f"{path}.")]
         blocks = [b for b in self.plan.blocks if b.path.startswith(f"{path}.")]
         partial = [p for block in blocks for p in block.partial]
-        stages, inside = [], {"attention": self.moving, "mlp": self.moving}
+        stages: list[Stage] = []
+        inside: dict[str, Layout] = {"attention": self.moving, "mlp": self.moving}
         trained = [p for n in norms for p in self._trained(self.modules[n])]
         self.wanted = self.wanted or bool(trained)
         for block in blocks:

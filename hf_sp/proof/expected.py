@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,18 +16,20 @@ from hf_sp.plan.known_forms import norm_form
 from hf_sp.plan.layouts import Collective, StepLayout, Tokens
 from hf_sp.plan.step import step_layout
 from hf_sp.proof.report import IN_FLOAT32, TOLERANCE
-from hf_sp.state import ParallelState
+from hf_sp.state import ParallelState, parallel_model
 
 
-def differences(ran: list[tuple[str, str, int]], told: list[Collective]) -> Iterator[str]:
+def differences(ran: Iterable[tuple[str, str, int]], told: list[Collective]) -> Iterator[str]:
     """Collectives that the plan does not tell, or that did not run, in words.
 
     What a router sends is counted, not measured.
     """
     varying = {(c.phase, c.kind) for c in told if c.varies}
     fixed = {(c.phase, c.kind, c.bytes) for c in told if not c.varies}
-    want = Counter((c.phase, c.kind, -1 if c.varies else c.bytes) for c in told)
-    got = Counter(r if r in fixed or r[:2] not in varying else (*r[:2], -1) for r in ran)
+    want: Counter[tuple[str, str, int]] = Counter()
+    want.update((c.phase, c.kind, -1 if c.varies else c.bytes) for c in told)
+    got: Counter[tuple[str, str, int]] = Counter()
+    got.update(r if r in fixed or r[:2] not in varying else (*r[:2], -1) for r in ran)
     for key in sorted({*want, *got}):
         if want[key] != got[key]:
             phase, kind, size = key
@@ -42,8 +44,10 @@ def layout_of(
     tokens = next(batch[name] for name in ("input_ids", "inputs_embeds") if name in batch)
     config = model.config.get_text_config()
     asked = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
+    batch_size, length = tokens.shape[:2]
     sizes = Tokens(
-        *tokens.shape[:2],
+        batch_size,
+        length,
         itemsize=dtype.itemsize,
         loss_chunk=state.loss_chunk,
         router_logits=bool(asked),
@@ -58,7 +62,7 @@ def tolerance_of(model: nn.Module, state: ParallelState, dtype: torch.dtype) -> 
     plan = state.plan
     if dtype != torch.float64:
         return TOLERANCE[name], "float32 sums in another order"
-    modules = dict(model.named_modules())
+    modules = dict(cast(nn.Module, parallel_model(model)).named_modules())
     forms = [norm_form(modules[path]) for path in (*plan.shard_norms, plan.norm)]
     inside = []
     if any(block.experts for block in plan.blocks):

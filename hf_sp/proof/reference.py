@@ -32,6 +32,7 @@ def float64_loss(
     judges; tests/harness/test_tiny.py compares the two.
     """
     if shift_labels is None:
+        assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     flat = logits.reshape(-1, vocab_size)
     target = shift_labels.reshape(-1)

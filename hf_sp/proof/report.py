@@ -114,7 +114,8 @@ def _owner(name: str) -> str:
     A norm or the head is its own owner.
     """
     parts = name.split(".")
-    return ".".join(parts[:4]) if "layers" in parts else ".".join(parts[:-1])
+    end = parts.index("layers") + 3 if "layers" in parts else -1
+    return ".".join(parts[:end])
 
 
 def size(tensor: Tensor) -> float:

@@ -74,13 +74,13 @@ def test_torch_reads_it(run):
 
 
 def test_consolidated_it_is_plain(run, tmp_path):
-    from hf_sp.consolidate import main
+    from hf_sp.commands.main import main
 
     folder, kind, _, whole = run
     for step in (2, 4):
         copy = tmp_path / f"checkpoint-{step}"
         shutil.copytree(folder / copy.name, copy)
-        main([str(copy)])
+        main(["consolidate", str(copy)])
     assert background_jobs.plain(str(copy), whole["weights"]) == []
     resume = str(tmp_path / "checkpoint-2")
     found = pool(1).run(jobs.stock_trains, folder=str(tmp_path), kind=kind, resume=resume)[0]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
+import peft
 import torch
 import torch.distributed as dist
 from harness import batches, tiny
@@ -22,6 +23,11 @@ from hf_sp.state import parallel_state
 def verified(family: str, batch: str = "left_padded", length: int = 17, **options: Any) -> Any:
     """The verification of a tiny model; what is refused as its text."""
     model = tiny.build(family, options.get("dtype", torch.float64))
+    if options.pop("lora", False):
+        how = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, how)
+        for n, p in model.named_parameters():
+            p.data = torch.full_like(p, 0.1).cumsum(0) if "lora_B" in n else p.double()
     before = {name: p.clone() for name, p in model.named_parameters()}
     given = getattr(batches, batch)(2, length, model.config.vocab_size)
     try:

@@ -22,6 +22,7 @@ from proof import jobs
         ("qwen3", {"kernels": False, "dtype": torch.float32}),
         ("olmo2", {}),
         ("qwen2_moe", {"ep": 2}),
+        ("llama", {"lora": True}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
