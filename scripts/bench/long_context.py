@@ -15,7 +15,7 @@ from dataclasses import replace
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from hf_sp.commands.estimate import capacity_of
-from hf_sp.commands.rank import Run, count, layer_collectives, longest
+from hf_sp.commands.rank import Run, count, with_layers
 
 GIB = 2**30
 
@@ -41,23 +41,36 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--tokens", type=int, default=2**18)
     options = parser.parse_args()
-    print("| model | tp | cp | GiB at the peak | in | MiB moved a layer | longest row |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | tp | cp | GiB at the peak | MiB moved a layer | longest row |")
+    print("|---|---|---|---|---|---|", flush=True)
     for name in options.models:
         for tp in (n for n in range(1, options.gpus + 1) if options.gpus % n == 0):
-            print(row(name, Run(tp=tp, cp=options.gpus // tp, seq=options.tokens), options.gpu))
+            run = Run(tp=tp, cp=options.gpus // tp, seq=options.tokens)
+            print(row(name, run, options.gpu), flush=True)
 
 
 def row(name: str, run: Run, gpu: str) -> str:
-    """A split's line of the table."""
+    """A split's line of the table.
+
+    Peaks are lines in the number of layers and in that of tokens: each through two counts.
+    """
     config, run = MODELS[name], replace(run, checkpointing=True)
-    found, capacity = count(config, run), capacity_of(gpu)
-    moved = sum(
-        c.bytes for kinds in layer_collectives(config, run).values() for c in kinds.values()
+    peak, moved = at(config, run)
+    slope = (at(config, replace(run, seq=2 * run.seq))[0] - peak) / run.seq
+    room, step = (capacity_of(gpu) or 0) - peak, 1024 * run.tp * run.cp
+    most = max(0, int((run.seq + room / slope) // step * step))
+    cells = [name, run.tp, run.cp, f"{peak / GIB:.1f}", f"{moved / 2**20:,.0f}", f"{most:,}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def at(config: PreTrainedConfig, run: Run) -> tuple[int, int]:
+    """Bytes at the peak, and bytes that a layer moves in a step."""
+    few = [count(with_layers(config, n), run) for n in (2, 3)]
+    two, three = (
+        sum(c.bytes for kinds in one.collectives.values() for c in kinds.values()) for one in few
     )
-    most = longest(config, run, capacity) if capacity else 0
-    cells = [name, run.tp, run.cp, f"{found.peak / GIB:.1f}", found.when, f"{moved / 2**20:,.0f}"]
-    return "| " + " | ".join(map(str, [*cells, f"{most:,}" if most else "none fits"])) + " |"
+    layers = config.num_hidden_layers
+    return few[0].peak + (layers - 2) * (few[1].peak - few[0].peak), three - two
 
 
 if __name__ == "__main__":
