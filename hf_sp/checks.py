@@ -70,7 +70,7 @@ def check_other_sequence_parallelism() -> None:
             "accelerate's cp_size is torch's own context parallelism",
             where="PARALLELISM_CONFIG_CP_SIZE (parallelism_config_cp_size in the YAML)",
             got=str(size),
-            rule="accelerate takes it with its FSDP plugin alone, which would shard the model again",
+            rule="accelerate takes it with its FSDP plugin alone, which would shard a model again",
             remedy=f"leave it out, and parallelize(model, cp={size})",
         )
 

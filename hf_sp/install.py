@@ -87,7 +87,7 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
         return
     _tell_heads(module, block, state.tp)
     if state.parts is not None:
-        boundary.tell = context.install(module, state).tell
+        boundary.own = context.install(module, state).own
 
 
 def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:

@@ -133,7 +133,7 @@ def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
 
 def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
     """Collectives of one layer, the third, by phase and kind."""
-    two, three = (count(with_layers(config, n), run).collectives for n in (2, 3))
+    two, three = (count(_with_layers(config, n), run).collectives for n in (2, 3))
     none = CollectiveCount()
     more = {
         phase: {kind: c - two[phase].get(kind, none) for kind, c in kinds.items()}
@@ -167,7 +167,7 @@ def longest(config: PreTrainedConfig, run: Run, capacity: int) -> int:
     return low * step
 
 
-def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of a model of so many layers; what it lists of each goes with them."""
     config = deepcopy(config)
     whole = config.num_hidden_layers
