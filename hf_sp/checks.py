@@ -65,6 +65,14 @@ def check_other_sequence_parallelism() -> None:
             rule="sp_size means DeepSpeed Ulysses: it divides the batch over ranks of its own",
             remedy="set parallelism_config_tp_size instead, and parallelize(model, sp=True)",
         )
+    if (size := _announced("PARALLELISM_CONFIG_CP_SIZE")) > 1:
+        raise ConfigError(
+            "accelerate's cp_size is torch's own context parallelism",
+            where="PARALLELISM_CONFIG_CP_SIZE (parallelism_config_cp_size in the YAML)",
+            got=str(size),
+            rule="accelerate takes it with its FSDP plugin alone, which would shard a model again",
+            remedy=f"leave it out, and parallelize(model, cp={size})",
+        )
 
 
 def check_cp_mode(mode: str, degrees: Degrees) -> None:

@@ -111,7 +111,7 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     else:
         _tell_heads(module, block, state.tp)
         if state.parts is not None:
-            boundary.tell = context.install(module, state).tell
+            boundary.own = context.install(module, state).own
 
 
 def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:

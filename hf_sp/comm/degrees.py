@@ -67,13 +67,11 @@ def resolve_degrees(
 ) -> Degrees:
     """The degrees: arguments, mesh, accelerate's environment; tp takes the ranks that are left.
 
-    ``dp_replicate=1`` and ``cp=1`` say nothing where accelerate's configuration is given, nor
-    the first where a mesh is.
+    ``dp_replicate=1`` says nothing where a mesh or accelerate's configuration is given.
 
     Raises:
         ConfigError: they do not make up the world, or contradict the mesh or accelerate.
     """
-    cp = _configured("cp", cp if cp > 1 else None) or 1
     if mesh is not None:
         if cp > 1:
             raise ConfigError(

@@ -7,14 +7,15 @@ has chosen, and that this one calls on whole sequences.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from hf_sp.comm.parts import Parts
 from hf_sp.context.ulysses import to_heads, to_sequence
+from hf_sp.model.block import CACHES
 from hf_sp.model.local import LocalConfig
 from hf_sp.state import ParallelState
 
@@ -24,33 +25,57 @@ PREFIX = "hf_sp|"
 class ContextConfig(LocalConfig):
     """An attention module's config: another attention, in front of the one that the user chose."""
 
-    length: int = 0
-    """Of the whole sequence, in the current call."""
+    def __init__(self, module: nn.Module, state: ParallelState) -> None:
+        forward = inspect.unwrap(type(module).forward)
+        known, given = forward.__globals__, inspect.signature(forward).parameters
+        super().__init__(
+            module.__dict__["config"],
+            state=state,
+            length=0,  # of the whole sequence, in the current call
+            # What the module's own code looks for the attention in, and else calls.
+            interface=known["ALL_ATTENTION_FUNCTIONS"],
+            eager=known["eager_attention_forward"],
+            # By name it is used beside the projections; among the rest it goes to the attention.
+            takes_positions="position_ids" in given,
+        )
 
-    def __init__(self, config: Any, state: ParallelState) -> None:
-        super().__init__(config, state=state)
+    def own(self, kwargs: dict[str, Any], length: int, parts: Parts) -> dict[str, Any]:
+        """The module's arguments, of a whole sequence, for projections of this rank's part.
 
-    def tell(self, length: int) -> None:
-        """Note the length of the whole sequence."""
+        Masks stay whole: the attention itself sees the whole sequence. A cache does not: it is for
+        forwards that asked for one, which are not cut.
+        """
         self.__dict__["length"] = length
+        own: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
+        found = kwargs.get("position_embeddings")
+        if isinstance(found, Tensor):
+            own["position_embeddings"] = parts.take(found, -2)
+        elif found is not None:
+            own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
+        positions = kwargs.get("position_ids")
+        if positions is not None and self.__dict__["takes_positions"]:
+            own["position_ids"] = parts.take(positions, -1)
+        return {**kwargs, **own}
 
     @property
     def _attn_implementation(self) -> str:
         # Who looks for "flash" in it finds it.
-        return _registered(self.__dict__["whole"]._attn_implementation)
+        name = f"{PREFIX}{self.__dict__['whole']._attn_implementation}"
+        if name not in _registered:
+            AttentionInterface.register(name, attend)
+            _registered.add(name)
+        return name
 
 
-@functools.cache
-def _registered(chosen: str) -> str:
-    """The name of this attention in front of another."""
-    AttentionInterface.register(f"{PREFIX}{chosen}", attend)
-    return f"{PREFIX}{chosen}"
+_registered: set[str] = set()
 
 
 def install(module: nn.Module, state: ParallelState) -> ContextConfig:
     """Put it in front of a module's attention."""
-    config = ContextConfig(module.__dict__["config"], state)
+    config = ContextConfig(module, state)
     setattr(module, "config", config)  # noqa: B010 (no attribute of nn.Module)
+    # Registered now: a compiler would not see it done.
+    assert config._attn_implementation
     return config
 
 
@@ -67,13 +92,15 @@ def attend(
     Shapes: query [B, n, P, D], key [B, m, P, D], value [B, m, P, E] -> [B, P, n, E], and what the
             implementation returns beside it, of ``n / cp`` heads and all tokens
     """
-    config: Any = module.config
-    function = _chosen(module, config.__dict__["whole"]._attn_implementation)
-    parts = config.__dict__["state"].cut
+    config = module.__dict__["config"].__dict__
+    function = config["interface"].get_interface(
+        config["whole"]._attn_implementation, config["eager"]
+    )
+    parts = config["state"].cut
     if parts is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     heads, own = query.shape[1], query.shape[1] // parts.axis.size
-    q, k, v = to_heads(query, key, value, config.length, parts)
+    q, k, v = to_heads(query, key, value, config["length"], parts)
     of_heads = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
     if of_heads and attention_mask.shape[1] == heads > 1:
         attention_mask = attention_mask.narrow(1, parts.axis.rank * own, own)
@@ -87,10 +114,3 @@ def attend(
         finally:
             setattr(module, "num_key_value_groups", groups)  # noqa: B010
     return to_sequence(out, parts), weights
-
-
-def _chosen(module: nn.Module, name: str) -> Any:
-    """What the module's own code would have called."""
-    known = inspect.unwrap(type(module).forward).__globals__
-    eager = known.get("eager_attention_forward")
-    return known["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)

@@ -9,10 +9,8 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,31 +54,6 @@ CACHES = ("cache", "past_key_values")
 """What transformers calls it, the newer name first."""
 
 
-def on_own_part(module: nn.Module, kwargs: dict[str, Any], parts: Parts) -> dict[str, Any]:
-    """An attention's arguments, of the whole sequence, for projections of this rank's part.
-
-    Masks stay whole: the attention itself sees the whole sequence. A cache does not: it is for
-    forwards that asked for one, which are not cut.
-    """
-    own: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
-    found = kwargs.get("position_embeddings")
-    if isinstance(found, Tensor):
-        own["position_embeddings"] = parts.take(found, -2)
-    elif found is not None:
-        own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
-    positions = kwargs.get("position_ids")
-    # By name it is used beside the projections; among the rest it goes on to the attention.
-    if positions is not None and "position_ids" in _names_of(cast(Any, type(module))):
-        own["position_ids"] = parts.take(positions, -1)
-    return {**kwargs, **own}
-
-
-@functools.cache
-def _names_of(cls: Any) -> tuple[str, ...]:
-    """The parameters of a class's forward."""
-    return tuple(inspect.signature(cls.forward).parameters)
-
-
 def factors_of(module: nn.Module, x: Tensor) -> list[Factor]:
     """Factors of adapters on a block's children; they come and go, so they are looked up."""
     found: list[Factor] = []
@@ -95,10 +68,11 @@ class BlockBoundary:
     """Entry and exit hooks of one TP block.
 
     ``attention``: it needs the true sequence length, padding stripped; it has that many ``heads``.
-    ``tell``, if set, is told the length of the whole sequence, of which this rank has a part.
+    ``own``, if set, makes its arguments of a whole sequence those of this rank's part, and is told
+    the whole length.
     """
 
-    tell: Callable[[int], None] | None = None
+    own: Callable[[dict[str, Any], int, Parts], dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -124,7 +98,7 @@ class BlockBoundary:
         state = self.state
         x = get_hidden_states(args, kwargs)
         length = true_length(kwargs) or self.length if self.attention else None
-        needs = state.sharded or (state.cut is not None and self.tell is not None)
+        needs = state.sharded or (state.cut is not None and self.own is not None)
         if self.attention and length is None and needs:
             raise ShapeError(
                 "an attention block was called without position_embeddings or position_ids",
@@ -132,10 +106,9 @@ class BlockBoundary:
                 rule="its input is a sequence shard; the whole length is read from these",
             )
         parts = state.cut
-        if parts is not None and self.tell is not None:
+        if parts is not None and self.own is not None:
             assert length is not None
-            self.tell(length)
-            kwargs = on_own_part(module, kwargs, parts)
+            kwargs = self.own(kwargs, length, parts)
             length = None  # a part has no padding that tp does
         gathered = gather_columns(
             x,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sp.errors import ConfigError
 from hf_sp.state import parallel_model, parallel_state
 
 
@@ -23,10 +24,20 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Args:
         model: a parallelized model, or what holds it.
         options: of ``torch.compile``.
+
+    Raises:
+        ConfigError: with context parallel ranks.
     """
     state, whole = parallel_state(model), parallel_model(model)
     assert state is not None
     assert whole is not None
+    if state.parts is not None:
+        raise ConfigError(
+            "layers over parts of a sequence are not compiled",
+            got=str(state.degrees),
+            rule="the exchange in front of their attention has not been traced",
+            legal="torch_compile=False, or cp=1",
+        )
     sparse = [block.path for block in state.plan.blocks if block.experts is not None]
     for path in state.plan.layers:
         if any(block.startswith(path + ".") for block in sparse):

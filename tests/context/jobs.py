@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_sp import parallelize
 from hf_sp.errors import HfSpError
+from hf_sp.model.compile import compile_layers
 
 
 def uses(case: Case) -> dict[str, Report]:
@@ -111,6 +112,7 @@ REFUSALS = {
     "a mesh": ["cp with a mesh of the user's", "leave mesh out"],
     "the world": ["cp=3", "2 ranks"],
     "a cache in training": ["was given a cache", "torch.no_grad()"],
+    "compiled layers": ["are not compiled", "torch_compile=False"],
     "own attention": ["cannot be given a part of the sequence", "cp=1"],
 }
 
@@ -129,6 +131,7 @@ def refusals() -> dict[str, tuple[str | None, bool]]:
         "a mesh": lambda: parallelize(model, cp=2, mesh=mesh),
         "the world": lambda: parallelize(model, cp=3),
         "a cache in training": lambda: parallel(input_ids=ids, past_key_values=DynamicCache()),
+        "compiled layers": lambda: compile_layers(parallel),
         "own attention": lambda: parallelize(own, cp=2),
     }
     found = {}

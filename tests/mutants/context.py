@@ -10,7 +10,7 @@ from harness.parity import Case
 from hf_sp import api
 from hf_sp.comm import parts as cuts
 from hf_sp.context import attention, ulysses
-from hf_sp.model import block, head
+from hf_sp.model import head
 from hf_sp.moe import router
 from mutants.registry import Patch, mutant
 from mutants.wrongly import backward, scaled
@@ -54,12 +54,12 @@ def gradients_of_the_output_do_not_come_back() -> list[Patch]:
 
 @mutant(DENSE)
 def positions_of_the_first_part() -> list[Patch]:
-    original = block.on_own_part
+    original = attention.ContextConfig.own
 
-    def first(module, kwargs, parts):
-        return original(module, kwargs, _of_the_first(parts))
+    def first(self, kwargs, length, parts):
+        return original(self, kwargs, length, _of_the_first(parts))
 
-    return [(block, "on_own_part", first)]
+    return [(attention.ContextConfig, "own", first)]
 
 
 def _of_the_first(parts: cuts.Parts) -> cuts.Parts:

@@ -202,7 +202,7 @@ def test_without_a_launcher_tp_is_refused():
     ("name", "value", "part"),
     [
         ("PARALLELISM_CONFIG_SP_SIZE", "2", "DeepSpeed Ulysses"),
-        ("PARALLELISM_CONFIG_CP_SIZE", "2", "cp=2 does not make up the world"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", "torch's own context parallelism"),
         ("PARALLELISM_CONFIG_TP_SIZE", "3", "does not make up the world"),
         ("HF_SP_HANG_SECONDS", "abc", "HF_SP_HANG_SECONDS is no number of seconds"),
         ("HF_SP_SAVE_TIMEOUT", "3 min", "HF_SP_SAVE_TIMEOUT is no number of seconds"),
