@@ -209,6 +209,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     transformers.logging.set_verbosity_error()
     verdicts = {family: verdict(family) for family in everyone()}
+    refused = {family: found for family, found in verdicts.items() if found[0]}
     _, known, _ = read()
     known = {family: line for family, line in known.items() if verdicts.get(family) == ("", "")}
     ranks, bad, started = [Ranks(tp) for tp in arguments.tp], 0, time.monotonic()
@@ -221,13 +222,16 @@ def main() -> int:
         kind, known[family] = row(family, *ranks)
         bad += kind != "exact"
         print(f"{time.monotonic() - before:5.1f} s  {kind:<6} {known[family]}", flush=True)
+        if not arguments.dry_run:
+            # What is interrupted keeps what it has found.
+            write(known, refused, read_heads())
     heads = read_heads()
     if arguments.heads:
         heads = [head_row(head, ranks[0]) for head in models.HEADS]
     for some in ranks:
         some.close()
     if not arguments.dry_run:
-        write(known, {f: v for f, v in verdicts.items() if v[0]}, heads)
+        write(known, refused, heads)
     print(f"{time.monotonic() - started:.0f} s")
     return bad
 

@@ -83,8 +83,8 @@ class SparseBoundary(BlockBoundary):
             gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
             top_k = int(self.chooser.top_k)
-            how = {"top_k": top_k, "transposed": self.form.transposed}
-            gradient = functools.partial(gate_up_gradient, **how)
+            turned = self.form.transposed
+            gradient = functools.partial(gate_up_gradient, top_k=top_k, transposed=turned)
             weight, width = self.weight("gate_up_proj", x), 2 * self.form.intermediate // state.tp
             experts = Experts(self.experts, weight, width, top_k, gradient)
             gathered = gather_columns(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -164,11 +164,12 @@ def _check(kind: str, model: nn.Module, path: str, parts: dict[str, str]) -> Non
 def _gating(module: nn.Module, roles: dict[str, str]) -> Gating | None:
     """What a form makes of gate and up; None if its activation is not known."""
     if "limit" in roles:
-        alpha, limit = (module.__dict__.get(roles[role]) for role in ("alpha", "limit"))
+        alpha: Any = module.__dict__.get(roles["alpha"])
+        limit: Any = module.__dict__.get(roles["limit"])
         numbers = isinstance(alpha, float) and isinstance(limit, float)
         return ("clamped", alpha, limit) if numbers else None
     name = roles.get("act", "")
-    act = module._modules.get(name) or module.__dict__.get(name)
+    act: Any = module._modules.get(name) or module.__dict__.get(name)
     if type(act) in (nn.SiLU, nn.GELU):
         tanh = getattr(act, "approximate", "tanh") == "tanh" and "forward" not in act.__dict__
         return (SILU if type(act) is nn.SiLU else GELU_TANH) if tanh else None
