@@ -106,7 +106,7 @@ INPUTS = {
     "token_type_ids",
 }
 # Their own attention makes nan of rows that see nothing.
-RIGHT_PADDED = {"gemma2", "vaultgemma"}
+RIGHT_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
 
 
 def families() -> list[str]:
