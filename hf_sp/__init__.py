@@ -10,6 +10,10 @@ from hf_sp.loading import from_pretrained
 from hf_sp.model.gradients import grad_norm
 from hf_sp.plan import Plan
 from hf_sp.state import parallel_state
+from hf_sp.torch_private import one_gloo_thread
+
+# Now, for whoever makes the process groups: a launcher's script, accelerate, parallelize.
+one_gloo_thread()
 
 __version__ = "0.1.0"
 

@@ -11,6 +11,7 @@ where they are used (``estimate``'s, hooks of modules), which that test lists by
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -48,6 +49,36 @@ def allow_graphs(count: int) -> None:
 
     config.recompile_limit = max(config.recompile_limit, count)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, count)
+
+
+def one_gloo_thread() -> None:
+    """Let the process groups of gloo that are made from now on work with one thread instead of two.
+
+    Both threads of a group write the name of what they have completed into one string, without a
+    lock (torch 2.11 to 2.13, ``ProcessGroupStatus.lastCompletedWorkName``): a gather and a sum in
+    turn corrupt the heap within minutes (docs/numerics.md). torch hands a group's options to NCCL
+    alone. With one thread collectives run in the order in which they were launched.
+    """
+    if not dist.is_gloo_available():
+        return
+    gloo: Any = dist.ProcessGroupGloo
+    original = gloo.__init__
+
+    def init(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
+        timeout = kwargs.get("timeout", args[0] if args else None)
+        if isinstance(timeout, timedelta):
+            # As torch: interfaces by name, else the one that the host's name leads to.
+            names = [n for n in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if n]
+            options = gloo._Options()
+            options._devices = [gloo.create_device(interface=name) for name in names]
+            options._devices = options._devices or [gloo.create_default_device()]
+            options._threads = 1
+            options._timeout = timeout
+            args, kwargs = (options,), {}
+        original(self, store, rank, size, *args, **kwargs)
+
+    if original.__name__ != init.__name__:
+        gloo.__init__ = init
 
 
 def below_autograd() -> AbstractContextManager[Any]:

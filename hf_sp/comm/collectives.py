@@ -86,8 +86,9 @@ def launch_all_to_all(x: Tensor, receive: list[int], send: list[int], axis: Axis
 
 
 def _launch(op: Any, x: Tensor, *args: Any) -> Tensor:
-    # Two collectives in flight at once corrupt gloo's heap now and then (docs/numerics.md): on CPU
-    # each is waited for at its launch. Callers are autograd Functions: nothing is to be recorded.
+    # On CPU each is waited for at its launch: two at once corrupt the heap in groups of gloo that
+    # were made before hf_sp was imported (torch_private.one_gloo_thread).
+    # Callers are autograd Functions: nothing is to be recorded.
     with contextlib.nullcontext() if torch.compiler.is_compiling() else below_autograd():
         result = op(x, *args)
         return collective_ops.wait_tensor.default(result) if x.is_cpu else result

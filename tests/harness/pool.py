@@ -1,7 +1,7 @@
 """Persistent gloo ranks: forked once a test run, fed with functions, rebuilt after a failure.
 
 Owns: processes, rendezvous (a FileStore: no ports, no retries), timeouts, tracebacks of every rank.
-Must not know: models, hf_sp.
+Must not know: models; of hf_sp only that it is imported first.
 
     from harness.pool import pool, run_on_ranks
     results = pool(2).run(harness.parity.train, case=case)           # a list, one result per rank
@@ -223,7 +223,7 @@ class Pool:
                 text = "no answer; its stack was:\n" + rank.stacks.read_text()
             else:
                 rank.process.join(1.0)
-                text = f"died, exit code {rank.process.exitcode}"
+                text = f"died, exit code {rank.process.exitcode}\n" + rank.stacks.read_text()
             lines.append(f"--- rank {index}: {text.rstrip()}")
         return "\n".join(lines)
 
@@ -302,9 +302,13 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stacks_file = Path(stacks).open("w")  # noqa: SIM115 (held open for the life of the process)
     faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=True)
+    # A crash in native code leaves the stacks of its threads there.
+    faulthandler.enable(stacks_file, all_threads=True)
     try:
         import torch
         import torch.distributed as dist
+
+        import hf_sp  # noqa: F401 (before there are process groups: torch's heap is at stake)
 
         torch.set_num_threads(1)
         store = dist.FileStore(str(Path(folder) / "rendezvous"), world)

@@ -109,6 +109,24 @@ def test_timeout_of_a_group_that_is_there():
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("interface", ["", "lo"])
+def test_a_group_of_gloo_has_one_thread(interface, monkeypatch):
+    """Two write into one string without a lock: torch's own number, two, is the fault."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group([0], timeout=timedelta(seconds=7))
+        options = [g._get_backend(torch.device("cpu")).options for g in (dist.group.WORLD, group)]
+        assert [o._threads for o in options] == [1, 1]
+        assert [len(o._devices) for o in options] == [1, 1]
+        assert options[1]._timeout == timedelta(seconds=7)
+        assert isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
+        theirs = dist.ProcessGroupGloo._Options()
+        assert theirs._threads == 2, "torch has changed: is the mend still needed?"
+    finally:
+        dist.destroy_process_group()
+
+
 def test_numbers_are_whole():
     """A norm that lives as two parts; torch's own item() reads one of them."""
     with fake_world(2, rank=1) as mesh:
