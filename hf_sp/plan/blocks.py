@@ -186,7 +186,7 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
     segments: tuple[int, ...] = ()
-    if kind == "column" and parts == query:
+    if kind == "column" and parts == query and count not in (query, key_value):
         count, rest = query, 0  # a gate, a number for each head
     if kind == "packed" and count == query + 2 * key_value:
         segments, count = (query, key_value, key_value), key_value
