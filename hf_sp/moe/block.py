@@ -171,7 +171,7 @@ class SparseBoundary(BlockBoundary):
             dispatcher = Dispatcher.local(index, count, state.rank * count)
         biases: list[Tensor | None] = [None, None]
         if self.form.bias:
-            biases = [self.weight(f"{name}_proj_bias", x) for name in ("gate_up", "down")]
+            biases = [self.weight(n, x) for n in ("gate_up_proj_bias", "down_proj_bias")]
         adds = self.whole_experts or state.rank == 0
         layout = self.form.transposed, self.form.interleaved
         maths = Maths(self.gating, state.kernels, *layout, adds_bias=adds)

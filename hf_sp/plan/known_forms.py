@@ -109,7 +109,7 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         if experts is None:
             continue
         owned = model.get_submodule(experts.path)._parameters
-        _check("experts", model, experts.path, {name.replace("_proj", ""): name for name in owned})
+        _check("experts", model, experts.path, {_EXPERTS_ROLES[name]: name for name in owned})
         if not experts.router:
             continue  # nothing is around them but the layer, which each rank runs on its tokens
         gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
@@ -135,6 +135,12 @@ def _own(model: nn.Module, path: str) -> dict[str, str]:
     return {name: name for name, p in owned.items() if p is not None}
 
 
+_EXPERTS_ROLES = {
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "gate_up_proj_bias": "gate_up_bias",
+    "down_proj_bias": "down_bias",
+}
 _RULES = {
     "correction": "it is added to the probabilities that experts are chosen by",
     "experts": "gate and up packed, SiLU, tanh GELU or gpt-oss's product",
