@@ -35,8 +35,8 @@ PAGE = ROOT / "docs" / "families.md"
 HEAD = """# Families
 
 Written by `python scripts/families.py`, with transformers {version}; a test compares it with what
-`hf_sp.supports` says. A tiny model of each causal LM class was trained for two clipped steps on two
-ranks and on four, in float64, padded at a length of 13 and whole at 16, and compared with itself
+`hf_sp.supports` says. A tiny model of each causal LM class was trained for two clipped steps on
+{tps} ranks, in float64, padded at a length of 13 and whole at 16, and compared with itself
 unsharded: loss, **every gradient**, the gradient norm, the weights afterwards, logits, greedy
 `generate`, and the saved checkpoint read by plain transformers. Numbers are the largest difference,
 relative to the largest element; transformers' float32 inside of a float64 model makes them 1e-7 or
@@ -174,10 +174,11 @@ def write(
     known: dict[str, str],
     refused: dict[str, tuple[str, str]],
     heads: list[str],
+    tps: list[int],
     page: Path = PAGE,
 ) -> None:
     """The page, of rows of families that are not refused and of reasons of the others."""
-    text = HEAD.format(version=transformers.__version__)
+    text = HEAD.format(version=transformers.__version__, tps=" and on ".join(map(str, tps)))
     pictures = set(vision.FAMILIES)
     for title, cells, names in (
         (EXACT, 4, known.keys() - pictures),
@@ -224,14 +225,14 @@ def main() -> int:
         print(f"{time.monotonic() - before:5.1f} s  {kind:<6} {known[family]}", flush=True)
         if not arguments.dry_run:
             # What is interrupted keeps what it has found.
-            write(known, refused, read_heads())
+            write(known, refused, read_heads(), arguments.tp)
     heads = read_heads()
     if arguments.heads:
         heads = [head_row(head, ranks[0]) for head in models.HEADS]
     for some in ranks:
         some.close()
     if not arguments.dry_run:
-        write(known, refused, heads)
+        write(known, refused, heads, arguments.tp)
     print(f"{time.monotonic() - started:.0f} s")
     return bad
 
