@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
     kinds[plan.norm] = Partial.DECODER_TOKENS
     owners |= {path: _install_norm(model, path, state, kind) for path, kind in kinds.items()}
     for path in plan.replicated:
-        LocalParameters(state, Partial.NEVER).install(model.get_submodule(path))
+        _install_outside(model, path, state)
     last = None
     for path in plan.layers:
         inside = [owner for name, owner in owners.items() if name.startswith(path + ".")]
@@ -114,11 +115,20 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
             boundary.own = context.install(module, state).own
 
 
+def _install_outside(model: nn.Module, path: str, state: ParallelState) -> None:
+    module, parameters = model.get_submodule(path), LocalParameters(state, Partial.NEVER)
+    parameters.install(module)
+    owner = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):
+        # It reads the weights of its last linear, and does not call it.
+        owner.register_forward_pre_hook(lambda _, args: parameters.show(module, args))
+        hide = functools.partial(parameters.hide, module, None)
+        owner.register_forward_hook(lambda *_: hide(None), always_call=True)
+
+
 def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:
     for path in block.alike:
-        for module in model.get_submodule(path).modules():
-            if _owned(module):
-                LocalParameters(state, Partial.NEVER).install(module)
+        LocalParameters(state, Partial.NEVER).install(model.get_submodule(path))
 
 
 def _tell_heads(module: nn.Module, block: Block, tp: int) -> None:

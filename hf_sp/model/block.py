@@ -123,7 +123,8 @@ class BlockBoundary:
         drops = self.attention and module.training
         # A layer that drops hidden states too has a stream already.
         drops = drops and not state.plan.dropout
-        if drops and float(getattr(module, "attention_dropout", False)):
+        p = getattr(module, "attention_dropout", False)
+        if drops and float(getattr(p, "p", p)):
             self.dropout.start(gathered.x)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:

@@ -43,15 +43,21 @@ class SharedStream:
     def __init__(self, state: ParallelState) -> None:
         self.state = state
         self._before: list[tuple[torch.Generator, Tensor]] = []
+        self._draws = self._looked = False
 
     def start(self, model: nn.Module) -> None:
-        """Switch the default generators to it, if the model draws anything."""
+        """Switch the default generators to it, if the model draws anything.
+
+        Its modules are looked at in the first forwards, as everything is.
+        """
         self.stop()
         state = self.state
         fake = state.tp > 1 and dist.get_backend(process_group(state.axis.group)) == "fake"
         if state.tp == 1 or fake or not model.training:
             return
-        if not (state.plan.dropout or any(drops(m) for m in model.modules())):
+        if state.checks_left["training"] > 0 or not self._looked:
+            self._draws, self._looked = any(drops(m) for m in model.modules()), True
+        if not (state.plan.dropout or self._draws):
             return
         device = torch.device(state.mesh.device_type)
         number = torch.randint(2**62, (1, 1)).to(device)

@@ -83,8 +83,8 @@ class SparseBoundary(BlockBoundary):
             gathered = GatheredInput(x, version(x), True, 1, {}, x.shape, recompute=recompute)
         else:
             top_k = int(self.chooser.top_k)
-            how = {"top_k": top_k, "transposed": self.form.transposed}
-            gradient = functools.partial(gate_up_gradient, **how)
+            turned = self.form.transposed
+            gradient = functools.partial(gate_up_gradient, top_k=top_k, transposed=turned)
             weight, width = self.weight("gate_up_proj", x), 2 * self.form.intermediate // state.tp
             experts = Experts(self.experts, weight, width, top_k, gradient)
             gathered = gather_columns(
@@ -171,7 +171,7 @@ class SparseBoundary(BlockBoundary):
             dispatcher = Dispatcher.local(index, count, state.rank * count)
         biases: list[Tensor | None] = [None, None]
         if self.form.bias:
-            biases = [self.weight(f"{name}_proj_bias", x) for name in ("gate_up", "down")]
+            biases = [self.weight(n, x) for n in ("gate_up_proj_bias", "down_proj_bias")]
         adds = self.whole_experts or state.rank == 0
         layout = self.form.transposed, self.form.interleaved
         maths = Maths(self.gating, state.kernels, *layout, adds_bias=adds)

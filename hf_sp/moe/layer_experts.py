@@ -53,8 +53,8 @@ class LayerExperts(SparseBoundary):
         if recompute is not None:
             attach_reshaped(tokens, recompute)
         index, scale, top_k = top_k_index, top_k_weights.unsqueeze(0), top_k_index.shape[-1]
-        how = {"top_k": top_k, "transposed": self.form.transposed}
-        gradient = functools.partial(gate_up_gradient, **how)
+        turned = self.form.transposed
+        gradient = functools.partial(gate_up_gradient, top_k=top_k, transposed=turned)
         width = 2 * self.form.intermediate // state.tp
         weight = self.weight("gate_up_proj", cast_for_autocast(x, x))
         self.block.gathered = gather_columns(

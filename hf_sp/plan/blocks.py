@@ -15,7 +15,7 @@ from torch import nn
 from hf_sp.errors import PlanError
 from hf_sp.plan.known_forms import norm_form
 from hf_sp.plan.mixers import mixer_block
-from hf_sp.plan.outer import Modules, check_linear, class_name
+from hf_sp.plan.outer import Modules, check_linear, class_name, owners
 from hf_sp.plan.schema import Block, Kind, Leaf, Style
 
 # What a block that attends over the sequence is given besides its input.
@@ -34,12 +34,13 @@ def tp_block(
     _check_bare(modules, path, bare, heads)
     keys = {key: kind for key, kind in keys.items() if key not in bare}
     partial = tuple(key for key, kind in keys.items() if kind == "partial")
-    alike = tuple(key for key, kind in keys.items() if kind == "alike")
+    named = [key for key, kind in keys.items() if kind == "alike"]
+    alike = tuple(path for key in named for path, _ in owners(modules, key))
     wide = [key for key, kind in keys.items() if kind == "column" and _is_norm(modules[key])]
     leaves = tuple(
         _leaf(key, modules[key], kind, heads, tp)
         for key, kind in keys.items()
-        if key not in (*partial, *alike, *wide)
+        if key not in (*partial, *named, *wide)
     )
     styles = {leaf.style for leaf in leaves} - {"replicated"}
     if "row" not in styles or len(styles) == 1:
@@ -183,7 +184,7 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
     segments: tuple[int, ...] = ()
-    if kind == "column" and parts == query:
+    if kind == "column" and parts == query and count not in (query, key_value):
         count, rest = query, 0  # a gate, a number for each head
     if kind == "packed" and count == query + 2 * key_value:
         segments, count = (query, key_value, key_value), key_value

@@ -50,6 +50,8 @@ _STYLES: dict[str, Kind] = {
 _OUTER_STYLES = {"colwise_gather_output", "colwise", "embedding_rowwise", "replicate"}
 # Of an argument of the layers, not a module: it has a row for each token.
 _OF_ARGUMENTS = {"sequence"}
+# Of a module's own parameters, a number for each head (sinks).
+_OF_PARAMETERS = "local_params"
 
 
 def derive_plan(
@@ -174,7 +176,7 @@ def _layered_keys(
     for key, style in styles.items():
         container, layered, below = key.partition(".*.")
         of_experts = style_of_experts(key, experts)
-        others: Any = {*_STYLES, *_OF_ARGUMENTS} if layered else _OUTER_STYLES
+        others: Any = {*_STYLES, *_OF_ARGUMENTS, _OF_PARAMETERS} if layered else _OUTER_STYLES
         if style == "packed_colwise" and key not in named:
             others = ()  # a parameter of experts of another form
         if style != of_experts and (of_experts or style not in others):
@@ -183,6 +185,10 @@ def _layered_keys(
             containers.add(container)
             if style in _OF_ARGUMENTS:
                 per_token.append(below)
+            elif style == _OF_PARAMETERS:
+                found = [m for path, m in modules.items() if re.sub(r"\.\d+\.", ".*.", path) == key]
+                owned = {name for m in found for name, p in m._parameters.items() if p is not None}
+                keys |= {f"{below}.{name}": "column" for name in sorted(owned)}
             else:
                 keys[below] = _STYLES[style]
     if unknown:

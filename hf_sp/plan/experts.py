@@ -103,9 +103,11 @@ def experts_block(
         kind = dense.get(other, dense.get(f"{path}.{name}", "partial"))
         size = tuple(own["weight"].shape) if "weight" in own else ()
         child = not owner and len(own) == 1
+        corrections = {n for n, p in own.items() if not p.requires_grad and p.numel() == count}
         # A child, or the one linear of a child.
-        routes = {*own} <= {"weight", "bias"} and "." not in owner and (linear or not owner)
-        if all(not p.requires_grad and p.numel() == count for p in own.values()):
+        routes = {*own} - corrections <= {"weight", "bias"} and "." not in owner
+        routes = routes and (linear or not owner)
+        if {*own} == corrections:
             alike.append(other)  # a correction of the routing
             continue
         inner = linear and owner and "." not in owner and shared in ("", owner)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def check_sparse_blocks(model: nn.Module, plan: Plan) -> None:
         if experts is None:
             continue
         owned = model.get_submodule(experts.path)._parameters
-        _check("experts", model, experts.path, {name.replace("_proj", ""): name for name in owned})
+        _check("experts", model, experts.path, {_EXPERTS_ROLES[name]: name for name in owned})
         if not experts.router:
             continue  # nothing is around them but the layer, which each rank runs on its tokens
         gate = next((leaf.path for leaf in block.leaves if leaf.style == "replicated"), "")
@@ -135,6 +135,12 @@ def _own(model: nn.Module, path: str) -> dict[str, str]:
     return {name: name for name, p in owned.items() if p is not None}
 
 
+_EXPERTS_ROLES = {
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "gate_up_proj_bias": "gate_up_bias",
+    "down_proj_bias": "down_bias",
+}
 _RULES = {
     "correction": "it is added to the probabilities that experts are chosen by",
     "experts": "gate and up packed, SiLU, tanh GELU or gpt-oss's product",
@@ -164,11 +170,12 @@ def _check(kind: str, model: nn.Module, path: str, parts: dict[str, str]) -> Non
 def _gating(module: nn.Module, roles: dict[str, str]) -> Gating | None:
     """What a form makes of gate and up; None if its activation is not known."""
     if "limit" in roles:
-        alpha, limit = (module.__dict__.get(roles[role]) for role in ("alpha", "limit"))
+        alpha: Any = module.__dict__.get(roles["alpha"])
+        limit: Any = module.__dict__.get(roles["limit"])
         numbers = isinstance(alpha, float) and isinstance(limit, float)
         return ("clamped", alpha, limit) if numbers else None
     name = roles.get("act", "")
-    act = module._modules.get(name) or module.__dict__.get(name)
+    act: Any = module._modules.get(name) or module.__dict__.get(name)
     if type(act) in (nn.SiLU, nn.GELU):
         tanh = getattr(act, "approximate", "tanh") == "tanh" and "forward" not in act.__dict__
         return (SILU if type(act) is nn.SiLU else GELU_TANH) if tanh else None

@@ -146,6 +146,20 @@ def forward(self, x, bias):
     weights = weights * self.scale
     return logits, weights, index
 """,
+    "laguna": """
+def forward(self, x):
+    x = x.reshape(-1, self.hidden)
+    logits = F.linear(x, self.weight).float()
+    if self.cap > 0.0:
+        logits = torch.tanh(logits / self.cap) * self.cap
+    scores = torch.sigmoid(logits)
+    choice = scores + self.e_score_correction_bias.to(scores.dtype)
+    _, index = torch.topk(choice, self.top_k, dim=-1)
+    weights = scores.gather(-1, index)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    return logits, weights, index
+""",
     "gpt_oss": """
 def forward(self, x):
     logits = F.linear(x, self.weight, self.bias)

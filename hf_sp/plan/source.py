@@ -67,7 +67,7 @@ def known_class(
 
 @functools.cache
 def _of_form(source: str) -> tuple[list[str], list[str]]:
-    meaning = {"torch": torch, "nn": nn, "F": F}
+    meaning: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
     meaning["maybe_autocast"] = getattr(generic, "maybe_autocast", None)
     normal = [_normalised(tree, meaning) for tree in ast.parse(source).body]
     return [tree for tree, _ in normal], [name for _, names in normal for name in names]

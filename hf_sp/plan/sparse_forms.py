@@ -162,6 +162,18 @@ def forward(self, x):
     out = self.experts(x, index, scale).reshape(batch, length, hidden)
     return out + always
 """,
+        "laguna": """
+def forward(self, x):
+    batch, length, hidden = x.shape
+    x = x.view(-1, hidden)
+    always = self.shared(x)
+    _, scale, index = self.router(x)
+    x = self.experts(x, index, scale)
+    x = x * self.factor
+    x = x + always
+    x = x.reshape(batch, length, hidden)
+    return x
+""",
         "afmoe": """
 def forward(self, x):
     batch, length, hidden = x.shape

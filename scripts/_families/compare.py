@@ -31,12 +31,14 @@ def check(family: str) -> dict[str, Any]:
 
     Collectives: the models', and gathers of the results.
     """
-    left = family not in models.RIGHT_PADDED
+    name, _, head = family.partition(", ")
+    left = name not in models.RIGHT_PADDED
     if family in vision.FAMILIES:
         model, batches = vision.build(family).train(), vision.batches(family, left)
     else:
         model = models.build(family).train()
-        batches = models.batches(model.config.get_text_config().vocab_size, left)
+        vocab = model.config.get_text_config().vocab_size
+        batches = models.batches(vocab, left, head=head)
     parallel = parallelize(copy.deepcopy(model))
     found: dict[str, Any] = {"problems": []}
     errors: dict[str, float] = dict.fromkeys(("loss", "gradients", "weights", "logits"), 0.0)
@@ -46,7 +48,7 @@ def check(family: str) -> dict[str, Any]:
         losses = []
         for one in (model, parallel):
             one.zero_grad(set_to_none=True)
-            loss = one(**batch, use_cache=False).loss
+            loss = one(**batch, **({} if head else {"use_cache": False})).loss
             loss.backward()
             losses.append(loss.detach())
         _worst(errors, "loss", losses[1], losses[0])
@@ -71,13 +73,16 @@ def check(family: str) -> dict[str, Any]:
     model.eval()
     parallel.eval()
     with torch.no_grad():
-        inputs = {k: v for k, v in batches[0].items() if k != "labels"}
-        real = inputs["attention_mask"].bool()
-        logits = [_whole(m(**inputs).logits)[real] for m in (model, parallel)]
+        inputs = {k: v for k, v in batches[0].items() if k in models.INPUTS}
+        # What a row that sees nothing makes is anything.
+        real = ... if head == "sequence classification" else inputs["attention_mask"].bool()
+        name = "start_logits" if head == "question answering" else "logits"
+        logits = [_whole(m(**inputs)[name])[real] for m in (model, parallel)]
         _worst(errors, "logits", logits[1], logits[0])
-        tokens = [_generate(m, inputs["input_ids"][1:, :6]) for m in (model, parallel)]
-    if not torch.equal(*tokens):
-        found["problems"].append("generate gives other tokens")
+        if not head:
+            tokens = [_generate(m, inputs["input_ids"][1:, :6]) for m in (model, parallel)]
+            if not torch.equal(*tokens):
+                found["problems"].append("generate gives other tokens")
     if not _saved_alike(parallel):
         found["problems"].append("the saved checkpoint is another model")
     over = [f"{kind} differ by {error:.0e}" for kind, error in errors.items() if not error < LIMIT]

@@ -11,8 +11,15 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
+from transformers.models.auto import modeling_auto
 
 # Set where a config has the name.
 SMALL: dict[str, Any] = {
@@ -76,6 +83,8 @@ ODD: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "glm_moe_dsa": _LATENT,
     "dots3_note_text": {"num_key_value_heads": 8},
     "dots1": {"n_shared_experts": 1},
     # Layers of both kinds, of which the last two use the keys and values of the first two.
@@ -107,14 +116,46 @@ ODD: dict[str, dict[str, Any]] = {
     "seed_oss": {"residual_dropout": 0.0},
     "youtu": _LATENT,
 }
+# What a model is given but for what it is judged by.
+INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "mm_token_type_ids",
+    "token_type_ids",
+}
 # Their own attention makes nan of rows that see nothing.
-RIGHT_PADDED = {"gemma2", "vaultgemma"}
+RIGHT_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
 
 
 def families() -> list[str]:
     """Model types of all causal LM classes; not of what wraps one with other models (vision)."""
-    names = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return [name for name in names if not CONFIG_MAPPING[name].sub_configs]
+
+
+# What else is made of a decoder: class, the names of its families, numbers of its config.
+HEADS: dict[str, tuple[Any, dict[str, str]]] = {
+    "sequence classification": (
+        AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "token classification": (
+        AutoModelForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "question answering": (
+        AutoModelForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+}
+
+
+def with_head(head: str) -> list[str]:
+    """Names of causal LM families that have a class with that head: ``llama, token ...``."""
+    return [f"{name}, {head}" for name in families() if name in HEADS[head][1]]
 
 
 def config(family: str) -> PretrainedConfig:
@@ -134,12 +175,20 @@ def default_config(family: str) -> PretrainedConfig:
 def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A model whose weights depend on the family and the seed alone.
 
+    A causal LM, or what ``with_head`` names.
+
     Transformers starts norms at one, biases at zero and matrices so small that attention is nearly
     uniform: a fault in those would hardly show.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config(family)), dtype=dtype)
+        family, _, head = family.partition(", ")
+        made = copy.deepcopy(config(family))
+        if head:
+            # A row is judged by its last token that is none of these.
+            made.num_labels, made.get_text_config().pad_token_id = 3, 0
+        cls = HEADS[head][0] if head else AutoModelForCausalLM
+        model = cls.from_config(made, dtype=dtype)
     return fill(model, seed)
 
 
@@ -160,9 +209,9 @@ def fill(model: Any, seed: int = 0) -> Any:
 
 
 def batches(
-    vocab: int, left: bool, generator: torch.Generator | None = None
+    vocab: int, left: bool, generator: torch.Generator | None = None, head: str = ""
 ) -> list[dict[str, torch.Tensor]]:
-    """Of two steps: padded and odd, even and whole."""
+    """Of two steps: padded and odd, even and whole; with the labels of a head."""
     generator = generator or torch.Generator().manual_seed(0)
     made = []
     for length, pads in ((13, (4, 0)), (16, (0, 0))):
@@ -170,5 +219,14 @@ def batches(
         mask = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
         mask = mask if left else mask.flip(1)
         labels = ids.masked_fill(~mask, -100)
-        made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+        batch = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+        if head == "question answering":
+            batch |= {
+                "start_positions": torch.tensor([5, 3]),
+                "end_positions": torch.tensor([7, 4]),
+            }
+        else:
+            labels = labels[:, 6] if head == "sequence classification" else labels
+            batch["labels"] = labels.where(labels < 0, labels % 3) if head else labels
+        made.append(batch)
     return made

@@ -153,9 +153,11 @@ def travelled_expert_gradient_is_scaled() -> list[Patch]:
 
 def _gate_up_gradient(wrong: Any) -> list[Patch]:
     right = sparse.gate_up_gradient
-    return [
-        (sparse, "gate_up_gradient", lambda *args, top_k: right(*wrong(*args, top_k), top_k=top_k))
-    ]
+
+    def gradient(*args, top_k, **kwargs):
+        return right(*wrong(*args, top_k), top_k=top_k, **kwargs)
+
+    return [(sparse, "gate_up_gradient", gradient)]
 
 
 @mutant(Case("qwen3_moe"))

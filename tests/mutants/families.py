@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 from harness.parity import Case
-from parity import dropout_jobs
+from parity import dropout_jobs, family_jobs
 from torch.distributed.tensor import Shard
 
 from hf_sp import install
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.install import _install_norm
-from hf_sp.model import block, embedding, norm_over_heads, parameters, shard, streams
+from hf_sp.model import block, embedding, forward, norm_over_heads, parameters, shard, streams
 from hf_sp.model.mixer import OwnRowsParameters
 from hf_sp.model.parameters import Partial
 from hf_sp.moe import block as moe_block
@@ -181,3 +181,22 @@ def routers_of_layers_see_own_tokens_only() -> list[Patch]:
     return [
         (pairs, "identity_allreduce", lambda x, axis: x if x.shape in router else right(x, axis))
     ]
+
+
+@mutant(family_jobs.Case("qwen3_vl"), check=family_jobs.tables)
+def pictures_have_own_tokens_gradient_only() -> list[Patch]:
+    wrong = mock.Mock(wraps=pairs)
+    wrong.identity_allreduce = lambda x, axis: x
+    return [(forward, "pairs", wrong)]
+
+
+@mutant(family_jobs.Case("qwen3_vl"), check=family_jobs.tables)
+def pictures_are_added_to_the_next_ranks_tokens() -> list[Patch]:
+    right = forward.DecoderBoundary._of_own_tokens
+
+    def own(self, inputs):
+        changed = right(self, inputs)
+        mask = changed.get("visual_pos_masks")
+        return {**changed, "visual_pos_masks": mask.roll(1, 1)} if mask is not None else changed
+
+    return [(forward.DecoderBoundary, "_of_own_tokens", own)]

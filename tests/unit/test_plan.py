@@ -79,7 +79,7 @@ def test_decoder_alone_and_classifier():
 def test_sizes_that_tp_does_not_divide(overrides, tp, legal):
     with pytest.raises(PlanError) as error:
         derive_plan(_meta("llama", **overrides), tp, True)
-    assert legal in str(error.value).splitlines()[-1]
+    assert f"legal:  {legal}" in str(error.value).splitlines()[-2]
     for t in range(1, 33):
         if t in map(int, legal.removeprefix("tp = ").split(", ")):
             derive_plan(_meta("llama", **overrides), t, True)
