@@ -30,7 +30,7 @@ from hf_sp.model.local import autocast_dtype, cast_for_autocast, local
 from hf_sp.model.low_rank import low_rank
 from hf_sp.model.parameters import PARTIAL
 from hf_sp.model.ports import low_rank_column
-from hf_sp.torch_private import packed_shard
+from hf_sp.torch_packed import packed_shard
 
 _FACTORS = "_hf_sp_dora_factors"
 

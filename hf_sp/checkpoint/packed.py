@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_sp.plan.experts import packed_experts
-from hf_sp.torch_private import is_packed
+from hf_sp.torch_packed import is_packed
 
 
 def packed_dims(model: nn.Module) -> dict[str, int]:

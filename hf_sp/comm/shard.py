@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.errors import ShapeError
-from hf_sp.torch_private import is_packed, local_tensor, packed_sizes
+from hf_sp.torch_packed import is_packed, packed_sizes
+from hf_sp.torch_private import local_tensor
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from hf_sp.errors import CheckpointError, ConfigError, HfSpError
 from hf_sp.model.shard import home_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
-from hf_sp.torch_private import packed_sizes
+from hf_sp.torch_packed import packed_sizes
 
 QUANTISED = "packed weights cannot be cut into shards (QLoRA: not in this release)"
 _SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hf_sp.comm.shard import as_dtensor, shard_like, split_local
 from hf_sp.patching import Patch, Patches
-from hf_sp.torch_private import is_packed, packed_sizes
+from hf_sp.torch_packed import is_packed, packed_sizes
 
 
 def _packed(x: Any) -> bool:

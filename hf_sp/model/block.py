@@ -9,6 +9,7 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

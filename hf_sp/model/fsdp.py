@@ -27,7 +27,8 @@ from hf_sp.model.block import get_hidden_states
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.model.shard import spread_experts
 from hf_sp.state import ATTRIBUTE, ParallelState
-from hf_sp.torch_private import graph_task, is_packed, real_tensors
+from hf_sp.torch_packed import is_packed
+from hf_sp.torch_private import graph_task, real_tensors
 
 
 def shard_over_data(model: nn.Module, state: ParallelState, mesh: DeviceMesh) -> None:

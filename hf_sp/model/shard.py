@@ -21,7 +21,8 @@ from hf_sp.comm.shard import as_dtensor, take_shard
 from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
 from hf_sp.state import ParallelState
-from hf_sp.torch_private import is_fake, packed_shard, process_group
+from hf_sp.torch_packed import packed_shard
+from hf_sp.torch_private import is_fake, process_group
 
 logger = logging.getLogger(__name__)
 

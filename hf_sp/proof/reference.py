@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
 
 def float64_loss(
     logits: torch.Tensor,
@@ -51,7 +53,7 @@ def without_dropout(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
+        if isinstance(module, DROPOUTS) and module.p:
             module.p = 0.0
             found.append(name)
         for attribute, value in list(vars(module).items()):

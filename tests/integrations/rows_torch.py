@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import distribute_tensor
 
 from hf_sp import parallel_state
-from hf_sp.torch_private import packed_shard
+from hf_sp.torch_packed import packed_shard
 from integrations.rows import Raises, row
 
 

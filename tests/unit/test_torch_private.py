@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from hf_sp import torch_private as private
 from hf_sp.estimate import fake_world
+from hf_sp.torch_packed import is_packed, packed_shard, packed_sizes
 
 PACKAGE = Path(private.__file__).parent
 # Private names of others that may stand outside torch_private.py: each with the file that uses it.
@@ -273,7 +274,8 @@ def test_they_stand_in_one_place():
     found = {
         file: names
         for file, tree in trees.items()
-        if file != "torch_private.py" and not file.startswith(("integrations/", "adapters/"))
+        if file not in ("torch_private.py", "torch_packed.py")
+        and not file.startswith(("integrations/", "adapters/"))
         if (names := _used(tree) - ours - EVERYWHERE)
     }
     assert found == ELSEWHERE
@@ -298,22 +300,22 @@ def test_packed_shard():
     """Part r of each half on rank r; torn apart and put together by DTensor itself."""
     full = torch.arange(3 * 8 * 2).view(3, 8, 2)
     with fake_world(2) as mesh:
-        placement = private.packed_shard(1)
+        placement = packed_shard(1)
         found = distribute_tensor(full, mesh, (placement,), src_data_rank=None)
         gate, up = full.chunk(2, 1)
         assert torch.equal(found.to_local(), torch.cat([gate[:, :2], up[:, :2]], 1))
         assert torch.zeros_like(found).placements == (placement,)
-    assert private.is_packed(placement)
-    assert not private.is_packed(Shard(1))
+    assert is_packed(placement)
+    assert not is_packed(Shard(1))
 
 
 def test_packed_parts_of_several_sizes():
     """As halves; and the results of operators are still laid out so, optimizers' too."""
     full = torch.arange(16 * 2.0).view(16, 2)
     with fake_world(2) as mesh:
-        placement, other = (private.packed_shard(0, sizes) for sizes in ((4, 4, 8), (8, 4, 4)))
+        placement, other = (packed_shard(0, sizes) for sizes in ((4, 4, 8), (8, 4, 4)))
         assert placement != other
-        assert placement != private.packed_shard(0, (1, 1, 1, 1))
+        assert placement != packed_shard(0, (1, 1, 1, 1))
         found = distribute_tensor(full, mesh, (placement,), src_data_rank=None)
         want = torch.cat([part.chunk(2)[0] for part in full.split([4, 4, 8])])
         assert torch.equal(found.to_local(), want)
@@ -325,7 +327,7 @@ def test_packed_parts_of_several_sizes():
         optimizer.step()
         assert optimizer.state[p]["exp_avg"].placements == p.placements == (placement,)
     assert pickle.loads(pickle.dumps(placement)) == placement
-    assert private.packed_sizes(placement.split_factor, 32) == [8, 8, 16]
+    assert packed_sizes(placement.split_factor, 32) == [8, 8, 16]
 
 
 def test_flattened_axes_are_known_to_the_mesh():
