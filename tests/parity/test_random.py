@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from harness import tiny
+import pytest
 from harness.parity import assert_parity
 from harness.pool import pool
 from hypothesis import HealthCheck, Phase, given, note, settings
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from parity import random_jobs
 from parity.random_jobs import Case
+from scripts._families.compare import LIMIT
 
 COUNT = int(os.environ.get("HF_SP_RANDOM_CASES", "20"))
 DENSE = ("llama", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "olmo2", "gpt_neox")
@@ -30,7 +31,9 @@ def cases(draw: st.DrawFn) -> tuple[int, Case]:
     # Query heads that tp divides; k/v heads that divide them, and that tp divides or is a multiple.
     key_value = draw(st.sampled_from((1, 2, 4)))
     heads = key_value * tp // min(key_value, tp) * draw(st.sampled_from((1, 2)))
-    key_value = heads if family == "gpt_neox" else key_value
+    # Norms over all heads are split by heads: of keys too.
+    if family == "gpt_neox" or (family == "olmo2" and key_value % tp):
+        key_value = heads
     config = {
         "num_attention_heads": heads,
         "num_key_value_heads": key_value,
@@ -73,6 +76,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Case]:
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=COUNT,
     deadline=None,
@@ -86,8 +90,6 @@ def cases(draw: st.DrawFn) -> tuple[int, Case]:
 def test_a_random_case(drawn):
     tp, case = drawn
     note(f"tp={tp} {case}")
-    assert_parity(pool(tp).run(random_jobs.compare, case=case), tol=_tolerance(case.family))
-
-
-def _tolerance(family: str) -> float:
-    return tiny.FLOAT32.get(family, 1e-10)
+    # Norms of transformers round to float32 in a float64 model too: of many cases some meet a bit
+    # that the order of a sum has turned, 6e-8 of an element. Faults are above 1e-4.
+    assert_parity(pool(tp).run(random_jobs.compare, case=case), tol=LIMIT)
