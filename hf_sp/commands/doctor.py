@@ -180,5 +180,5 @@ def environment(env: Mapping[str, str]) -> Iterator[Finding]:
 
 _CONFLICTS = {
     "SP_SIZE": "that is DeepSpeed Ulysses: parallelism_config_tp_size, and parallelize(sp=True)",
-    "CP_SIZE": "context parallelism is not built: parallelism_config_cp_size: 1",
+    "CP_SIZE": "that is accelerate's own ring: parallelism_config_cp_size: 1, parallelize(cp=...)",
 }

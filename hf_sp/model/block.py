@@ -99,16 +99,16 @@ class BlockBoundary:
         state = self.state
         x = get_hidden_states(args, kwargs)
         length = true_length(kwargs) or self.length if self.attention else None
-        needs = state.sharded or (state.cut is not None and self.own is not None)
-        if self.attention and length is None and needs:
+        parts = None if self.own is None else state.cut
+        if self.attention and length is None and (parts is not None or state.sharded):
             raise ShapeError(
                 "an attention block was called without position_embeddings or position_ids",
                 where=type(module).__name__,
                 rule="its input is a sequence shard; the whole length is read from these",
             )
-        parts = state.cut
-        if parts is not None and self.own is not None:
+        if parts is not None:
             assert length is not None
+            assert self.own is not None
             kwargs = self.own(kwargs, length, parts)
             length = None  # a part has no padding that tp does
         gathered = gather_columns(
@@ -123,9 +123,8 @@ class BlockBoundary:
         self.block.gathered = gathered
         drops = self.attention and module.training
         # A layer that drops hidden states too has a stream already.
-        drops = drops and not state.plan.dropout
-        p = getattr(module, "attention_dropout", False)
-        if drops and float(getattr(p, "p", p)):
+        p = drops and not state.plan.dropout and getattr(module, "attention_dropout", False)
+        if float(getattr(p, "p", p)):
             self.dropout.start(gathered.x)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:

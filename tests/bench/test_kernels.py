@@ -198,8 +198,8 @@ def _no_weight(honest, x, weight, *rest):
     return honest(x, torch.ones_like(weight), *rest)
 
 
-def _unscaled(honest, gate, up):
-    return honest(gate, torch.ones_like(up))
+def _unscaled(honest, gate, up, *rest):
+    return honest(gate, torch.ones_like(up), *rest)
 
 
 def _wrong_slope(honest, dz, gate, up, *rest):
