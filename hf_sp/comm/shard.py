@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from hf_sp.errors import ShapeError
-from hf_sp.torch_packed import is_packed, packed_sizes
+from hf_sp.torch_packed import is_packed, packed_shard, packed_sizes
 from hf_sp.torch_private import local_tensor
 
 
@@ -122,8 +122,11 @@ def split_packed(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """The tensors that are packed in one, copied; no communication."""
     if not isinstance(x, DTensor):
         return tuple(part.contiguous() for part in x.chunk(2, dim))
-    # FSDP's own strided sharding, of another dim, stays what it is.
-    packed = next(p for p in x.placements if is_packed(p) and p.dim == dim)
+    # FSDP's own strided sharding, of another dim, stays what it is. Whole experts are split by
+    # another dim, and are two halves.
+    packed: Any = next(
+        (p for p in x.placements if is_packed(p) and p.dim == dim), packed_shard(dim)
+    )
     placed = [Shard(dim) if p is packed else p for p in x.placements]
     parts, shape = [], list(x.shape)
     sizes = packed_sizes(packed.split_factor, x.shape[dim])
