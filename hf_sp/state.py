@@ -108,7 +108,7 @@ class ParallelState:
     @property
     def cut(self) -> Parts | None:
         """How the current forward's sequence is cut over context parallel ranks, if it is."""
-        return None if self.uncut else self.parts
+        return None if self.parts is None or self.uncut else self.parts
 
     @property
     def offloaded(self) -> bool:

@@ -32,9 +32,14 @@ def is_packed(placement: Placement) -> TypeGuard[_StridedShard]:
     return isinstance(placement, _StridedShard)
 
 
+def is_unequal(split_factor: Any) -> bool:
+    """Whether a placement's ``split_factor`` is of tensors of several sizes; FSDP's is a number."""
+    return isinstance(split_factor, _Parts)
+
+
 def packed_sizes(split_factor: Any, size: int) -> list[int]:
     """How long the tensors are that a placement of ``packed_shard`` packs in a dim of that size."""
-    sizes = split_factor.sizes if isinstance(split_factor, _Parts) else (1,) * split_factor
+    sizes = split_factor.sizes if is_unequal(split_factor) else (1,) * split_factor
     return [part * size // sum(sizes) for part in sizes]
 
 

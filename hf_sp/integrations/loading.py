@@ -29,7 +29,7 @@ from hf_sp.errors import CheckpointError, ConfigError, HfSpError
 from hf_sp.model.shard import home_of
 from hf_sp.patching import Patch, Patches
 from hf_sp.state import parallel_state
-from hf_sp.torch_packed import packed_sizes
+from hf_sp.torch_packed import is_unequal, packed_sizes
 
 QUANTISED = "packed weights cannot be cut into shards (QLoRA: not in this release)"
 _SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -196,6 +196,8 @@ def slices_of_unequal_parts(
     split_factor: int,
 ) -> list[tuple[int, int]]:
     """Several tensors packed in one are taken for tensors of one size (5.17 to 5.24)."""
+    if not is_unequal(split_factor):
+        return original(self, intervals, rank, world_size, split_factor)
     found: list[tuple[int, int]] = []
     for start, end in intervals:
         for size in packed_sizes(split_factor, end - start):

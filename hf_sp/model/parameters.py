@@ -136,7 +136,7 @@ class PartialSums:
     def close(self, layer: nn.Module, args: Any, output: Any) -> None:
         """The layer has run."""
         for _, parameters in self.owners:
-            parameters.ports.clear()
+            parameters.ports = {}
 
 
 class _Deliver(Node):

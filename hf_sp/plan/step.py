@@ -103,19 +103,10 @@ class _Step:
         return LayerLayout(path, moving, *ways, moving, moving, tuple(stages))
 
     def _norms(self, paths: Sequence[str]) -> tuple[Collective, ...]:
-        """Those with one weight together, in at least float32; others each by itself."""
-        found, single = [], 0
-        for path in paths:
-            module = self.modules[path]
-            trained = self._trained(module)
-            if set(module._parameters) == {"weight"}:
-                single += sum(p.numel() for p in trained)
-            else:
-                found += [self._sum(f"gradient of {path.rpartition('.')[2]}", p) for p in trained]
-        if single:
-            what, wide = "gradients of norms together", max(4, self.tokens.itemsize)
-            found.insert(0, Collective("backward", "all_reduce", what, (single,), wide))
-        return tuple(found)
+        """All of a layer together, in at least float32."""
+        count = sum(p.numel() for path in paths for p in self._trained(self.modules[path]))
+        what, wide = "gradients of norms together", max(4, self.tokens.itemsize)
+        return (Collective("backward", "all_reduce", what, (count,), wide),) if count else ()
 
     def _block(self, block: Block) -> Stage:
         what = "attention" if block.attention else "MLP" if block.experts is None else "experts"

@@ -187,6 +187,8 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
         if head:
             # A row is judged by its last token that is none of these.
             made.num_labels, made.get_text_config().pad_token_id = 3, 0
+            # Ranks agree on a stream of their own for it: other masks than one process has.
+            made.classifier_dropout = 0.0
         cls = HEADS[head][0] if head else AutoModelForCausalLM
         model = cls.from_config(made, dtype=dtype)
     return fill(model, seed)

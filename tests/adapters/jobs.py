@@ -161,6 +161,19 @@ def use_same_masks(model: nn.Module, sp: bool) -> None:
             block = blocks.setdefault(name.rpartition(".")[0], {})
             masks = SameMasks(p, row, padded, dist.get_world_size(), sp, block)
             layer.lora_dropout["default"] = masks
+    # Ranks agree on a stream for each forward (hf_sp.model.streams): the first one's next number.
+    before: list[Tensor] = []
+
+    def agree(module: nn.Module, args: Any) -> None:
+        seed = int(torch.randint(2**62, (1, 1)))
+        before.append(torch.get_rng_state())
+        torch.manual_seed(seed)
+
+    def give_back(module: nn.Module, args: Any, output: Any) -> None:
+        torch.set_rng_state(before.pop())
+
+    model.register_forward_pre_hook(agree)
+    model.register_forward_hook(give_back)
 
 
 @functools.lru_cache(maxsize=16)

@@ -110,12 +110,13 @@ def test_for_programs(capsys, saved):
 
 
 @pytest.mark.slow
-def test_for_people(capsys, saved, tmp_path):
+def test_for_people(capsys, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     picture = tmp_path / "layer.png"
     main(["explain", saved, "--tp", "2", "--plot", str(picture)])
     printed = capsys.readouterr().out
     assert "attention FULL, mlp FULL, residual SCATTERED" in " ".join(printed.split())
-    assert "reduce_sc" in printed
+    assert "reduce_scatter" in printed
     assert picture.stat().st_size > 1000
 
 
