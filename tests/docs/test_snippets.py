@@ -16,7 +16,7 @@ from hf_sp.integrations.optimizers import RIGHT
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PACKAGE = DOCS.parent / "hf_sp"
 PAGES = ("start", "migrating", "parameters", "generation")
-NEW = (*PAGES, "degrees", "troubleshooting", "estimate")
+NEW = (*PAGES, "degrees", "troubleshooting", "memory", "estimate")
 
 
 def _blocks(page: str, language: str) -> list[str]:
