@@ -28,7 +28,9 @@ def plot(file: str, name: str, config: PreTrainedConfig, run: Run, capacity: int
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     console = Console(stderr=True)
     for tp in track(DEGREES, "counting", console=console, transient=True):
-        mine = replace(run, tp=tp, library="one GPU" if tp == 1 else "hf_sp")
+        mine = replace(run, tp=tp)
+        if tp == 1:
+            mine = replace(mine, cp=1, dp_shard=1, ep=1, library="one GPU")
         try:
             peaks = [count_whole(config, replace(mine, seq=seq)).peak / GIB for seq in lengths]
         except HfSpError as error:

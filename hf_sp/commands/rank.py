@@ -87,7 +87,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """GPUs of the run."""
-        return 1 if self.library == "one GPU" else self.tp * self.cp * self.dp_shard
+        return self.tp * self.cp * self.dp_shard
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
