@@ -79,10 +79,10 @@ def _owned(module: nn.Module) -> set[str]:
 def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     for path in (plan.embedding, *plan.embeddings):
         embedding: Any = model.get_submodule(path)
-        VocabParallelEmbedding.convert_(embedding, state.axis)
-    first, stack = model.get_submodule(plan.layers[0]), StackBoundary(state)
-    first.register_forward_pre_hook(stack.enter, with_kwargs=True, prepend=True)
-    model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
+        own = state if path == plan.embedding else None
+        VocabParallelEmbedding.convert_(embedding, state.axis, own)
+    first, norm = (model.get_submodule(path) for path in (plan.layers[0], plan.norm))
+    StackBoundary(state).install(first, norm)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
     if decoder is not model:

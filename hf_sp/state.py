@@ -145,6 +145,11 @@ class ParallelState:
         """Whether hidden states of the current forward are sequence shards."""
         return self.sp and not self.few_tokens
 
+    @property
+    def takes_own_tokens(self) -> bool:
+        """Whether a decoder is running whose first layer takes this rank's tokens of the whole."""
+        return self.length is not None and (self.sharded or self.cut is not None)
+
     def expert_load(self) -> dict[str, Tensor]:
         """Tokens that each expert was given in the latest forward, ``[E]`` by the experts' path.
 

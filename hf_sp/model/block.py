@@ -1,6 +1,6 @@
 """Hooks where hidden states change between whole and sharded: of a TP block, and of the stack.
 
-Entry and exit of a block: all-gather and reduce-scatter (without sp: all-reduce). A pre-hook on
+Entry and exit of a block: all-gather and reduce-scatter (without sp: all-reduce). The call of
 layer 0 takes the sequence shard: HF derives masks, positions and RoPE from the embedding's output
 before that, over the whole sequence. A hook on the final norm gathers, or leaves that to the head.
 
@@ -19,6 +19,7 @@ from hf_sp.comm import pairs
 from hf_sp.comm.parts import Parts, gather_take, take_gather
 from hf_sp.errors import ShapeError
 from hf_sp.model.columns import ColumnLinear, Factor, gather_columns
+from hf_sp.model.lazy import LazyHidden
 from hf_sp.model.ports import BlockInput
 from hf_sp.model.streams import LocalDropout
 from hf_sp.state import ParallelState
@@ -177,20 +178,38 @@ class OwnTokens:
 
 
 class StackBoundary:
-    """Hooks at the ends of the decoder's stack."""
+    """The ends of the decoder's stack: a call of layer 0, a hook of the final norm."""
 
     def __init__(self, state: ParallelState) -> None:
         self.state = state
 
-    def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def install(self, first: nn.Module, norm: nn.Module) -> None:
+        """Put them there.
+
+        A call, because transformers before 5.24 checkpoints a layer with its hooks: the checkpoint
+        would keep what these are given.
+        """
+        kind: Any = type(first)
+
+        def enter_and_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            boundary: StackBoundary = layer.__dict__["stack_boundary"]
+            args, kwargs = boundary.enter(args, kwargs)
+            return kind.__call__(layer, *args, **kwargs)
+
+        first.__dict__["stack_boundary"] = self
+        names = {"__module__": kind.__module__, "__call__": enter_and_call}
+        first.__class__ = type(kind.__name__, (kind,), names)
+        norm.register_forward_hook(self.leave, prepend=True)
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; the backward all-gathers."""
         state, x = self.state, get_hidden_states(args, kwargs)
-        if state.cut is not None:
+        if isinstance(x, LazyHidden) and not x.made:
+            x = x.own()
+        elif state.cut is not None:
             x = take_gather(x, state.cut, state.axis if state.sharded else None)
         elif state.sharded:
             x = pairs.scatter_allgather(x, state.axis)
-        else:
-            return None
         return replace_hidden_states(args, kwargs, x)
 
     def leave(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:

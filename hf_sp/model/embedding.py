@@ -5,55 +5,86 @@ from __future__ import annotations
 import functools
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
+from hf_sp.comm.parts import Parts
 from hf_sp.kernels.vocab import check_ids, vocab_range
+from hf_sp.model.lazy import LazyHidden
 from hf_sp.model.local import local
+from hf_sp.state import ParallelState
 
 
 class VocabParallelEmbedding(nn.Embedding):
     """An ``nn.Embedding`` in place; ``num_embeddings`` stays the whole vocabulary.
 
     The result is the whole, reduced embedding and not a partial sum: users call
-    ``get_input_embeddings()`` themselves, and Trainer hangs noise hooks on it.
+    ``get_input_embeddings()`` themselves, and Trainer hangs noise hooks on it. Inside of a decoder
+    whose layers have own tokens it is a ``LazyHidden``, the whole for whoever touches it.
 
     Shapes:   ids [...] int -> [..., H], equal on all ranks
-    Forward:  1 all-reduce
-    Backward: no collective; the whole output gradient gives each rank's rows
+    Forward:  1 all-reduce; of own tokens 1 reduce-scatter, or without ``sp`` 1 all-reduce of the
+              part of this context parallel rank
+    Backward: no collective, the whole output gradient gives each rank's rows; of own tokens under
+              ``sp`` 1 all-gather
     Saves:    ids, the mask of ids that live elsewhere
     Raises:   ShapeError for an id outside the vocabulary (an assert on the device, on a GPU)
     """
 
     axis: Axis
+    state: ParallelState | None
 
     @classmethod
-    def convert_(cls, module: nn.Embedding, axis: Axis) -> None:
-        """Make an ``nn.Embedding`` one of these, in place."""
+    def convert_(cls, module: nn.Embedding, axis: Axis, state: ParallelState | None = None) -> None:
+        """Make an ``nn.Embedding`` one of these, in place.
+
+        ``state``: of the decoder whose hidden states it makes; None for other embeddings.
+        """
         # A scaled one calls what stands behind it in the order of classes.
         kind: Any = type(module)
         module.__class__ = cls if kind is nn.Embedding else _before(kind)
-        cast(VocabParallelEmbedding, module).axis = axis
+        self = cast(VocabParallelEmbedding, module)
+        self.axis, self.state = axis, state
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up the ids that live here, zeros for the others, and sum over the ranks."""
+        """Rows of the vocabulary; inside of a sharded decoder a stand-in for them."""
         check_ids(input, self.num_embeddings, "input_ids", ignore_index=None)
+        state = self.state
+        if state is None or not state.takes_own_tokens or torch.compiler.is_compiling():
+            return self._whole(input)
+        own = functools.partial(self._own, input, state.cut, state.sharded)
+        shape, weight = (*input.shape, self.embedding_dim), local(self.weight)
+        return LazyHidden(shape, weight, lambda: self._whole(input), weight, own)
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        return pairs.allreduce_identity(self._rows(ids), self.axis)
+
+    def _own(self, ids_BS: Tensor, parts: Parts | None, sharded: bool) -> Tensor:
+        """This rank's tokens; padding is zeros, as an id that lives nowhere."""
+        rows = self._rows(ids_BS if parts is None else parts.take(ids_BS, 1, -1))
+        if sharded:
+            return pairs.reducescatter_allgather(rows, self.axis)
+        return pairs.allreduce_identity(rows, self.axis)
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """Rows of the ids that live here, zeros for the others."""
         start, stop = vocab_range(self.num_embeddings, self.axis)
         weight = local(self.weight)
         if start == stop:
             # More ranks than rows: nothing lives here. The weight stays in the graph: its gradient
             # is an empty tensor, and the collectives that follow agree.
-            rows = weight.sum() * weight.new_zeros(*input.shape, self.embedding_dim)
-            return pairs.allreduce_identity(rows, self.axis)
+            return weight.sum() * weight.new_zeros(*input.shape, self.embedding_dim)
         elsewhere = (input < start) | (input >= stop)
         ids = (input - start).masked_fill(elsewhere, 0)
         padding = self.padding_idx
         if padding is not None:
             padding = padding - start if start <= padding < stop else None
         rows = F.embedding(ids, weight, padding)
-        return pairs.allreduce_identity(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+        # In place: a copy would be of as many tokens.
+        return rows.masked_fill_(elsewhere.unsqueeze(-1), 0)
 
 
 @functools.cache
