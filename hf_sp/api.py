@@ -50,6 +50,8 @@ def parallelize(
     plan: Mapping[str, str] | None = None,
     keep_logits: bool = False,
     loss_chunk: int = 4096,
+    mlp_tile: int | None = None,
+    offload: bool = False,
     kernels: bool = True,
     recompute: Recompute | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
@@ -87,6 +89,13 @@ def parallelize(
         keep_logits: return whole logits from training forwards with labels too. By default the
             chunked loss never makes them and ``logits`` is None there.
         loss_chunk: tokens per chunk of that loss.
+        mlp_tile: run MLPs on so many tokens of a rank's shard at a time, and again in backward:
+            nothing of the size tokens x features is kept or made. Their collectives are as many as
+            tiles. Not with mixtures of experts, whose routers look at all tokens.
+        offload: move the inputs of checkpointed layers to pinned memory of the host, and back in
+            backward, beside the layers' computation. It acts with transformers'
+            ``gradient_checkpointing_enable()`` or Trainer's ``gradient_checkpointing=True``; a
+            training forward without is refused.
         kernels: run the loss, and RMS norms and gated SiLU MLPs whose forward's text is known, in
             Triton kernels on a GPU (the same numbers in torch operations elsewhere).
         recompute: what backward makes again instead of keeping it; bytes a token and layer with
@@ -128,14 +137,15 @@ def parallelize(
     problem: HfSpError | None = None
     try:
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
-        switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
+        switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels, "offload": offload}
         ways = (None, *get_args(Recompute))
         choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
             "cp_mode": (cp_mode, get_args(CpMode)),
             "recompute": (recompute, ways),
             "checkpoint": (checkpoint, get_args(Checkpoint)),
         }
-        checks.check_arguments({"loss_chunk": loss_chunk, **sizes}, switches, choices)
+        sizes |= {"loss_chunk": loss_chunk, "mlp_tile": mlp_tile}
+        checks.check_arguments(sizes, switches, choices)
         checks.check_environment()
         checks.check_other_sequence_parallelism()
         checks.check_model(model)
@@ -147,10 +157,12 @@ def parallelize(
         with integrations.without_adapters(model) as whole:
             resolved = _checked_plan(whole, degrees.tp, sp, plan, ep, reach, degrees.cp)
         checks_fsdp.check_data_parallel(model, resolved, degrees)
+        checks.check_memory_switches(model, resolved, mlp_tile, offload=offload)
         checks.check_optimizers(model)
     except HfSpError as error:
         problem = error
     options = f"{degrees} {keep_logits=} {loss_chunk=} {kernels=} {recompute=}"
+    options += f" {mlp_tile=} {offload=}"
     options += f" {mp_policy=} {offload_policy=} {checkpoint=}"
     settings = {"plan": f"{resolved}", "options": options, **checks.describe_tensors(model)}
     checks.agree(mesh, problem, settings)
@@ -172,6 +184,8 @@ def parallelize(
         recompute=recompute or ("norm+act" if kernels else "none"),
         mp_policy=mp_policy or MixedPrecisionPolicy(),
         offload_policy=offload_policy or OffloadPolicy(),
+        offload=offload,
+        mlp_tile=mlp_tile,
         checkpoint=checkpoint,
         degrees=degrees,
         parts=None if ranks.cp is None else Parts(ranks.cp, degrees.tp if sp else 1),

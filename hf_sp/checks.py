@@ -17,6 +17,7 @@ from hf_sp.comm.degrees import Degrees, launched_world, spans_world
 from hf_sp.comm.mesh import start_distributed
 from hf_sp.comm.watch import TIMES, seconds
 from hf_sp.errors import ConfigError, HfSpError
+from hf_sp.plan.schema import Plan
 from hf_sp.state import parallel_state
 
 
@@ -28,13 +29,13 @@ def check_arguments(
     """Refuse arguments of a wrong type or value.
 
     Args:
-        sizes: positive integers; ``tp`` and ``dp_shard`` may be None.
+        sizes: positive integers; ``tp``, ``dp_shard`` and ``mlp_tile`` may be None.
         switches: on or off.
         choices: a value and what it may be.
     """
     problems = []
     for name, size in sizes.items():
-        absent = size is None and name in ("tp", "dp_shard")
+        absent = size is None and name in ("tp", "dp_shard", "mlp_tile")
         if not absent and (type(size) is not int or size < 1):
             problems.append((f"{name} must be a positive integer", f"{name}={size!r}", "1, 2, ..."))
     for name, flag in switches.items():
@@ -83,6 +84,32 @@ def check_cp_mode(mode: str, degrees: Degrees) -> None:
             got=str(degrees),
             rule="this release exchanges heads for tokens",
             legal="cp_mode='ulysses'",
+        )
+
+
+def check_memory_switches(
+    model: nn.Module, plan: Plan, mlp_tile: int | None, *, offload: bool
+) -> None:
+    """Refuse ways to save memory that a model's layers cannot go."""
+    sparse = next((b.path for b in plan.blocks if b.experts is not None), None)
+    if mlp_tile is not None and (sparse is not None or plan.dropout):
+        why = "routers balance their experts over all tokens"
+        raise ConfigError(
+            "these layers do not run in tiles of the sequence",
+            where=sparse or "dropout of hidden states",
+            got=f"mlp_tile={mlp_tile}",
+            rule=why if sparse else "tiles would drop the same places each",
+            legal="mlp_tile=None" + ("" if sparse else ", or a dropout of 0"),
+        )
+    modules = dict(model.named_modules())
+    named = [modules.get(path) for path in plan.layers]
+    fixed = next((m for m in named if m and not hasattr(m, "gradient_checkpointing")), None)
+    if offload and fixed is not None:
+        raise ConfigError(
+            "these layers are not checkpointed one by one",
+            where=type(fixed).__name__,
+            rule="offload=True moves the inputs of checkpointed layers",
+            legal="offload=False",
         )
 
 

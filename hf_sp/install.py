@@ -21,6 +21,7 @@ from hf_sp.model.norm_over_heads import OverHeadsForward
 from hf_sp.model.parameters import LocalParameters, Partial, PartialSums
 from hf_sp.model.ports import BlockInput
 from hf_sp.model.streams import LayerDropout
+from hf_sp.model.tiles import SequenceTiles
 from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.layer_experts import LayerExperts
 from hf_sp.moe.router import leave_router_logits
@@ -109,6 +110,8 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
         install_mixer(module, block.mixer, boundary, model.get_submodule(layer))
     elif not block.attention:
         _install_gated(module, block.path, block.leaves, state)
+        if state.mlp_tile is not None:
+            SequenceTiles(state.mlp_tile).install(module)
     else:
         _tell_heads(module, block, state.tp)
         if state.parts is not None:

@@ -48,6 +48,8 @@ class ParallelState:
     # What FSDP was given: dtypes to compute and to reduce in, where shards are kept.
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+    offload: bool = False  # inputs of checkpointed layers wait in the host's memory
+    mlp_tile: int | None = None  # tokens of a shard that an MLP runs on at a time
     checkpoint: Checkpoint = "hf"  # what Trainer's checkpoints hold
     degrees: Degrees = field(default_factory=lambda: Degrees(1))
     # How the sequence is cut over context parallel ranks, None without them.

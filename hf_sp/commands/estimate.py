@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-sp", dest="sp", action="store_false")
     parser.add_argument("--recompute", choices=get_args(Recompute))
     parser.add_argument("--checkpointing", action="store_true", help="of each layer")
+    parser.add_argument("--offload", action="store_true", help="checkpointed inputs to the host")
+    parser.add_argument("--mlp-tile", type=int, metavar="TOKENS", help="MLPs in tiles of a shard")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="adapters on all linears")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
@@ -121,6 +123,7 @@ def row_of(config: PreTrainedConfig, run: Run) -> dict[str, Any]:
         "kinds": asdict(found.kinds),
         "peaks": dict(found.peaks),
         "kept": found.kept,
+        "host": found.host,
         "collectives": _as_data(found.collectives),
     }
 
@@ -138,6 +141,7 @@ def compare(config: PreTrainedConfig, run: Run, capacity: int | None) -> Iterato
         mine = replace(run, library=library)
         if library != "hf_sp":
             mine = replace(mine, dp_shard=1, cp=1, ep=1, recompute=None, sp=False)
+            mine = replace(mine, offload=False, mlp_tile=None)
             mine = replace(mine, tp=1 if library == "one GPU" else mine.tp)
         try:
             row = row_of(config, mine)

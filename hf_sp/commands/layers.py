@@ -130,7 +130,7 @@ def _look(config: PreTrainedConfig) -> bool:
 def _same(a: TrainingCount, b: TrainingCount) -> bool:
     """To a few numbers that torch makes when it first runs something."""
     off = _difference(a, b)
-    numbers = [off.held, off.gradients, off.kept, *off.peaks.values()]
+    numbers = [off.held, off.gradients, off.kept, off.host, *off.peaks.values()]
     kinds = [n for kinds in off.kinds_at.values() for n in astuple(kinds)]
     return all(abs(n) <= 64 for n in numbers + kinds) and a.collectives == b.collectives
 
@@ -156,6 +156,7 @@ def _combined(
         number(a.held, b.held),
         number(a.gradients, b.gradients),
         number(a.kept, b.kept),
+        number(a.host, b.host),
         {phase: number(x, b.peaks[phase]) for phase, x in a.peaks.items()},
         {
             phase: Kinds(*(number(getattr(x, n), getattr(b.kinds_at[phase], n)) for n in names))

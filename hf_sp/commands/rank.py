@@ -64,6 +64,8 @@ class Run:
         sp: sequence parallelism.
         recompute: as in ``parallelize``.
         checkpointing: transformers' gradient checkpointing, of each layer.
+        offload: of checkpointed layers' inputs, as in ``parallelize``.
+        mlp_tile: as in ``parallelize``.
         lora: rank of adapters on all linears; 0: full training.
         dtype: of weights, gradients and optimizer state.
         optimizer: a key of ``OPTIMIZERS``.
@@ -79,6 +81,8 @@ class Run:
     sp: bool = True
     recompute: Any = None
     checkpointing: bool = False
+    offload: bool = False
+    mlp_tile: int | None = None
     lora: int = 0
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
@@ -173,9 +177,8 @@ def _with_hf_sp(mesh: Any, run: Run) -> Callable[[nn.Module], nn.Module]:
     degrees: dict[str, Any] = {"tp": run.tp, "cp": run.cp, "dp_shard": run.dp_shard}
     if run.cp * run.dp_shard == 1:
         degrees = {"mesh": mesh}
-    return lambda model: parallelize(
-        model, **degrees, sp=run.sp, ep=run.ep, recompute=run.recompute
-    )
+    switches = {"recompute": run.recompute, "offload": run.offload, "mlp_tile": run.mlp_tile}
+    return lambda model: parallelize(model, **degrees, sp=run.sp, ep=run.ep, **switches)
 
 
 def _with_transformers(mesh: Any, run: Run) -> Callable[[Any], nn.Module]:

@@ -106,6 +106,8 @@ class StepAccounting(TorchDispatchMode):
         phase: what the ops that run now are booked under; set it between forward and backward.
         live_bytes: bytes of the storages made so far that are alive now.
         peak_bytes: largest `live_bytes` right after any op.
+        host_bytes, host_peak: the same of what ops named `to_host` put into the host's memory,
+            which is in neither of those.
         records: the collectives so far, in order.
     """
 
@@ -114,6 +116,8 @@ class StepAccounting(TorchDispatchMode):
         self.phase: Phase = "forward"
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.host_bytes = 0
+        self.host_peak = 0
         self.records: list[CollectiveRecord] = []
         # What came (True) and went, and how much of it had come about when the peak was reached.
         self._events: list[tuple[bool, LiveStorage]] = []
@@ -205,6 +209,8 @@ class StepAccounting(TorchDispatchMode):
             # The kernel returns its input; the fake one makes a second buffer that no rank has.
             return args[0]
         for tensor in _plain_tensors(out):
+            if ".to_host." in op:
+                self._note_host(tensor)
             self._note(tensor, op)
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_event = self.live_bytes, len(self._events)
@@ -232,6 +238,19 @@ class StepAccounting(TorchDispatchMode):
             self._storages[address] = ref, made
             return
         self._resized(tensor.untyped_storage(), tuple(tensor.shape))
+
+    def _note_host(self, tensor: Tensor) -> None:
+        """Track a storage of the host; to the device it is as one that was there before."""
+        storage = tensor.untyped_storage()
+        address, nbytes = storage._cdata, storage.nbytes()
+
+        def forget(_: Any) -> None:
+            self.host_bytes -= nbytes
+            self._forget(address)
+
+        self._storages[address] = weakref.ref(storage, forget), None
+        self.host_bytes += nbytes
+        self.host_peak = max(self.host_peak, self.host_bytes)
 
     def _resized(self, storage: torch.UntypedStorage, shape: tuple[int, ...] | None = None) -> None:
         """Book another size of a storage that is known."""

@@ -48,6 +48,7 @@ class TrainingCount:
         held: bytes of weights and the optimizer's state, which are there all the time.
         gradients: bytes of all gradients.
         kept: bytes of activations that the forward leaves, all of them.
+        host: most bytes of activations that wait in the host's memory.
         peaks: most bytes alive at once in each phase, everything included.
         kinds_at: bytes at the peak of each phase.
         collectives: of each phase by kind.
@@ -56,6 +57,7 @@ class TrainingCount:
     held: int
     gradients: int
     kept: int
+    host: int
     peaks: Mapping[str, int]
     kinds_at: Mapping[str, Kinds]
     collectives: Mapping[str, Mapping[str, CollectiveCount]]
@@ -143,7 +145,7 @@ def count_training(
     kinds = {phase: _kinds(records, *parts) for phase, records in alive.items()}
     found = {str(phase): accounting.collectives(phase) for phase in PHASES}
     whole = sum(record.nbytes for record in gradients)
-    return TrainingCount(held, whole, kept, peaks, kinds, found)
+    return TrainingCount(held, whole, kept, accounting.host_peak, peaks, kinds, found)
 
 
 def _make_state(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:

@@ -31,6 +31,7 @@ def install(model: nn.Module) -> None:
 
     from hf_sp.integrations import (
         accelerate_files,
+        offload,
         optimizers,
         process_patches,
         saving,
@@ -60,6 +61,8 @@ def install(model: nn.Module) -> None:
         # ``_is_distributed_loading_by_transformers`` Trainer would broadcast and average what is
         # not a DTensor, and refuse to save what can be resumed. Not written to config.json.
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
+    if state.offload:
+        offload.install(model, state)
     install_load_hook(model)
     allow_anomaly_mode()
     read_whole_numbers()

@@ -20,6 +20,7 @@ from hf_sp.comm.parts import Parts, gather_take, take_gather
 from hf_sp.errors import ShapeError
 from hf_sp.model.columns import ColumnLinear, Factor, gather_columns
 from hf_sp.model.lazy import LazyHidden
+from hf_sp.model.local import call_through
 from hf_sp.model.ports import BlockInput
 from hf_sp.model.streams import LocalDropout
 from hf_sp.state import ParallelState
@@ -189,19 +190,10 @@ class StackBoundary:
         A call, because transformers before 5.24 checkpoints a layer with its hooks: the checkpoint
         would keep what these are given.
         """
-        kind: Any = type(first)
-
-        def enter_and_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            boundary: StackBoundary = layer.__dict__["stack_boundary"]
-            args, kwargs = boundary.enter(args, kwargs)
-            return kind.__call__(layer, *args, **kwargs)
-
-        first.__dict__["stack_boundary"] = self
-        names = {"__module__": kind.__module__, "__call__": enter_and_call}
-        first.__class__ = type(kind.__name__, (kind,), names)
+        call_through(first, self.call)
         norm.register_forward_hook(self.leave, prepend=True)
 
-    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def call(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; the backward all-gathers."""
         state, x = self.state, get_hidden_states(args, kwargs)
         if isinstance(x, LazyHidden) and not x.made:
@@ -210,7 +202,8 @@ class StackBoundary:
             x = take_gather(x, state.cut, state.axis if state.sharded else None)
         elif state.sharded:
             x = pairs.scatter_allgather(x, state.axis)
-        return replace_hidden_states(args, kwargs, x)
+        args, kwargs = replace_hidden_states(args, kwargs, x)
+        return layer(*args, **kwargs)
 
     def leave(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Of the final norm: shard -> replicated; the backward takes the shard.

@@ -26,7 +26,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         options: of ``torch.compile``.
 
     Raises:
-        ConfigError: with context parallel ranks.
+        ConfigError: with context parallel ranks, or with MLPs in tiles.
     """
     state, whole = parallel_state(model), parallel_model(model)
     assert state is not None
@@ -37,6 +37,13 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
             got=str(state.degrees),
             rule="the exchange in front of their attention has not been traced",
             legal="torch_compile=False, or cp=1",
+        )
+    if state.mlp_tile is not None:
+        raise ConfigError(
+            "layers whose MLPs run in tiles are not compiled",
+            got=f"mlp_tile={state.mlp_tile}",
+            rule="a graph would have every tile's operations, and keep what they save",
+            legal="torch_compile=False, or mlp_tile=None",
         )
     sparse = [block.path for block in state.plan.blocks if block.experts is not None]
     for path in state.plan.layers:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sp.comm.autograd import Node, once_differentiable
@@ -102,6 +104,22 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
 
 # As autocast: double precision is left alone.
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def call_through(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Put a function around a module's calls, hooks and all: ``call(inner, *args, **kwargs)``.
+
+    Its class is replaced by one of the same name.
+    """
+    kind: Any = type(module)
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        around = self.__dict__["_hf_sp_call"]
+        return around(functools.partial(kind.__call__, self), *args, **kwargs)
+
+    module.__dict__["_hf_sp_call"] = call
+    names = {"__module__": kind.__module__, "__call__": called}
+    module.__class__ = type(kind.__name__, (kind,), names)
 
 
 class LocalConfig:

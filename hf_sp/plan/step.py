@@ -44,9 +44,9 @@ class _Step:
     # --- ends ------------------------------------------------------------------------------------
 
     def _begin(self) -> Stage:
-        t, plan = self.tokens, self.plan
-        whole = (t.batch, t.length, self.hidden)
-        found = [Collective("forward", "all_reduce", "rows of the vocabulary", whole, t.itemsize)]
+        plan = self.plan
+        kind = "reduce_scatter" if plan.sp else "all_reduce"
+        found = [self._sequence("forward", kind, "rows of the vocabulary")]
         if plan.sp and self.wanted:
             found.append(self._sequence("backward", "all_gather", "gradient of the shards"))
         return Stage(plan.embedding, "embedding", "FULL", "FULL", self.moving, tuple(found))
