@@ -45,8 +45,11 @@ class SequenceTiles:
         if x.shape[1] <= step:
             return call(*args, **kwargs)
 
+        # A checkpoint keeps what its function closes over: all tokens are not to be among that.
+        others = replace_hidden_states(args, kwargs, x.new_empty(0))
+
         def of(tile: Tensor) -> Tensor:
-            given, named = replace_hidden_states(args, kwargs, tile)
+            given, named = replace_hidden_states(*others, tile)
             return call(*given, **named)
 
         if not torch.is_grad_enabled():
