@@ -16,9 +16,10 @@ from mutants import wrongly
 from mutants.registry import Patch, mutant
 
 
-@mutant()
+@mutant(Case("llama_bias", sp=False))
 def embedding_is_not_summed() -> list[Patch]:
     right = pairs.allreduce_identity
+    # Of the whole, for who touches it: here a model without sequence shards.
     return [(pairs, "allreduce_identity", lambda x, axis: right(x, axis) * 0 + x)]
 
 
