@@ -62,7 +62,7 @@ def install(model: nn.Module) -> None:
         # not a DTensor, and refuse to save what can be resumed. Not written to config.json.
         model.config.distributed_config = DistributedConfig(tp_size=state.tp)
     if state.offload:
-        offload.install(model, state)
+        offload.Offload(model, state).install()
     install_load_hook(model)
     allow_anomaly_mode()
     read_whole_numbers()

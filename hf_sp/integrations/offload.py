@@ -28,18 +28,25 @@ class _Checkpoint:
         return self.inputs.call(self.function, *args, **kwargs)
 
 
-def install(model: nn.Module, state: ParallelState) -> None:
-    """Look at the layers whenever the decoder begins.
+class Offload:
+    """Hook of the decoder: as a forward begins, have the layers' checkpoints called through ours.
 
     Raises, in a forward that records gradients in training:
         ConfigError: no layer is checkpointed.
     """
-    inputs, plan = HostInputs(), state.plan
 
-    def look(decoder: nn.Module, args: Any) -> None:
+    def __init__(self, model: nn.Module, state: ParallelState) -> None:
+        self.model, self.plan, self.inputs = model, state.plan, HostInputs()
+
+    def install(self) -> None:
+        """Register it."""
+        self.model.get_submodule(self.plan.decoder).register_forward_pre_hook(self.start)
+
+    def start(self, decoder: nn.Module, args: Any) -> None:
+        """Look at the layers."""
         if not (decoder.training and torch.is_grad_enabled()):
             return
-        layers = [model.get_submodule(path) for path in plan.layers]
+        layers = [self.model.get_submodule(path) for path in self.plan.layers]
         on = [one for one in layers if getattr(one, "gradient_checkpointing", False)]
         if not on:
             raise ConfigError(
@@ -52,6 +59,4 @@ def install(model: nn.Module, state: ParallelState) -> None:
         for layer in on:
             function = getattr(layer, _FUNCTION)
             if not isinstance(function, _Checkpoint):
-                setattr(layer, _FUNCTION, _Checkpoint(inputs, function))
-
-    model.get_submodule(plan.decoder).register_forward_pre_hook(look)
+                setattr(layer, _FUNCTION, _Checkpoint(self.inputs, function))

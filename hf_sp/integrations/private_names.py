@@ -18,6 +18,17 @@ _DTENSOR = "torch.distributed.tensor:DTensor."
 _DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher."
 
 NAMES: tuple[Name, ...] = (
+    # transformers: where a layer's checkpoint function is
+    Name(
+        "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing",
+        None,
+        ('setattr(module, "_gradient_checkpointing_func", gradient_checkpointing_func)',),
+    ),
+    Name(
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        None,
+        ("return self._gradient_checkpointing_func(partial(",),
+    ),
     # transformers: replaced methods
     Name(_TRAINER + "create_accelerator_and_postprocess", "(self)", ("self.accelerator = Acc",)),
     Name(_TRAINER + "_validate_args", "(self)"),

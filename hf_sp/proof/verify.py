@@ -135,8 +135,11 @@ def verify(
     assert state is not None
     tolerance, why = tolerance_of(parallel, state, dtype)
     report = Report(type(model).__name__, state.everyone.rank, str(dtype).removeprefix("torch."))
-    # What adapters send depends on which linears have one.
-    layout = None if _has_adapters(model) else layout_of(parallel, state, batch, dtype)
+    if state.offload:
+        parallel.gradient_checkpointing_enable()
+    # What adapters send depends on which linears have one; checkpoints and tiles send it again.
+    untold = _has_adapters(model) or state.offload or state.mlp_tile is not None
+    layout = None if untold else layout_of(parallel, state, batch, dtype)
     ran = _parallel(parallel, state, batch, report, want, layout)
     found = Verification(
         report.name,

@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/long-context.md: memory of long rows, and how long they can be.
+"""The table and the picture of docs/long-context.md: memory of long rows, and how long they can be.
 
 Predicted by `hf-sp estimate`'s own code, without weights or a GPU: weights, gradients and AdamW in
 bfloat16 (8 bytes a parameter, sharded over all GPUs) and a step of one row, for each way to

@@ -144,6 +144,21 @@ def resume(scene):
     return report
 
 
+def long(scene):
+    """Checkpointed layers whose inputs wait on the host, MLPs in tiles; and a resume."""
+    options = {"train": 21, "max_steps": 5, "gradient_checkpointing": True}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    switches = {"offload": True, "mlp_tile": 2}
+    trainer = scene.trainer("long", scene.tiny(**switches), **options)
+    report = scene.train(trainer)
+    del report["total_flos"]  # counted with the padding
+    again = scene.trainer("long", scene.tiny(seed=5, **switches), **options)
+    again.train(resume_from_checkpoint=str(scene.out / scene.mode / "long" / "checkpoint-2"))
+    report["resumed"] = history(again) == report["history"]
+    report["weights_equal"] = same(weights(again.model), weights(trainer.model))
+    return {"long": report}
+
+
 def adapted(scene, order, seed=0):
     """A model with adapters, which come before ``parallelize`` or after it."""
     model = scene.tiny(seed, parallel=order == "after")

@@ -32,7 +32,7 @@ def _rows(kind, n):
     ]
 
 
-def _train(scene, name, kind, adapters):
+def _train(scene, name, kind, adapters, **options):
     config = SFTConfig if kind is SFTTrainer else DPOConfig
     more = {}
     if adapters:
@@ -57,6 +57,7 @@ def _train(scene, name, kind, adapters):
         learning_rate=1e-2,
         save_strategy="no",
         dataloader_pin_memory=False,
+        **options,
     )
     model = scene.tiny()
     torch.manual_seed(5)
@@ -83,7 +84,9 @@ def _train(scene, name, kind, adapters):
 def train(scene):
     """Full and with adapters that the trainer adds."""
     disable_progress_bars()
-    return {
+    # Documents in rows without padding, laid end to end.
+    packed = _train(scene, "packed", SFTTrainer, False, packing=True, max_length=24)
+    return {"SFTTrainer-packed": packed} | {
         f"{kind.__name__}-{'lora' if adapters else 'full'}": _train(
             scene, f"{kind.__name__}-{adapters}", kind, adapters
         )

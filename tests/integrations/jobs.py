@@ -44,6 +44,7 @@ GROUPED = (
     groups.evaluate,
     groups.resume,
     groups.lora,
+    groups.long,
     groups.experts,
     groups.policies,
     groups.faults,

@@ -64,6 +64,8 @@ CONTEXT = {"mode": "cp", "world": 4, "groups": 2, "cp": 2}
         (groups.resume, "resumed"),
         (groups.lora, "lora_before"),
         (groups.lora, "lora_after"),
+        (groups.long, "long"),
+        (groups_trl.train, "SFTTrainer-packed"),
         (groups_trl.train, "SFTTrainer-full"),
         (groups_trl.train, "DPOTrainer-lora"),
     ],

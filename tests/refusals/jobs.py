@@ -92,6 +92,32 @@ def later_parameters() -> str | None:
     return _message(lambda: model(input_ids=ids))
 
 
+def nothing_to_offload() -> tuple[str | None, ...]:
+    """Without checkpoints; with them; where transformers moves the inputs itself."""
+    model = parallelize(tiny.build("llama"), offload=True).train()
+    ids = torch.arange(12).view(1, 12)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    def forward_alone() -> None:
+        with torch.no_grad():
+            model(input_ids=ids)
+
+    found = [_message(step), _message(forward_alone)]
+    model.gradient_checkpointing_enable()
+    found.append(_message(step))
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = _moves_by_itself
+    return *found, _message(step)
+
+
+def _moves_by_itself(function: Callable[..., Any], *args: Any) -> Any:
+    """As transformers' ``offload`` among the arguments of its checkpointing."""
+    with torch.autograd.graph.save_on_cpu():
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
 def ids_out_of_range(where: str, value: int) -> str | None:
     """An id that no rank's part of the vocabulary holds."""
     model = parallelize(tiny.build("llama"))

@@ -69,6 +69,18 @@ def test_heads_that_tp_does_not_divide():
         assert not untouched
 
 
+def test_offload_without_checkpoints():
+    """And beside transformers' own; what the first refusal advises works."""
+    for alone, evaluated, checkpointed, twice in pool(2).run(jobs.nothing_to_offload):
+        assert evaluated is checkpointed is None
+        assert alone is not None
+        assert "offload=True has nothing to move" in alone
+        assert "gradient_checkpointing_enable()" in alone
+        assert twice is not None
+        assert "did not show hf_sp what it saves" in twice
+        assert "leave transformers' own offload out" in twice
+
+
 @pytest.mark.parametrize(
     ("names", "shape", "part"),
     [(("dp",), (2,), "no axis named 'tp'"), (("dp", "tp"), (2, 1), "other axes beside tp")],
