@@ -35,7 +35,7 @@ def heads_of_another_rank_attend() -> list[Patch]:
 @mutant(DENSE)
 def gradients_of_heads_do_not_come_back() -> list[Patch]:
     def own(ctx, *grads):
-        P, cp = ctx.parts.length(grads[0].shape[2]), ctx.parts.axis.size
+        P, cp = ctx.length, ctx.axis.size
         grads = [torch.nn.functional.pad(g, (0, 0, 0, P * cp - g.shape[2])) for g in grads]
         return None, None, *(g[:, :, :P].repeat(1, cp, 1, 1) for g in grads)
 
@@ -45,9 +45,9 @@ def gradients_of_heads_do_not_come_back() -> list[Patch]:
 @mutant(DENSE)
 def gradients_of_the_output_do_not_come_back() -> list[Patch]:
     def own(ctx, grad):
-        S, axis = ctx.length, ctx.parts.axis
+        S, axis = ctx.length, ctx.axis
         mine = grad.chunk(axis.size, 2)[axis.rank]
-        return mine.repeat(1, axis.size, 1, 1)[:, :S].contiguous(), None
+        return mine.repeat(1, axis.size, 1, 1)[:, :S].contiguous(), None, None
 
     return [backward(ulysses._ToSequence, own)]
 
