@@ -46,12 +46,14 @@ class Hop:
     """What travels in a hop, and what is done with it.
 
     Args:
+        number: from how many places before this one the keys come; 0 is its own.
         receive: rows of keys and values from each place.
         send: and to each.
         sent: the stretches that are sent: places in this rank's own, and how many.
         tiles: of own queries, and of keys that have arrived.
     """
 
+    number: int
     receive: list[int]
     send: list[int]
     sent: list[tuple[int, int]]
@@ -108,7 +110,7 @@ def hops_of(mask: Mask, S: int, parts: Parts) -> Iterator[Hop]:
             for query, own in zip(starts, every[me], strict=True):
                 tiles += tiles_of(mask, query, own, key, every[source][i])
             key += every[source][i][1]
-        yield Hop(receive, send, sent, tiles)
+        yield Hop(h, receive, send, sent, tiles)
 
 
 def tiles_of(
