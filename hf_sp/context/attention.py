@@ -65,13 +65,23 @@ class ContextConfig(_Named):
         own: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
         found = kwargs.get("position_embeddings")
         if isinstance(found, Tensor):
-            own["position_embeddings"] = parts.take(found, -2)
+            own["position_embeddings"] = _of_part(found, parts)
         elif found is not None:
-            own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
+            own["position_embeddings"] = tuple(_of_part(x, parts) for x in found)
         positions = kwargs.get("position_ids")
         if positions is not None and self.__dict__["takes_positions"]:
             own["position_ids"] = parts.take(positions, -1)
         return {**kwargs, **own}
+
+
+def _of_part(x: Tensor, parts: Parts) -> Tensor:
+    """A part of what all layers are given: one for all of them, as each would keep its own."""
+    own = x.__dict__.get("_hf_sp_part")
+    if own is None:
+        own = parts.take(x, -2)
+        if not own._is_view():
+            x.__dict__["_hf_sp_part"] = own
+    return own
 
 
 _registered: set[str] = set()

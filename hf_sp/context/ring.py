@@ -205,8 +205,7 @@ class _Ring(Node):
                     _keys(tile, total).add_(one)
             land()
             if not own:
-                rows = _packed(*(x.to(k.dtype) for x in sums))
-                back.append((hop, comm.launch_all_to_all(rows, hop.send, hop.receive, axis)))
+                back.append((hop, _given_back(hop, axis, *(x.to(k.dtype) for x in sums))))
         land()
         return None, None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -225,6 +224,11 @@ def _travelling(
             sent = torch.cat(rows) if len(rows) > 1 else rows[0]
             arriving = comm.launch_all_to_all(sent, after.receive, after.send, axis)
         yield hop, here
+
+
+def _given_back(hop: Hop, axis: Axis, dk: Tensor, dv: Tensor) -> Tensor:
+    """Gradients of what a hop has brought, on their way to whose keys and values these are."""
+    return comm.launch_all_to_all(_packed(dk, dv), hop.send, hop.receive, axis)
 
 
 def _packed(k: Tensor, v: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def to_sequence(x_BSaE: Tensor, P: int, axis: Axis) -> Tensor:
     Saves:    nothing
     """
     if axis.size == 1:
-        return F.pad(x_BSaE, (0, 0, 0, 0, 0, P - x_BSaE.shape[1]))
+        missing = P - x_BSaE.shape[1]
+        return F.pad(x_BSaE, (0, 0, 0, 0, 0, missing)) if missing else x_BSaE
     return _ToSequence.apply(x_BSaE, P, axis)
 
 
