@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sp.comm.parts import Parts
@@ -76,14 +77,16 @@ class ContextConfig(_Named):
 
 def _of_part(x: Tensor, parts: Parts) -> Tensor:
     """A part of what all layers are given: one for all of them, as each would keep its own."""
-    own = x.__dict__.get("_hf_sp_part")
+    own = _taken.get(x)
     if own is None:
         own = parts.take(x, -2)
         if not own._is_view():
-            x.__dict__["_hf_sp_part"] = own
+            _taken[x] = own
     return own
 
 
+# Lives as long as what it is of.
+_taken = WeakTensorKeyDictionary()
 _registered: set[str] = set()
 
 
