@@ -49,6 +49,11 @@ class Parts:
         """The ranks that exchange heads for tokens: those of one place."""
         return self.inner or self.axis
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the process groups of these ranks."""
+        return [one.group for one in (self.axis, self.inner, self.outer) if one is not None]
+
     def length(self, S: int) -> int:
         """Tokens of a part, padding counted."""
         ranks, even = self.axis.size // self.ring, self.ring > 1

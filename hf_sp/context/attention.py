@@ -21,7 +21,7 @@ from hf_sp.context.ring import ring_attention
 from hf_sp.context.ulysses import to_heads, to_sequence
 from hf_sp.errors import ConfigError
 from hf_sp.model.block import CACHES
-from hf_sp.model.local import LocalConfig
+from hf_sp.model.local import LocalConfig, cast_for_autocast
 from hf_sp.state import ParallelState
 
 PREFIX = "hf_sp|"
@@ -102,7 +102,7 @@ class DecoderConfig:
         module.register_forward_hook(self.finish, always_call=True)
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Name them. A copy of the model that was made inside of a forward is named twice."""
+        """Name them."""
         if self.state.cut is None:
             return
         config = module.__dict__["config"]
@@ -148,6 +148,9 @@ def attend(
         return function(module, query, key, value, attention_mask, **kwargs)
     S, P, axis = config["length"], query.shape[2], parts.ulysses
     heads, own = query.shape[1], query.shape[1] // axis.size
+    if parts.ring > 1:
+        # As autocast does in front of sdpa, which is not called.
+        query, key, value = (cast_for_autocast(x, x) for x in (query, key, value))
     q, k, v = to_heads(query, key, value, parts.tokens(S), axis)
     of_heads = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
     if of_heads and attention_mask.shape[1] == heads > 1:

@@ -44,7 +44,7 @@ def choose_ring(name: str, plan: Plan, modules: Modules, how: Exchange) -> int:
     local = min(n // tp for n in heads)
     fitting = [d for d in range(1, local + 1) if all(n // tp % d == 0 for n in heads)]
     splits = [d for d in fitting if cp % d == 0]
-    near = [d for d in splits if d == 1 or not how.node or tp * d <= how.node]
+    near = [d for d in splits if d == 1 or how.node % (tp * d) == 0]
     amid = [d for d in splits if 1 < d < cp]
     inside = [d for d in amid if d in near]
     other = [(block.path, got) for block in attentions if (got := _beyond_a_ring(block, modules))]
