@@ -56,7 +56,7 @@ def apply_timeout(args: TrainingArguments, state: ParallelState) -> None:
     """
     if args.ddp_timeout == TrainingArguments.ddp_timeout:
         return
-    named = [*state.peers, *([] if state.parts is None else [state.parts.axis.group])]
+    named = [*state.peers, *([] if state.parts is None else state.parts.groups)]
     groups = (state.group, state.all_ranks, *state.whole.get_all_groups())
     for group in (None, *groups, *map(process_group, named)):
         set_timeout(group, timedelta(seconds=args.ddp_timeout))
