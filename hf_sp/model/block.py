@@ -196,7 +196,9 @@ class StackBoundary:
     def call(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of layer 0: replicated ``[B, S, H]`` -> shard ``[B, s, H]``; the backward all-gathers."""
         state, x = self.state, get_hidden_states(args, kwargs)
-        if isinstance(x, LazyHidden) and not x.made:
+        if isinstance(x, LazyHidden) and x.made:
+            x = x.materialize()
+        if isinstance(x, LazyHidden):
             x = x.own()
         elif state.cut is not None:
             x = take_gather(x, state.cut, state.axis if state.sharded else None)
