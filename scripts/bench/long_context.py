@@ -1,4 +1,4 @@
-"""The table and the picture of docs/long-context.md: memory of long rows, and how long they can be.
+"""The table and picture of docs/long-context.md: memory of long rows, and how long they can be.
 
 Predicted by `hf-sp estimate`'s own code, without weights or a GPU: weights, gradients and AdamW in
 bfloat16 (8 bytes a parameter, sharded over all GPUs) and a step of one row, for each way to
@@ -86,7 +86,9 @@ WAYS: dict[str, Run] = {
     "+ tiles": Run(checkpointing=True, mlp_tile=TILE),
     "+ both": Run(checkpointing=True, offload=True, mlp_tile=TILE),
 }
-MODES: tuple[dict[str, Any], ...] = ({"mode": "ulysses"},)
+# Others than the first are counted for one world, of the ways without and with everything.
+MODES = ("ulysses", "ring", "hybrid")
+COMPARED, ENDS = ("Llama-3.1-8B", 8), ("checkpointing", "+ both")
 COLORS = {"checkpointing": "#6b7280", "+ offload": "#d97706", "+ tiles": "#65a30d"}
 COLORS |= {"+ both": "#2563eb"}
 
@@ -122,13 +124,11 @@ def wanted() -> Iterable[tuple[tuple[str, int, str, str, int], Run]]:
     """All points."""
     for model, worlds in WORLDS.items():
         for gpus, (tp, cp) in worlds.items():
-            for how in MODES if cp > 1 else MODES[:1]:
-                more = {name: value for name, value in how.items() if name != "mode"}
-                for way, run in WAYS.items():
+            for mode in MODES if (model, gpus) == COMPARED else MODES[:1]:
+                for way in WAYS if mode == MODES[0] else ENDS:
                     for seq in lengths(gpus):
-                        mode = how["mode"] if cp > 1 else "one GPU"
-                        found = replace(run, tp=tp, cp=cp, seq=seq, **more)
-                        yield (model, gpus, mode, way, seq), found
+                        run = replace(WAYS[way], tp=tp, cp=cp, cp_mode=mode, seq=seq)
+                        yield (model, gpus, mode if cp > 1 else "one GPU", way, seq), run
 
 
 def count_point(at: tuple[str, int, str, str, int], run: Run) -> Point:
@@ -199,7 +199,7 @@ def draw(points: list[Point], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    counted = [p for p in points if not p.refused and p.mode in ("one GPU", MODES[0]["mode"])]
+    counted = [p for p in points if not p.refused and p.mode in ("one GPU", MODES[0])]
     worlds = list(dict.fromkeys((p.model, p.gpus) for p in counted))
     size = (3.3 * len(worlds), 4.2)
     figure, panels = pyplot.subplots(1, len(worlds), figsize=size, layout="constrained")
