@@ -106,8 +106,7 @@ class StepAccounting(TorchDispatchMode):
         phase: what the ops that run now are booked under; set it between forward and backward.
         live_bytes: bytes of the storages made so far that are alive now.
         peak_bytes: largest `live_bytes` right after any op.
-        host_bytes, host_peak: the same of what ops named `to_host` put into the host's memory,
-            which is in neither of those.
+        host_bytes, host_peak: the same of what ops named `to_host` made, in neither of those.
         records: the collectives so far, in order.
     """
 

@@ -114,10 +114,10 @@ def call_through(module: nn.Module, call: Callable[..., Any]) -> None:
     kind: Any = type(module)
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        around = self.__dict__["_hf_sp_call"]
+        around = self.__dict__["around_call"]
         return around(functools.partial(kind.__call__, self), *args, **kwargs)
 
-    module.__dict__["_hf_sp_call"] = call
+    module.__dict__["around_call"] = call
     names = {"__module__": kind.__module__, "__call__": called}
     module.__class__ = type(kind.__name__, (kind,), names)
 

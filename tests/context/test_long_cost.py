@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,22 +17,26 @@ from hf_sp.model.fsdp import make_buffers
 
 pytestmark = pytest.mark.slow
 
-LENGTH, BATCH, BF16 = 512, 2, 2
+LENGTH, BATCH, BF16 = 768, 2, 2
 
 
 @functools.cache
-def _step(tp: int, cp: int, layers: int, checkpointed: bool = False, **switches):
+def _step(
+    tp, cp, layers, *, shape=GROUPED, length=LENGTH, checkpointed=False, touched=False, **switches
+):
     with fake_world(tp * cp), fake_tensors():
-        model = AutoModelForCausalLM.from_config(_config(LlamaConfig, GROUPED, layers, 128))
+        model = AutoModelForCausalLM.from_config(_config(LlamaConfig, shape, layers, 128))
         model = parallelize(model.train(), tp=tp, cp=cp, **switches)
         if checkpointed:
             model.gradient_checkpointing_enable()
-        ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+        if touched:
+            model.model.embed_tokens.register_forward_hook(lambda m, args, output: output + 0)
+        ids = torch.zeros(BATCH, length, dtype=torch.long)
         make_buffers(model)  # as after a first step
         return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def _layer(tp: int, cp: int, **switches):
+def _layer(tp, cp, **switches):
     return per_layer(*(_step(tp, cp, layers, **switches) for layers in (2, 3)))
 
 
@@ -45,44 +50,56 @@ def test_a_checkpointed_layer_keeps_its_input_or_nothing():
 
 @pytest.mark.parametrize(("tp", "cp", "sp"), [(1, 4, True), (2, 2, True), (2, 2, False)])
 def test_the_embedding_is_of_own_tokens(tp, cp, sp):
-    """Nothing of all tokens' hidden states is made, in forward or backward; what is sent."""
-    with _Widest() as widest:
-        step = _step.__wrapped__(tp, cp, 1, sp=sp)
-    part = BATCH * LENGTH // cp
-    assert widest.tokens == part
+    """No tensor of all tokens' hidden states, forward or backward; one is, where a hook reads it."""
+    with _Whole() as alone:
+        step = _step(tp, cp, 1, sp=sp)
+    with _Whole() as touched:
+        _step(tp, cp, 1, sp=sp, touched=True)
+    assert alone.found == 0 < touched.found
     kind = "reduce_scatter" if sp else "all_reduce"
-    # Of the layer's two exits and the loss's chunk too.
-    assert step.forward[kind].bytes == 4 * part * GROUPED.hidden * BF16
+    # Of the part: also the layer's two exits, and the loss's gradient. And the loss, a number.
+    part = BATCH * LENGTH // cp * GROUPED.hidden * BF16
+    assert step.forward[kind].bytes == 4 * part + (0 if sp else 4)
 
 
-class _Widest(TorchDispatchMode):
-    """The most rows of hidden states in one tensor."""
+class _Whole(TorchDispatchMode):
+    """Counts tensors of the hidden states of all tokens."""
 
-    tokens = 0
+    found = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.shape[-1:] == (GROUPED.hidden,):
-            weight = result.dim() == 2 and func is not torch.ops.aten.embedding.default
-            self.tokens = max(self.tokens, 0 if weight else result[..., 0].numel())
+            self.found += result.numel() == BATCH * LENGTH * GROUPED.hidden
         return result
 
 
-TILE, TILES = 64, 4
+TILE = 96
 
 
-def test_an_mlp_in_tiles():
-    """The peak has no feature of all tokens: what features add is of weights and of one tile.
-
-    Collectives are as many as tiles, forward, again in a tile's backward, and that backward.
-    """
-    whole, tiled = (
-        per_layer(*(_step(2, 2, n, mlp_tile=tile) for n in (2, 3))) for tile in (None, TILE * BATCH)
-    )
-    assert LENGTH // 4 // TILE == TILES // 2
+def test_collectives_of_an_mlp_in_tiles():
+    """As many as tiles: forward, the gather again in a tile's backward, and that backward."""
+    whole, tiled = (_layer(2, 2, mlp_tile=tile) for tile in (None, TILE * BATCH))
     more = {k: n.calls - whole.collectives[k].calls for k, n in tiled.collectives.items()}
-    n = TILES // 2
-    # Of the MLP: a gather and a reduce-scatter, and 2 and 1 in backward, of FSDP none.
-    assert more == {"all_gather": 3 * (n - 1) + n, "reduce_scatter": 2 * (n - 1) + n} | {
-        kind: 0 for kind in ("all_reduce", "all_to_all")
-    }
+    tiles = LENGTH // 4 // TILE
+    assert tiles == 2
+    added = tiles - 1
+    # Of whole MLPs: a gather and a reduce-scatter; in backward two and one. FSDP's are a layer's.
+    gathers, reductions = added + tiles + 2 * added, added + added
+    want = {"all_gather": gathers, "reduce_scatter": reductions}
+    assert more == dict.fromkeys(more, 0) | want
+
+
+def test_features_of_an_mlp_in_tiles_are_of_one_tile():
+    """What a token adds to the peak has nothing of features; without tiles it has."""
+
+    def peak(features, length, tile):
+        shape = replace(GROUPED, intermediate=features)
+        return _step(2, 2, 2, shape=shape, length=length, mlp_tile=tile).peak_bytes
+
+    def of_a_token(features, tile):
+        return (peak(features, 4 * LENGTH, tile) - peak(features, 2 * LENGTH, tile)) / LENGTH
+
+    few, many = 8192, 16384
+    assert of_a_token(many, TILE) == of_a_token(few, TILE)
+    assert of_a_token(many, None) > of_a_token(few, None) + (many - few) * BF16
