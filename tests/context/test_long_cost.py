@@ -50,7 +50,7 @@ def test_a_checkpointed_layer_keeps_its_input_or_nothing():
 
 @pytest.mark.parametrize(("tp", "cp", "sp"), [(1, 4, True), (2, 2, True), (2, 2, False)])
 def test_the_embedding_is_of_own_tokens(tp, cp, sp):
-    """No tensor of all tokens' hidden states, forward or backward; one is, where a hook reads it."""
+    """No tensor of all tokens' hidden states is made; some are, where a hook reads it."""
     with _Whole() as alone:
         step = _step(tp, cp, 1, sp=sp)
     with _Whole() as touched:
