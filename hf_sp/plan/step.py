@@ -45,8 +45,14 @@ class _Step:
 
     def _begin(self) -> Stage:
         plan = self.plan
-        kind = "reduce_scatter" if plan.sp else "all_reduce"
-        found = [self._sequence("forward", kind, "rows of the vocabulary")]
+        # What reads the embedding beside layer 0 is given the whole: a model around the decoder, and
+        # projections of it to inputs of layers.
+        if plan.sp and not plan.per_token and "." not in plan.decoder:
+            found = [self._sequence("forward", "reduce_scatter", "rows of the vocabulary")]
+        else:
+            whole = (self.tokens.batch, self.tokens.length, self.hidden)
+            what, size = "rows of the vocabulary", self.tokens.itemsize
+            found = [Collective("forward", "all_reduce", what, whole, size)]
         if plan.sp and self.wanted:
             found.append(self._sequence("backward", "all_gather", "gradient of the shards"))
         return Stage(plan.embedding, "embedding", "FULL", "FULL", self.moving, tuple(found))

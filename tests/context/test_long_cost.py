@@ -98,8 +98,8 @@ def test_features_of_an_mlp_in_tiles_are_of_one_tile():
         return _step(2, 2, 2, shape=shape, length=length, mlp_tile=tile).peak_bytes
 
     def of_a_token(features, tile):
-        return (peak(features, 4 * LENGTH, tile) - peak(features, 2 * LENGTH, tile)) / LENGTH
+        return (peak(features, 16 * LENGTH, tile) - peak(features, 8 * LENGTH, tile)) / LENGTH
 
-    few, many = 8192, 16384
+    few, many = 2048, 4096
     assert of_a_token(many, TILE) == of_a_token(few, TILE)
     assert of_a_token(many, None) > of_a_token(few, None) + (many - few) * BF16
