@@ -3,10 +3,10 @@
 One place to look when torch changes; each says why it is needed and is held, with the versions
 torch 2.11 to 2.14 in mind, by tests/unit/test_torch_private.py. Must not know hf_sp.
 
-Not here: the placement of packed tensors (``torch_packed``); ``nn.Module._parameters`` and its kin,
-which every package that edits modules uses; ``adapters`` and ``integrations``, which have tables of
-their own; and the few names that stand where they are used (``estimate``'s, hooks of modules),
-which that test lists by file.
+Not here: the placement of packed tensors (``torch_packed``); attention (``torch_attention``);
+``nn.Module._parameters`` and its kin, which every package that edits modules uses; ``adapters`` and
+``integrations``, which have tables of their own; and the few names that stand where they are used
+(``estimate``'s, hooks of modules), which that test lists by file.
 """
 
 from __future__ import annotations
@@ -209,6 +209,11 @@ def set_data_by(laid_out: Callable[[Any, Tensor], DTensor]) -> None:
 def is_fake(x: Tensor) -> bool:
     """Whether x has no values (FakeTensorMode, meta)."""
     return isinstance(x, FakeTensor) or x.is_meta
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether x keeps another tensor alive, of which it is a part."""
+    return x._is_view()
 
 
 def real_tensors() -> AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ from hf_sp.errors import ConfigError
 from hf_sp.model.block import CACHES
 from hf_sp.model.local import LocalConfig, cast_for_autocast
 from hf_sp.state import ParallelState
+from hf_sp.torch_private import is_view
 
 PREFIX = "hf_sp|"
 
@@ -80,7 +81,7 @@ def _of_part(x: Tensor, parts: Parts) -> Tensor:
     own = _taken.get(x)
     if own is None:
         own = parts.take(x, -2)
-        if not own._is_view():
+        if not is_view(own):
             _taken[x] = own
     return own
 

@@ -223,7 +223,7 @@ def _joined(all_of: list[_Read | None]) -> _Read | None:
     documents = [one.documents for one in found if one.documents is not None]
     if len(found) < len(all_of) or len(documents) > 1:
         return None
-    before, after = (min(one[i] for one in found) for i in (0, 1))
+    before, after = min(one.before for one in found), min(one.after for one in found)
     moved = any(one.moved for one in found)
     return _Read(before, after, documents[0] if documents else None, moved)
 

@@ -37,7 +37,6 @@ def uses(case: Case) -> dict[str, Report]:
             report, model, parallel, case
         ),
         "kv heads that cp does not divide": lambda report: _uneven(report, case),
-        "autocast": lambda report: _autocast(report, case),
         "soft caps": lambda report: _capped(report, case),
     }
     assert tuple(run) == USES
@@ -48,7 +47,7 @@ def uses(case: Case) -> dict[str, Report]:
 
 USES = (
     *("attentions of eager", "hidden states", "generation", "an implementation chosen later"),
-    *("kv heads that cp does not divide", "autocast", "soft caps"),
+    *("kv heads that cp does not divide", "soft caps"),
 )
 RING_USES = USES[1:-1]
 
@@ -104,14 +103,6 @@ def _uneven(report: Report, case: Case) -> None:
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
     model, parallel = pair(case.varied(model_kwargs=tuple(sizes.items())))
     compare_once(report, model, parallel, batches.plain(2, 9))
-
-
-def _autocast(report: Report, case: Case) -> None:
-    """Norms of heads have float32 weights: queries and keys come wider than values."""
-    report.dtype = "bfloat16"
-    model, parallel = pair(case.varied(family="qwen3", dtype="float32"))
-    with torch.autocast("cpu", torch.bfloat16):
-        compare_once(report, model, parallel, batches.plain(2, 17))
 
 
 def _capped(report: Report, case: Case) -> None:

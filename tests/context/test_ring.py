@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from harness import tiny
+from harness.noise import noise
 from harness.parity import Case, assert_parity, train_all
 from harness.pool import run_once
+from parity.test_low_precision import _check as check_noise
 
 from context import jobs
 from context.test_ulysses import BATCHES
@@ -71,6 +73,15 @@ def test_any_batch_of_a_hybrid(name):
 def test_uses(name):
     case = Case("llama", cp=2, **RING)
     assert_parity([made[name] for made in run_once(2, jobs.uses, case=case)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "autocast"), [("bfloat16", False), ("float32", True)])
+def test_low_precision(dtype, autocast):
+    """Norms of heads give queries and keys wider than values where autocast is asked to cast."""
+    case = Case("qwen3", dtype=dtype, cp=2, **RING)
+    for found in run_once(2, noise, case=case, autocast=autocast):
+        check_noise(found)
 
 
 # Of 8 query heads: tp, cp, what was asked for -> how many ranks exchange heads, and places.

@@ -207,6 +207,12 @@ def test_stand_in_and_torch_function():
         assert (x.shape, x.dtype) == ((2, 3), torch.float16)
 
 
+def test_views():
+    x = torch.ones(2, 3)
+    assert private.is_view(x[:1])
+    assert not private.is_view(torch.cat([x, x]))
+
+
 def test_gradient_hooks():
     x = torch.ones(2, requires_grad=True) * 2
     assert not private.has_gradient_hooks(x)
@@ -274,7 +280,7 @@ def test_they_stand_in_one_place():
     found = {
         file: names
         for file, tree in trees.items()
-        if file not in ("torch_private.py", "torch_packed.py")
+        if file not in ("torch_private.py", "torch_packed.py", "torch_attention.py")
         and not file.startswith(("integrations/", "adapters/"))
         if (names := _used(tree) - ours - EVERYWHERE)
     }
