@@ -45,7 +45,7 @@ class _Step:
 
     def _begin(self) -> Stage:
         plan = self.plan
-        # What reads the embedding beside layer 0 is given the whole: a model around the decoder, and
+        # Who reads the embedding beside layer 0 is given the whole: a model around the decoder,
         # projections of it to inputs of layers.
         if plan.sp and not plan.per_token and "." not in plan.decoder:
             found = [self._sequence("forward", "reduce_scatter", "rows of the vocabulary")]

@@ -176,11 +176,13 @@ def table(points: list[Point]) -> str:
     for p in points:
         pairs.setdefault(key(p)[:4], []).append(p)
     for (model, gpus, mode, way), (short, long) in pairs.items():
-        start = f"| {model}, {gpus} | {mode} | {way} | {short.seq:,} |"
         if short.refused:
-            lines.append(f"{start} refused: {short.refused} | | | |")
+            # Of all ways alike.
+            row = f"| {model}, {gpus} | {mode} | | | refused: {short.refused} | | | |"
+            lines += [row] if row not in lines else []
             continue
         sizes = f"{short.peak / GIB:.1f} | {short.host / GIB:.1f} | {short.moved / 1e6:,.0f}"
+        start = f"| {model}, {gpus} | {mode} | {way} | {short.seq:,} |"
         lines.append(f"{start} {sizes} | {fits(short, long):,} |")
     return "\n".join(lines)
 
