@@ -76,7 +76,8 @@ def _train(scene, name, kind, adapters, rows=None, **options):
     evaluation = clean(trainer.evaluate())
     return {
         "history": [{k: r[k] for k in keys if k in r} for r in steps],
-        "eval_loss": evaluation["eval_loss"] if kind is SFTTrainer else None,
+        # Of packed batches Trainer takes the mean over batches, each a row to it.
+        "eval_loss": evaluation["eval_loss"] if kind is SFTTrainer and not options else None,
         "weights": checksum(weights(trainer.model)),
     }
 
