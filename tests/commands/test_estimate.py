@@ -175,7 +175,7 @@ def test_adapters(capsys, llama):
 def test_for_people(capsys, llama, tmp_path):
     main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
     printed = capsys.readouterr().out
-    assert "hf_sp, a layer: forward 2 all_gather" in printed
+    assert "hf_sp, a layer: forward 2 reduce_scatter" in printed
     main(["estimate", llama, "--seq", "64", "--gpu", "0.01", "--plot", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").stat().st_size > 1000
 
