@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_sp.context import attention as context
+from hf_sp.context.mixer import OwnHeads
 from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
@@ -103,6 +104,8 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     _install_alike(model, block, state)
     if block.mixer is not None:
         mixer = MixerBoundary(state, shared, columns, block)
+        if state.parts is not None:
+            mixer.exchange = OwnHeads(module, block, state.tp)
         mixer.install(module)
         layer = next(path for path in state.plan.layers if block.path.startswith(path + "."))
         model.get_submodule(layer).register_forward_pre_hook(mixer.note, with_kwargs=True)

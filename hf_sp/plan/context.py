@@ -37,7 +37,8 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
             legal="cp=1; tp and sp split such a model. Without dropout in its config, cp too",
         )
     for block in attentions:
-        _check_code(block, modules)
+        if block.mixer is None:
+            _check_code(block, modules)
     for layer in plan.layers:
         if not any(inside(block.path, layer) for block in attentions):
             raise PlanError(
@@ -48,15 +49,17 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
                 "look at several",
                 legal="cp=1; tp and sp split such a model",
             )
-    heads = {next(leaf.heads for leaf in b.leaves if leaf.style == "row") for b in attentions}
-    local = min(n // plan.tp for n in heads)
-    if any(n // plan.tp % cp for n in heads):
-        legal = [d for d in range(1, local + 1) if all(n // plan.tp % d == 0 for n in heads)]
+    heads = {next(leaf.heads for leaf in b.leaves if leaf.style == "row"): b for b in attentions}
+    if wrong := [n for n in heads if n // plan.tp % cp]:
+        n = max(wrong)
+        most = min(heads) // plan.tp
+        legal = [d for d in range(1, most + 1) if all(n // plan.tp % d == 0 for n in heads)]
+        what = "num_attention_heads" if heads[n].mixer is None else "heads of a mixer"
         raise PlanError(
             f"cp={cp} cannot be used with {name}",
-            where=attentions[0].path,
-            got=f"num_attention_heads={max(heads)}, {local} of them on each of tp={plan.tp} ranks",
-            rule="each context parallel rank attends with as many of a tp rank's query heads",
+            where=heads[n].path,
+            got=f"{what}={n}, {n // plan.tp} of them on each of tp={plan.tp} ranks",
+            rule="each context parallel rank attends, or scans, with as many of a tp rank's heads",
             legal=f"at tp={plan.tp}: cp = " + ", ".join(map(str, legal)),
         )
 

@@ -253,12 +253,13 @@ class Plan:
         for leaf in block.leaves:
             yield f"  {leaf.path}", leaf.describe(self.tp)
         for own in block.mixer.own if block.mixer else ():
-            stretches = own.rows(self.tp, 0)
+            stretches = own.rows(self.tp * self.cp, 0)
             whole = f"whole, {sum(n for _, n in stretches)} of {own.size} rows used"
             yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
         if block.attention and self.cp > 1:
-            what = "all-to-all of q, k, v to heads, of its output back"
-            yield f"  {block.path}", f"attention: {what}"
+            what = "attention: all-to-all of q, k, v to heads"
+            what = "mixer: all-to-all of its projections to heads" if block.mixer else what
+            yield f"  {block.path}", f"{what}, of its output back"
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.alike:
