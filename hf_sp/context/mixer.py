@@ -45,8 +45,8 @@ class OwnHeads:
                 self.row = name
             else:
                 segments = leaf.segments or (1,)
-                width = leaf.shape[0] // tp // sum(segments)
-                self.columns[name] = tuple(segment * width for segment in segments)
+                own, units = leaf.shape[0] // tp, sum(segments)
+                self.columns[name] = tuple(own * segment // units for segment in segments)
 
     def show(self, x_BPH: Tensor, S: int, parts: Parts) -> Tensor:
         """A stand-in for the whole input: its shape and no memory, numbers that nobody may use.

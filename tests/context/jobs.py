@@ -21,8 +21,8 @@ from hf_sp.errors import HfSpError
 from hf_sp.model.compile import compile_layers
 
 
-def uses(case: Case) -> dict[str, Report]:
-    """What a user does with a model beside a training step."""
+def uses(case: Case, only: tuple[str, ...] = ()) -> dict[str, Report]:
+    """What a user does with a model beside a training step; some of it only."""
     model, parallel = pair(case)
     run = {
         "attentions of eager": lambda report: _recorded(report, model, parallel),
@@ -33,7 +33,7 @@ def uses(case: Case) -> dict[str, Report]:
         "soft caps": lambda report: _capped(report, case),
     }
     assert tuple(run) == USES
-    return each(case, run, lambda report, name: run[name](report))
+    return each(case, only or run, lambda report, name: run[name](report))
 
 
 USES = (

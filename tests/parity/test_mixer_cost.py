@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BambaConfig, Qwen3_5TextConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hf_sp import parallelize
-from hf_sp.estimate import count_step, fake_tensors, fake_world, per_layer
+from hf_sp.estimate import CollectiveCount, count_step, fake_tensors, fake_world, per_layer
+from hf_sp.model.fsdp import make_buffers
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1792, "vocab_size": 128}
 # Heads of keys, and so of values: n, of k and of v features.
@@ -42,25 +43,27 @@ FAMILIES = {
 
 
 @functools.cache
-def _step(family, tp, layers, length, padded=False):
+def _step(family, tp, layers, length, padded=False, cp=1):
     cls, sizes = FAMILIES[family]
     if family == "qwen3_5":
         # Not without an attention.
         kinds = ["linear_attention"] * layers + ["full_attention"]
         sizes, layers = {**sizes, "layer_types": kinds}, layers + 1
     config = cls(**SIZES, **sizes, num_hidden_layers=layers)
-    with fake_world(tp) as mesh, fake_tensors():
+    with fake_world(tp * cp), fake_tensors():
         model = AutoModelForCausalLM.from_config(config).train()
-        model = parallelize(model, mesh=mesh)
+        model = parallelize(model, tp=tp, cp=cp)
+        if cp > 1:
+            make_buffers(model)  # as after a first step
         ids = torch.zeros(1, length, dtype=torch.long)
         # A fake mask is taken for one that hides something.
         more = {"attention_mask": torch.ones_like(ids)} if padded else {}
         return count_step(lambda: model(input_ids=ids, labels=ids, use_cache=False, **more).loss)
 
 
-def _layer(family, tp, length, padded=False):
-    one, two = (_step(family, tp, layers, length, padded) for layers in (1, 2))
-    return per_layer(one, two, 1)
+def _layer(family, tp, length, padded=False, cp=1):
+    two, three = (_step(family, tp, layers, length, padded, cp) for layers in (2, 3))
+    return per_layer(two, three, 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,8 +109,23 @@ class _Scan(torch.autograd.Function):
         return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_bytes_of_a_gated_delta_net(tp, monkeypatch):
+CHANNELS = N * (2 * K + V)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel in place of transformers' scan."""
+    name = "torch_chunk_gated_delta_rule"
+    monkeypatch.setattr(
+        modeling_qwen3_5, name, lambda q, k, v, g, beta, **_: (_Scan.apply(q, k, v, g, beta), None)
+    )
+    _step.cache_clear()
+    yield
+    _step.cache_clear()
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_bytes_of_a_gated_delta_net(tp, cp, kernel):
     """With a kernel for the scan, of a layer in bfloat16; the fixed part does not grow with tokens.
 
     A token: what a dense layer keeps of norms and MLP, 4h + 8 + 4f; c = n (2k + v) channels before
@@ -115,17 +133,22 @@ def test_bytes_of_a_gated_delta_net(tp, monkeypatch):
     of that and the decay, 2n + 12n; from the scan on, the gated norm's input, its rows, the normed,
     both sides of the gate and what it is given, 18nv + 4n, of which 2nv are the row linear's input.
     Fixed: the convolution's own rows, 4 taps; 3 tokens of padding behind it; A twice.
+
+    Over cp ranks the same: all tokens of a cp-th of the heads for a cp-th of the tokens.
     """
-    name = "torch_chunk_gated_delta_rule"
-    monkeypatch.setattr(
-        modeling_qwen3_5, name, lambda q, k, v, g, beta, **_: (_Scan.apply(q, k, v, g, beta), None)
-    )
-    try:
-        _step.cache_clear()
-        layer = _layer("qwen3_5", tp, 256)
-    finally:
-        _step.cache_clear()
-    channels = N * (2 * K + V)
-    token = 4 * H + 8 + 4 * F + 3 * 2 * channels + 14 * N + 18 * N * V + 4 * N
-    fixed = (4 + 3) * 2 * channels + 2 * 4 * N
-    assert layer.alive_bytes * tp == 256 * token + fixed
+    layer = _layer("qwen3_5", tp, 256, cp=cp)
+    token = 4 * H + 8 + 4 * F + 3 * 2 * CHANNELS + 14 * N + 18 * N * V + 4 * N
+    fixed = (4 + 3) * 2 * CHANNELS + 2 * 4 * N
+    assert layer.alive_bytes * tp * cp == 256 * token + fixed
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2)])
+def test_what_a_gated_delta_net_exchanges(tp, cp, kernel):
+    """What its linears make of a token, and what its row linear is given, each way once."""
+    layer = _layer("qwen3_5", tp, 256, cp=cp)
+    features = (CHANNELS + N * V + 2 * N + N * V) // tp
+    want = CollectiveCount(2, 256 // cp * features * 2)
+    assert layer.forward["all_to_all"] == layer.backward["all_to_all"] == want
+    calls = {kind: count.calls for kind, count in layer.collectives.items()}
+    # FSDP's beside tp's: a layer's weights twice, and its gradients.
+    assert calls == {"all_gather": 6 + 2, "reduce_scatter": 4 + 1, "all_reduce": 1, "all_to_all": 4}
