@@ -9,6 +9,7 @@ from mutants import (
     families,
     fsdp,
     loading,
+    mixers,
     partial_gradients,
     trl,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "families",
     "fsdp",
     "loading",
+    "mixers",
     "partial_gradients",
     "trl",
 ]
