@@ -23,38 +23,104 @@ from hf_sp.comm.collectives import Axis
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """How a sequence is cut over the cp ranks: a stretch each, in rank order, padded at the end.
+    """How a sequence, padded at its end, is cut over the cp ranks.
+
+    A ring of places, each of so many neighbouring ranks. The sequence is ``2 ring`` stretches, and
+    place i has the stretches i and ``2 ring - 1 - i``: under a causal mask all have the same work.
+    Its ranks have a slice each of these two, put behind each other. A ring of one place is the
+    sequence in rank order. Real tokens are at the front of each part.
 
     Args:
         axis: the cp ranks.
         multiple: of which a part's length is one: tp, where tp cuts it further.
+        ring: places of the ring, a divisor of the number of ranks.
+        inner: the ranks of one place; None where there is one place.
+        outer: the ranks that have this one's slice in the other places; None likewise.
     """
 
     axis: Axis
     multiple: int = 1
+    ring: int = 1
+    inner: Axis | None = None
+    outer: Axis | None = None
+
+    @property
+    def ulysses(self) -> Axis:
+        """The ranks that exchange heads for tokens: those of one place."""
+        return self.inner or self.axis
 
     def length(self, S: int) -> int:
         """Tokens of a part, padding counted."""
-        return comm.padded(S, self.axis.size * self.multiple) // self.axis.size
+        ranks, even = self.axis.size // self.ring, self.ring > 1
+        # A place has two stretches of one length.
+        multiple = 2 * self.multiple if even and ranks * self.multiple % 2 else self.multiple
+        return comm.padded(S, self.axis.size * multiple) // self.axis.size
+
+    def stretches(self, S: int, place: int) -> list[tuple[int, int]]:
+        """First token and real tokens of each stretch that a place of the ring has."""
+        whole = self.length(S) * self.axis.size
+        size = whole // (2 * self.ring)
+        numbers = (place, 2 * self.ring - 1 - place)
+        found = [(n * size, size) for n in numbers] if self.ring > 1 else [(0, whole)]
+        return [(start, min(max(S - start, 0), n)) for start, n in found]
+
+    def held(self, S: int, rank: int) -> list[tuple[int, int]]:
+        """First token and number of each stretch of real tokens that a rank's part consists of."""
+        P, ranks = self.length(S), self.axis.size // self.ring
+        place, slot = divmod(rank, ranks)
+        found, before = [], 0
+        for start, n in self.stretches(S, place):
+            first, last = max(slot * P - before, 0), min((slot + 1) * P - before, n)
+            found += [(start + first, last - first)] if last > first else []
+            before += n
+        return found
 
     def real(self, S: int) -> int:
         """How many of this rank's part are no padding."""
-        P = self.length(S)
-        return min(max(S - self.axis.rank * P, 0), P)
+        return sum(n for _, n in self.held(S, self.axis.rank))
 
     def take(self, x: Tensor, dim: int, fill: float = 0) -> Tensor:
-        """This rank's part along ``dim``; a view, where nothing is padded."""
+        """This rank's part along ``dim``; a view, where it is one stretch and nothing is padded."""
         S = x.shape[dim]
-        P, real = self.length(S), self.real(S)
-        own = x.narrow(dim, min(self.axis.rank * P, S), real)
-        if real == P:
+        P, found = self.length(S), self.held(S, self.axis.rank)
+        pieces = [x.narrow(dim, *one) for one in found] or [x.narrow(dim, 0, 0)]
+        own = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        if own.shape[dim] == P:
             return own
         after = x.dim() - 1 - dim % x.dim()
-        return F.pad(own, (0, 0) * after + (0, P - real), value=fill)
+        return F.pad(own, (0, 0) * after + (0, P - own.shape[dim]), value=fill)
 
     def gather(self, x_BPH: Tensor, S: int) -> Tensor:
         """All ranks' parts as ``[B, S, H]``; 1 all-gather."""
-        return comm.gather_sequence(x_BPH, S, self.axis)
+        return self.in_order(comm.all_gather(x_BPH.transpose(0, 1), self.axis), S).transpose(0, 1)
+
+    def in_order(self, x: Tensor, S: int) -> Tensor:
+        """All parts in rank order, ``[cp * P, ..]``, as the sequence ``[S, ..]``; or a view."""
+        if self.ring == 1:
+            return x[:S]
+        P, found = self.length(S), []
+        for rank in range(self.axis.size):
+            place = rank * P
+            for start, n in self.held(S, rank):
+                found.append((start, place, n))
+                place += n
+        return torch.cat([x.narrow(0, place, n) for _, place, n in sorted(found)])
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """A sequence ``[S, ..]`` as all parts in rank order, ``[cp * P, ..]``, with zeros between.
+
+        The other way of ``in_order``; a view, where nothing moves and nothing is padded.
+        """
+        S, P = x.shape[0], self.length(x.shape[0])
+        if self.ring == 1 and self.axis.size * P == S:
+            return x
+        pieces = []
+        for rank in range(self.axis.size):
+            held = self.held(S, rank)
+            pieces += [x.narrow(0, *one) for one in held]
+            missing = P - sum(n for _, n in held)
+            pieces += [x.new_zeros(missing, *x.shape[1:])] if missing else []
+        return torch.cat(pieces)
 
 
 class _TakeGather(Node):
