@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.parts import Parts
@@ -21,7 +23,8 @@ from hf_sp.model.columns import ColumnLinear
 from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.model.ports import BlockInput
 from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
-from hf_sp.plan.schema import Block, OwnRows
+from hf_sp.plan.known_forms import GatedNormForm, gated_norm_form
+from hf_sp.plan.schema import Block, Mixer, OwnRows, Segments, own_size
 from hf_sp.state import ParallelState
 
 CACHES = ("cache", "cache_params", "past_key_values")
@@ -55,11 +58,15 @@ class OwnRowsParameters(LocalParameters):
         super().show(self.module, args)
         shown, ranks = self.module.__dict__, place(self.state)
         for one in self.own:
-            parts = [shown[one.name].narrow(0, *stretch) for stretch in one.rows(*ranks)]
-            shown[one.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = shown.get(one.name)
+            whole = self.module.get_buffer(one.name) if whole is None else whole
+            parts = [whole.narrow(one.dim, *stretch) for stretch in one.rows(*ranks)]
+            shown[one.name] = parts[0] if len(parts) == 1 else torch.cat(parts, one.dim)
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give the registered parameters back."""
+        """Give the registered parameters, and buffers, back."""
+        for one in self.own:
+            self.module.__dict__.pop(one.name, None)
         super().hide(self.module, args, output)
 
 
@@ -85,9 +92,6 @@ class Exchange(Protocol):
     def show(self, x: Tensor, length: int, parts: Parts) -> Tensor:
         """What stands for the whole of an input, of which ``x`` is this rank's part."""
 
-    def hide(self) -> None:
-        """The mixer has run."""
-
 
 class MixerBoundary(BlockBoundary):
     """Entry and exit hooks of a mixer.
@@ -102,17 +106,25 @@ class MixerBoundary(BlockBoundary):
         self, state: ParallelState, block: BlockInput, linears: Sequence[ColumnLinear], plan: Block
     ) -> None:
         super().__init__(state, block, linears, attention=True)
-        self.plan = plan
-        self.counts: Callable[[int], None] = lambda ranks: None
+        assert plan.mixer is not None
+        self.plan: Mixer = plan.mixer
         self.own = _without_cache
 
     def install(self, module: nn.Module) -> None:
         """Register both hooks, and tell the mixer how much of everything it has on this rank."""
         super().install(module)
         _Unfused().install(module)
-        assert self.plan.mixer is not None
-        self.counts = _Counts(module, self.plan.mixer.counts)
-        self.counts(self.state.tp)
+        plan, state = self.plan, self.state
+        for path in plan.norms:
+            NormOverGroups.install(module.get_submodule(path), state)
+        self.counts = _Counts(module, plan)
+        self.counts(state.tp)
+        self.module = module
+        self.shared = {
+            name: SharedGroups(state.axis, segments)
+            for name, segments in plan.columns
+            if any(count % state.tp for count, _ in segments)
+        }
 
     def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the layer: a mixer is given no positions, but its layer is."""
@@ -136,6 +148,9 @@ class MixerBoundary(BlockBoundary):
         self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
     ) -> tuple[tuple, dict[str, Any]]:
         """The mixer's arguments."""
+        shown, children = self.module.__dict__, self.module._modules
+        for name, shared in self.shared.items():
+            shown[name] = Shown(children[name], shared.of)
         if self.state.cut is not None:
             assert self.exchange is not None
             assert length is not None
@@ -147,8 +162,8 @@ class MixerBoundary(BlockBoundary):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the partial output."""
-        if self.exchange is not None:
-            self.exchange.hide()
+        for name in children_shown(module):
+            del module.__dict__[name]
         return super().leave(module, args, output)
 
 
@@ -158,20 +173,123 @@ def _without_cache(kwargs: dict[str, Any], length: int, parts: Parts) -> dict[st
 
 
 class _Counts:
-    """Tells a mixer and its convolutions how much of everything they have here."""
+    """Tells a mixer, its convolution and its norm how much of everything they have here."""
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        convolutions = [m for m in module.modules() if isinstance(m, nn.Conv1d)]
-        whole = [(module, name) for name in names]
-        whole += [(m, n) for m in convolutions for n in ("in_channels", "out_channels", "groups")]
-        self.whole = [(m.__dict__, name, m.__dict__[name]) for m, name in whole]
+    def __init__(self, module: nn.Module, plan: Mixer) -> None:
         self.ranks = 1
+        self.told = [(module.get_submodule(p).__dict__, name, of) for p, name, of in plan.counts]
 
     def __call__(self, ranks: int) -> None:
         if ranks != self.ranks:
             self.ranks = ranks
-            for attributes, name, count in self.whole:
-                attributes[name] = count // ranks
+            for attributes, name, segments in self.told:
+                attributes[name] = own_size(segments, ranks)
+
+
+class Shown:
+    """Stands where a linear of a mixer does, while the mixer runs.
+
+    It is found in the mixer's ``__dict__`` (attribute lookup asks that first), so that whatever
+    wraps the linear, an adapter too, computes as it always does.
+    """
+
+    def __init__(self, module: Any, function: Callable[[Any, Tensor], Tensor]) -> None:
+        self.module, self.function = module, function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(self.module, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+
+def children_shown(module: nn.Module) -> list[str]:
+    """Names of the children in whose place something stands."""
+    return [name for name, one in module.__dict__.items() if type(one) is Shown]
+
+
+class SharedGroups:
+    """What the heads of a group share, where the ranks are more than groups.
+
+    Of a linear's output each rank has made a part of these features; it needs all of them.
+
+    Shapes:   [B, S, o] -> [B, S, o + n (tp - 1) m], of n shared segments, m features here each
+    Forward:  1 all-gather of these features
+    Backward: 1 reduce-scatter of their gradients, which are partial
+    Saves:    nothing
+    """
+
+    def __init__(self, axis: Axis, segments: Segments) -> None:
+        self.axis, self.segments = axis, segments
+
+    def of(self, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The linear's output, with all features of this rank's group."""
+        tp = self.axis.size
+        pieces = list(linear(x).split([c * width // tp for c, width in self.segments], -1))
+        shared = [i for i, (count, _) in enumerate(self.segments) if count % tp]
+        made = torch.cat([pieces[i] for i in shared], -1).transpose(1, 2)
+        M = made.shape[1]
+        whole = pairs.allgather_reducescatter(made, M * tp, self.axis).unflatten(1, (tp, M))
+        parts = whole.split([pieces[i].shape[-1] for i in shared], 2)
+        for i, part in zip(shared, parts, strict=True):
+            count, width = self.segments[i]
+            group = self.axis.rank * count // tp
+            own = part.flatten(1, 2).narrow(1, group * width, width)
+            pieces[i] = own.transpose(1, 2)
+        return torch.cat(pieces, -1)
+
+
+class NormOverGroups:
+    """A gated norm, whose groups of features may be on several ranks; in place of its forward.
+
+    Shapes:   x [B, S, n], gate [B, S, n] or None, weight [n] -> [B, S, n]
+    Forward:  1 all-reduce of ``[B, S, groups]`` sums of squares, if the ranks are more than groups;
+              with context parallel ranks another
+    Backward: the same
+    Saves:    what transformers' own saves
+    """
+
+    def __init__(self, module: nn.Module, form: GatedNormForm, state: ParallelState) -> None:
+        self.module, self.form, self.state = module, form, state
+        self.size = module.get_parameter("weight").numel() // form.groups
+
+    @classmethod
+    def install(cls, module: nn.Module, state: ParallelState) -> None:
+        """Replace the forward of a norm whose form is known."""
+        form = gated_norm_form(module)
+        assert form is not None
+        setattr(module, "forward", cls(module, form, state))  # noqa: B010 (a method to mypy)
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The norm of this rank's features."""
+        form, module = self.form, self.module
+        if form.groups % place(self.state)[0] == 0:
+            return type(module).forward(module, x, gate)
+        early = form.casting == "input"
+        y = x.float() if early else x
+        if gate is not None and form.gated_first:
+            y = y * F.silu(gate.float())
+        y = y.float()
+        y = y * torch.rsqrt(self._mean_square(y) + form.eps)
+        weight: Any = module.weight
+        if early:
+            return weight * y.to(x.dtype)
+        y = weight * y
+        if gate is not None and not form.gated_first:
+            y = y * F.silu(gate.float())
+        return y.to(x.dtype)
+
+    def _mean_square(self, y: Tensor) -> Tensor:
+        """Of this rank's group, summed over the ranks that have features of it."""
+        state, groups = self.state, self.form.groups
+        ranks, rank = place(state)
+        group = rank * groups // ranks
+        squares = F.pad(y.pow(2).sum(-1, keepdim=True), (group, groups - 1 - group))
+        axes = [state.axis] if state.cut is None else [state.axis, state.cut.axis]
+        for axis in axes:
+            # Each rank's output depends on the sum: its gradient is a sum too.
+            squares = pairs.identity_allreduce(pairs.allreduce_identity(squares, axis), axis)
+        return squares.narrow(-1, group, 1) / self.size
 
 
 class AppliedMask:
@@ -185,6 +303,7 @@ class AppliedMask:
         self.mask, self.x = mask, x
 
     def __getitem__(self, index: Any) -> AppliedMask:
+        """As of the mask."""
         return AppliedMask(self.mask[index], self.x)
 
     def __getattr__(self, name: str) -> Any:

@@ -50,6 +50,15 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
                 legal="cp=1; tp and sp split such a model",
             )
     heads = {next(leaf.heads for leaf in b.leaves if leaf.style == "row"): b for b in attentions}
+    mixers = [b.mixer for b in attentions if b.mixer and b.mixer.shared]
+    ranks = plan.tp * cp
+    if odd := next((m.shared for m in mixers if m.shared % ranks and ranks % m.shared), 0):
+        raise PlanError(
+            f"cp={cp} cannot be used with {name}",
+            got=f"tp * cp = {ranks}, {odd} groups of heads that share a state",
+            rule="the ranks have whole groups each, or several of them a group",
+            legal=f"tp * cp that divides {odd}, or is a multiple of it",
+        )
     if wrong := [n for n in heads if n // plan.tp % cp]:
         n = max(wrong)
         most = min(heads) // plan.tp
