@@ -197,6 +197,7 @@ class Shown:
         self.module, self.function = module, function
 
     def __call__(self, x: Tensor) -> Tensor:
+        """What stands there, of the linear and its input."""
         return self.function(self.module, x)
 
     def __getattr__(self, name: str) -> Any:
