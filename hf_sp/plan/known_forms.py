@@ -93,7 +93,7 @@ def gated_norm_form(module: nn.Module) -> GatedNormForm | None:
     name, roles = found
     own, size = module.__dict__, module.get_parameter(roles["weight"]).numel()
     eps = own[roles["eps"]]
-    if name == "falcon":
+    if name.startswith("falcon"):
         return GatedNormForm(
             own[roles["n_groups"]], eps, not own[roles["norm_before_gate"]], "result"
         )

@@ -17,6 +17,7 @@ TWO = (
     Case("qwen3_5", cp=2, accum=3, checkpoint="non_reentrant"),
     Case("bamba", cp=2, accum=3, checkpoint="reentrant", optimizer="adamw"),
     Case("qwen3_next", cp=2, loaded=True),
+    Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 1),)),
 )
 FOUR = (
     # A head of keys, or a group of heads, for each.
@@ -27,6 +28,9 @@ FOUR = (
     Case("bamba", cp=2, sp=False, checkpoint="non_reentrant"),
     Case("qwen3_next", cp=2, checkpoint="non_reentrant", parallelize=(("ep", 2),)),
     Case("bamba", cp=2, data=2, accum=3),
+    # A group for both cp ranks of a tp rank, and for all four.
+    Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 2),), checkpoint="non_reentrant"),
+    Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 1),), accum=3),
 )
 CELLS = [(n, cases, i) for n, cases in ((2, TWO), (4, FOUR)) for i in range(len(cases))]
 

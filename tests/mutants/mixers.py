@@ -8,6 +8,7 @@ import torch
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
+from hf_sp.comm import pairs
 from hf_sp.context import mixer as heads
 from hf_sp.model import mixer
 from mutants.registry import Patch, mutant
@@ -15,6 +16,9 @@ from mutants.wrongly import backward
 
 PADDED = Case("bamba")
 CUT = Case("bamba", cp=2)
+# One group for all heads.
+_ONE = (("mamba_n_groups", 1),)
+SHARED, CUT_SHARED = Case("bamba", model_kwargs=_ONE), Case("bamba", cp=2, model_kwargs=_ONE)
 
 
 @mutant(PADDED)
@@ -85,3 +89,32 @@ def gradients_of_a_mixers_heads_do_not_come_back() -> list[Patch]:
         return right(ctx, *(g * mine for g in grads))
 
     return [backward(heads._ToHeads, own)]
+
+
+@mutant(SHARED)
+def gradients_of_shared_groups_are_own_heads() -> list[Patch]:
+    wrong = mock.Mock(wraps=pairs)
+    wrong.allgather_reducescatter = pairs.allgather_scatter
+    return [(mixer, "pairs", wrong)]
+
+
+@mutant(SHARED)
+def gated_norms_see_own_features() -> list[Patch]:
+    wrong = mock.Mock(wraps=pairs)
+    wrong.allreduce_identity = lambda x, axis: x * axis.size
+    return [(mixer, "pairs", wrong)]
+
+
+@mutant(SHARED)
+def sums_of_gated_norms_have_own_gradients() -> list[Patch]:
+    wrong = mock.Mock(wraps=pairs)
+    wrong.identity_allreduce = lambda x, axis: x
+    return [(mixer, "pairs", wrong)]
+
+
+@mutant(CUT_SHARED)
+def gradients_of_what_went_to_several_are_the_first_ones() -> list[Patch]:
+    def first(x, n, cp):
+        return (x if n >= cp else x.unflatten(-2, (n, cp // n)).select(-2, 0)).flatten(-2)
+
+    return [(heads, "_of_ranks", first)]
