@@ -6,6 +6,7 @@ fail for a reason that the user could have caused.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sp import checks, checks_fsdp, integrations
 from hf_sp.comm.collectives import Axis
-from hf_sp.comm.degrees import Degrees, resolve_degrees
-from hf_sp.comm.mesh import build_mesh
+from hf_sp.comm.degrees import Degrees, ranks_of_node, resolve_degrees
+from hf_sp.comm.mesh import Mesh, build_mesh
 from hf_sp.comm.parts import Parts
 from hf_sp.errors import HfSpError
 from hf_sp.install import install
@@ -32,7 +33,7 @@ from hf_sp.state import ATTRIBUTE, Checkpoint, ParallelState, Recompute
 
 logger = logging.getLogger(__name__)
 
-CpMode = Literal["ulysses", "ring", "hybrid"]
+CpMode = Literal["ulysses", "ring", "hybrid"]  # None chooses
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -42,7 +43,8 @@ def parallelize(
     sp: bool = True,
     *,
     cp: int = 1,
-    cp_mode: CpMode = "ulysses",
+    cp_mode: CpMode | None = "ulysses",
+    cp_ulysses: int | None = None,
     ep: int = 1,
     dp_shard: int | None = None,
     dp_replicate: int = 1,
@@ -70,9 +72,13 @@ def parallelize(
             ``False`` is plain Megatron tensor parallelism.
         cp: context parallel degree: ranks that have a part of the sequence each, which tp cuts
             further. Each is given the whole batch. FSDP2 shards weights and optimizer state over
-            these ranks too. It divides a tp rank's query heads.
+            these ranks too.
         cp_mode: how these exchange what attention needs. ``"ulysses"``: all tokens of some heads
-            for some tokens of all heads, and back. The others are not in this release.
+            for some tokens of all heads, and back; cp divides a tp rank's query heads.
+            ``"ring"``: keys and values go around. ``"hybrid"``: a ring of neighbouring ranks that
+            exchange heads. ``None`` chooses: heads as far as they and the machine allow, a ring
+            beyond.
+        cp_ulysses: of ``"hybrid"``, how many ranks exchange heads. Default: as many as can.
         ep: expert parallel degree of mixture-of-experts layers. 1: each rank has a part of the
             features of every expert and the blocks gather and scatter as dense ones do. ``tp``:
             each rank has ``E / ep`` whole experts, and the tokens of its sequence shard travel to
@@ -117,7 +123,7 @@ def parallelize(
     Collectives per decoder layer and step with ``sp``: 6 all-gathers and 4 reduce-scatters, and one
     small all-reduce of its norms' gradients. Without ``sp``: 4 all-reduces. With data or context
     parallel ranks FSDP's: 2 all-gathers of the layer's weights, 1 reduce-scatter. With ``cp``: 4
-    all-to-alls.
+    all-to-alls; of a ring of R places at most 3 (R - 1) more, or instead.
 
     Raises:
         ConfigError: an argument, the environment or the model's state does not allow it.
@@ -128,10 +134,11 @@ def parallelize(
     problem: HfSpError | None = None
     try:
         sizes = {"tp": tp, "cp": cp, "ep": ep, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
+        sizes["cp_ulysses"] = cp_ulysses
         switches = {"sp": sp, "keep_logits": keep_logits, "kernels": kernels}
         ways = (None, *get_args(Recompute))
         choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
-            "cp_mode": (cp_mode, get_args(CpMode)),
+            "cp_mode": (cp_mode, (*get_args(CpMode), None)),
             "recompute": (recompute, ways),
             "checkpoint": (checkpoint, get_args(Checkpoint)),
         }
@@ -141,11 +148,13 @@ def parallelize(
         checks.check_model(model)
         integrations.check_adapters(model)
         degrees = resolve_degrees(tp, dp_shard, dp_replicate, mesh, cp)
-        checks.check_cp_mode(cp_mode, degrees)
         checks_fsdp.check_policies(mp_policy, offload_policy, degrees, ep)
         reach = degrees.dp_shard if degrees.dp_replicate * degrees.cp == 1 else 1
         with integrations.without_adapters(model) as whole:
-            resolved = _checked_plan(whole, degrees.tp, sp, plan, ep, reach, degrees.cp)
+            exchange = checks.check_exchange(cp_mode, cp_ulysses, ranks_of_node())
+            how = degrees.tp, sp, plan, ep, reach, degrees.cp, exchange
+            resolved = _checked_plan(whole, *how)
+        degrees = dataclasses.replace(degrees, ring=resolved.ring)
         checks_fsdp.check_data_parallel(model, resolved, degrees)
         checks.check_optimizers(model)
     except HfSpError as error:
@@ -174,7 +183,7 @@ def parallelize(
         offload_policy=offload_policy or OffloadPolicy(),
         checkpoint=checkpoint,
         degrees=degrees,
-        parts=None if ranks.cp is None else Parts(ranks.cp, degrees.tp if sp else 1),
+        parts=None if ranks.cp is None else _parts(ranks, degrees, sp),
         peers=ranks.peers,
     )
     with integrations.without_adapters(model) as whole:
@@ -190,6 +199,12 @@ def parallelize(
         logger.info("%s", resolved)
     report_taken(taken, state)
     return model
+
+
+def _parts(ranks: Mesh, degrees: Degrees, sp: bool) -> Parts:
+    assert ranks.cp is not None
+    multiple = degrees.tp if sp else 1
+    return Parts(ranks.cp, multiple, degrees.ring, ranks.inner, ranks.outer)
 
 
 def _checked_plan(model: nn.Module, *how: Any) -> Plan:
@@ -225,6 +240,8 @@ def supports(
     *,
     ep: int = 1,
     cp: int = 1,
+    cp_mode: CpMode | None = "ulysses",
+    cp_ulysses: int | None = None,
     plan: Mapping[str, str] | None = None,
     model_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
@@ -237,6 +254,8 @@ def supports(
         sp: shard the sequence.
         ep: expert parallel degree.
         cp: context parallel degree.
+        cp_mode: how these ranks attend; machines are taken to be as large as need be.
+        cp_ulysses: of ``"hybrid"``, how many exchange heads.
         plan: plan strings to use instead of the model's own.
         model_class: whose ``from_config`` builds the model, on meta.
         **kwargs: of ``AutoConfig.from_pretrained``, for a name.
@@ -251,8 +270,11 @@ def supports(
     with torch.device("meta"):
         model = model_class.from_config(config)
     try:
-        checks.check_arguments({"tp": tp, "ep": ep, "cp": cp}, {"sp": sp}, {})
+        sizes = {"tp": tp, "ep": ep, "cp": cp, "cp_ulysses": cp_ulysses}
+        modes = {"cp_mode": (cp_mode, (*get_args(CpMode), None))}
+        checks.check_arguments(sizes, {"sp": sp}, modes)
         checks.check_model(model)
-        return Support(_checked_plan(model, tp, sp, plan, ep, 1, cp))
+        exchange = checks.check_exchange(cp_mode, cp_ulysses, 0)
+        return Support(_checked_plan(model, tp, sp, plan, ep, 1, cp, exchange))
     except HfSpError as error:
         return Support(None, f"{type(error).__name__}: {error}")

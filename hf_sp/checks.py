@@ -13,10 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hf_sp.comm.degrees import Degrees, launched_world, spans_world
+from hf_sp.comm.degrees import launched_world, spans_world
 from hf_sp.comm.mesh import start_distributed
 from hf_sp.comm.watch import TIMES, seconds
 from hf_sp.errors import ConfigError, HfSpError
+from hf_sp.plan.exchange import Exchange
 from hf_sp.state import parallel_state
 
 
@@ -28,13 +29,13 @@ def check_arguments(
     """Refuse arguments of a wrong type or value.
 
     Args:
-        sizes: positive integers; ``tp`` and ``dp_shard`` may be None.
+        sizes: positive integers; ``tp``, ``dp_shard`` and ``cp_ulysses`` may be None.
         switches: on or off.
         choices: a value and what it may be.
     """
     problems = []
     for name, size in sizes.items():
-        absent = size is None and name in ("tp", "dp_shard")
+        absent = size is None and name in ("tp", "dp_shard", "cp_ulysses")
         if not absent and (type(size) is not int or size < 1):
             problems.append((f"{name} must be a positive integer", f"{name}={size!r}", "1, 2, ..."))
     for name, flag in switches.items():
@@ -75,15 +76,15 @@ def check_other_sequence_parallelism() -> None:
         )
 
 
-def check_cp_mode(mode: str, degrees: Degrees) -> None:
-    """Refuse a way of context parallelism that this release does not have."""
-    if degrees.cp > 1 and mode != "ulysses":
+def check_exchange(mode: str | None, ulysses: int | None, node: int) -> Exchange:
+    """How context parallel ranks were asked to attend; refuses a split of what is not split."""
+    if ulysses is not None and mode != "hybrid":
         raise ConfigError(
-            f"cp_mode={mode!r} is not built yet",
-            got=str(degrees),
-            rule="this release exchanges heads for tokens",
-            legal="cp_mode='ulysses'",
+            "cp_ulysses splits the ranks of a hybrid",
+            got=f"cp_ulysses={ulysses}, cp_mode={mode!r}",
+            legal="cp_mode='hybrid', or cp_ulysses=None",
         )
+    return Exchange(mode, ulysses, node)
 
 
 def _announced(name: str) -> int:

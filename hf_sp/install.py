@@ -86,6 +86,8 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     model.get_submodule(plan.norm).register_forward_hook(stack.leave, prepend=True)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
+    if plan.ring > 1:
+        context.DecoderConfig(state).install(decoder)
     if decoder is not model:
         ModelBoundary(state).install(model)
     if plan.head is None:

@@ -54,7 +54,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     tp: int | None = None,
     sp: bool = True,
     cp: int = 1,
-    cp_mode: CpMode = "ulysses",
+    cp_mode: CpMode | None = "ulysses",
+    cp_ulysses: int | None = None,
     ep: int = 1,
     dp_shard: int | None = None,
     dp_replicate: int = 1,
@@ -78,8 +79,9 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         name_or_path: a folder, or a name on the Hub or in its cache; None with ``config`` and
             ``state_dict``.
         model_class: a class of transformers, or an Auto class.
-        tp, sp, cp, cp_mode, ep, dp_shard, dp_replicate, mesh, plan, keep_logits, loss_chunk,
-            kernels, recompute, mp_policy, offload_policy, checkpoint: as for ``parallelize``.
+        tp, sp, cp, cp_mode, cp_ulysses, ep, dp_shard, dp_replicate, mesh, plan, keep_logits,
+            loss_chunk, kernels, recompute, mp_policy, offload_policy, checkpoint: as for
+            ``parallelize``.
         **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
             ``revision``, ``local_files_only``, ``output_loading_info``, ...
 
@@ -100,7 +102,12 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
         **{"tp": tp, "sp": sp, "cp": cp, "cp_mode": cp_mode, "ep": ep, "dp_shard": dp_shard},
         **{"dp_replicate": dp_replicate, "mesh": mesh, "plan": plan, "keep_logits": keep_logits},
         **{"loss_chunk": loss_chunk, "kernels": kernels, "recompute": recompute},
-        **{"mp_policy": mp_policy, "offload_policy": offload_policy, "checkpoint": checkpoint},
+        **{
+            "cp_ulysses": cp_ulysses,
+            "mp_policy": mp_policy,
+            "offload_policy": offload_policy,
+            "checkpoint": checkpoint,
+        },
     }
     patches.apply()
     loading = Loading(str(name_or_path), mesh, functools.partial(parallelize, **options))

@@ -29,12 +29,14 @@ class Degrees:
         dp_shard: data parallel, each with a part of the weights (FSDP).
         dp_replicate: data parallel, each with the same weights.
         cp: context parallel, each with a part of the sequence and of the weights (FSDP).
+        ring: of cp, places of a ring, each of neighbouring ranks.
     """
 
     tp: int
     dp_shard: int = 1
     dp_replicate: int = 1
     cp: int = 1
+    ring: int = 1
 
     @property
     def data(self) -> int:
@@ -56,6 +58,12 @@ def launched_world() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_node() -> int:
+    """How many ranks the launcher says are on this machine; 0 if it does not say."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(size) if size.isdigit() else 0
 
 
 def resolve_degrees(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_sp.comm.collectives import Axis
-from hf_sp.comm.degrees import AXES, WITH_CP, Degrees, sizes_of
+from hf_sp.comm.degrees import AXES, WITH_CP, Degrees, ranks_of_node, sizes_of
 from hf_sp.comm.watch import watch
 from hf_sp.gloo import finish_at_exit
 from hf_sp.torch_private import flatten, real_tensors
@@ -40,6 +40,8 @@ class Mesh:
         whole: all of them; ``tp`` without others.
         everyone: all ranks as one axis, in the order of ``whole``.
         cp: the context parallel ranks; None without them.
+        inner: with a ring, those of them that are one place of it.
+        outer: and those that have this rank's place in the other places.
         peers: names of the process groups over which this rank meets the ranks of other groups
             that have its place in theirs, the inner one (of dp_shard) first.
     """
@@ -49,6 +51,8 @@ class Mesh:
     whole: DeviceMesh
     everyone: Axis
     cp: Axis | None = None
+    inner: Axis | None = None
+    outer: Axis | None = None
     peers: tuple[str, ...] = ()
 
 
@@ -76,12 +80,17 @@ def build_mesh(degrees: Degrees, mesh: DeviceMesh | None) -> Mesh:
     data = mesh[tuple(names)] if len(names) > 1 else mesh[names[0]]
     # FSDP's parameters are on these axes: axes of size 1 that the user's mesh has beside are not.
     whole = mesh if mesh.ndim == len(names) + 1 else mesh[(*names, "tp")]
-    cp, peers = None, [mesh.get_group(n) for n in names[::-1] if sizes_of(mesh)[n] > 1]
+    cp, inner, outer = None, None, None
+    peers = [mesh.get_group(n) for n in names[::-1] if sizes_of(mesh)[n] > 1]
     if degrees.cp > 1:
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
         cp = _axis_of(shape, 2)
         peers = [_group_of(shape, dim) for dim in (1, 0) if shape[dim] > 1]
-    return Mesh(tp, data, whole, everyone, cp, tuple(g.group_name for g in peers))
+        if degrees.ring > 1:
+            place = degrees.ring, degrees.cp // degrees.ring
+            inner, outer = (_axis_of((*shape[:2], *place, shape[3]), dim) for dim in (3, 2))
+    of_peers = tuple(group.group_name for group in peers)
+    return Mesh(tp, data, whole, everyone, cp, inner, outer, of_peers)
 
 
 def _axis_of(shape: tuple[int, ...], dim: int) -> Axis:
@@ -137,7 +146,7 @@ _meshes: dict[tuple, tuple[Callable[[], Any], DeviceMesh]] = {}
 
 def _warn_of_nodes(tp: int) -> None:
     """Say so, once, if the ranks of a tp group are on several nodes."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    local = ranks_of_node()
     if local and local < dist.get_world_size() and local % tp and dist.get_rank() == 0:
         logger.warning(
             "tp=%d puts a tensor-parallel group on several nodes of %d ranks: its collectives, 10 "

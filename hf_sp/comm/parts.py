@@ -64,6 +64,11 @@ class Parts:
         found = [(n * size, size) for n in numbers] if self.ring > 1 else [(0, whole)]
         return [(start, min(max(S - start, 0), n)) for start, n in found]
 
+    def tokens(self, S: int) -> int:
+        """How many real tokens this rank's place has."""
+        place = self.axis.rank // (self.axis.size // self.ring)
+        return sum(n for _, n in self.stretches(S, place))
+
     def held(self, S: int, rank: int) -> list[tuple[int, int]]:
         """First token and number of each stretch of real tokens that a rank's part consists of."""
         P, ranks = self.length(S), self.axis.size // self.ring

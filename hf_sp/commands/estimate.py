@@ -22,6 +22,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 from transformers import PreTrainedConfig
 
+from hf_sp.api import CpMode
 from hf_sp.commands.layers import count_whole, layer_collectives, longest
 from hf_sp.commands.rank import DTYPES, LIBRARIES, OPTIMIZERS, Run, load_config
 from hf_sp.errors import ConfigError, HfSpError
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--dp-shard", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--cp-mode", choices=get_args(CpMode), default="ulysses")
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--seq", type=int, default=8192, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=1, help="rows of a group's forward")

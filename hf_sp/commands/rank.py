@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sp.adapters.fake import with_adapters
-from hf_sp.api import parallelize
+from hf_sp.api import CpMode, parallelize
 from hf_sp.errors import ConfigError
 from hf_sp.estimate import (
     TrainingCount,
@@ -58,6 +58,7 @@ class Run:
         tp: tensor parallel degree.
         dp_shard: data parallel groups that share weights, gradients and optimizer state.
         cp: context parallel ranks of a group.
+        cp_mode: how these attend.
         ep: expert parallel degree, as in ``parallelize``.
         seq: tokens of a row.
         batch: rows of a group's forward.
@@ -73,6 +74,7 @@ class Run:
     tp: int = 1
     dp_shard: int = 1
     cp: int = 1
+    cp_mode: CpMode = "ulysses"
     ep: int = 1
     seq: int = 8192
     batch: int = 1
@@ -171,6 +173,7 @@ def _prepare(model: nn.Module, run: Run) -> nn.Module:
 
 def _with_hf_sp(mesh: Any, run: Run) -> Callable[[nn.Module], nn.Module]:
     degrees: dict[str, Any] = {"tp": run.tp, "cp": run.cp, "dp_shard": run.dp_shard}
+    degrees["cp_mode"] = run.cp_mode
     if run.cp * run.dp_shard == 1:
         degrees = {"mesh": mesh}
     return lambda model: parallelize(

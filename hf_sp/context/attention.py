@@ -1,8 +1,9 @@
 """The attention that decoder layers call where the sequence is cut over context parallel ranks.
 
 It is registered with transformers like any other, under a name that an attention module's own
-config gives; everything else, the masks too, goes by the name of the implementation that the user
-has chosen, and that this one calls on whole sequences.
+config gives. Without a ring everything else, the masks too, goes by the name of the implementation
+that the user has chosen, and that this one calls on whole sequences. With a ring the decoder's own
+config gives that name too, during its forward: masks are asked of ``masks.describe``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sp.comm.parts import Parts
+from hf_sp.context.masks import Band, Given, Mask, describe
+from hf_sp.context.ring import ring_attention
 from hf_sp.context.ulysses import to_heads, to_sequence
+from hf_sp.errors import ConfigError
 from hf_sp.model.block import CACHES
 from hf_sp.model.local import LocalConfig
 from hf_sp.state import ParallelState
@@ -22,7 +27,19 @@ from hf_sp.state import ParallelState
 PREFIX = "hf_sp|"
 
 
-class ContextConfig(LocalConfig):
+class _Named(LocalConfig):
+    @property
+    def _attn_implementation(self) -> str:
+        # Who looks for "flash" in it finds it.
+        name = f"{PREFIX}{self.__dict__['whole']._attn_implementation}"
+        if name not in _registered:
+            AttentionInterface.register(name, attend)
+            AttentionMaskInterface.register(name, describe)
+            _registered.add(name)
+        return name
+
+
+class ContextConfig(_Named):
     """An attention module's config: another attention, in front of the one that the user chose."""
 
     def __init__(self, module: nn.Module, state: ParallelState) -> None:
@@ -49,25 +66,55 @@ class ContextConfig(LocalConfig):
         own: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
         found = kwargs.get("position_embeddings")
         if isinstance(found, Tensor):
-            own["position_embeddings"] = parts.take(found, -2)
+            own["position_embeddings"] = _of_part(found, parts)
         elif found is not None:
-            own["position_embeddings"] = tuple(parts.take(x, -2) for x in found)
+            own["position_embeddings"] = tuple(_of_part(x, parts) for x in found)
         positions = kwargs.get("position_ids")
         if positions is not None and self.__dict__["takes_positions"]:
             own["position_ids"] = parts.take(positions, -1)
         return {**kwargs, **own}
 
-    @property
-    def _attn_implementation(self) -> str:
-        # Who looks for "flash" in it finds it.
-        name = f"{PREFIX}{self.__dict__['whole']._attn_implementation}"
-        if name not in _registered:
-            AttentionInterface.register(name, attend)
-            _registered.add(name)
-        return name
+
+def _of_part(x: Tensor, parts: Parts) -> Tensor:
+    """A part of what all layers are given: one for all of them, as each would keep its own."""
+    own = _taken.get(x)
+    if own is None:
+        own = parts.take(x, -2)
+        if not own._is_view():
+            _taken[x] = own
+    return own
 
 
+# Lives as long as what it is of.
+_taken = WeakTensorKeyDictionary()
 _registered: set[str] = set()
+
+
+class DecoderConfig:
+    """Hooks of the decoder of a ring: its config names our masks in forwards that are cut."""
+
+    def __init__(self, state: ParallelState) -> None:
+        self.state = state
+
+    def install(self, module: nn.Module) -> None:
+        """Register both. The second also runs if the forward raises."""
+        module.register_forward_pre_hook(self.start, with_kwargs=True)
+        module.register_forward_hook(self.finish, always_call=True)
+
+    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Name them. A copy of the model that was made inside of a forward is named twice."""
+        if self.state.cut is None:
+            return
+        config = module.__dict__["config"]
+        asked = kwargs.get("output_attentions")
+        if config.output_attentions if asked is None else asked:
+            raise _refusal("output_attentions=True", "no rank ever has the weights of a row")
+        module.__dict__["config"] = _Named(config)
+
+    def finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Give the config back."""
+        if isinstance(config := module.__dict__["config"], _Named):
+            module.__dict__["config"] = config.__dict__["whole"]
 
 
 def install(module: nn.Module, state: ParallelState) -> ContextConfig:
@@ -96,14 +143,19 @@ def attend(
     function = config["interface"].get_interface(
         config["whole"]._attn_implementation, config["eager"]
     )
-    parts = config["state"].cut
+    parts: Parts | None = config["state"].cut
     if parts is None:
         return function(module, query, key, value, attention_mask, **kwargs)
-    heads, own = query.shape[1], query.shape[1] // parts.axis.size
-    q, k, v = to_heads(query, key, value, config["length"], parts)
+    S, P, axis = config["length"], query.shape[2], parts.ulysses
+    heads, own = query.shape[1], query.shape[1] // axis.size
+    q, k, v = to_heads(query, key, value, parts.tokens(S), axis)
     of_heads = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
     if of_heads and attention_mask.shape[1] == heads > 1:
-        attention_mask = attention_mask.narrow(1, parts.axis.rank * own, own)
+        attention_mask = attention_mask.narrow(1, axis.rank * own, own)
+    if parts.ring > 1:
+        mask, scale = _ring_mask(module, attention_mask, S, kwargs), kwargs.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return to_sequence(ring_attention(q, k, v, mask, scale, S, parts), P, axis), None
     groups = getattr(module, "num_key_value_groups", None)
     if groups is None or groups * k.shape[1] == own:
         out, weights = function(module, q, k, v, attention_mask, **kwargs)
@@ -113,4 +165,41 @@ def attend(
             out, weights = function(module, q, k, v, attention_mask, **kwargs)
         finally:
             setattr(module, "num_key_value_groups", groups)  # noqa: B010
-    return to_sequence(out, parts), weights
+    return to_sequence(out, P, axis), weights
+
+
+# Of what code may hand to an attention function: what changes its numbers, and no ring knows.
+_OTHER = ("s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices", "cu_seq_lens_q")
+
+
+def _ring_mask(module: nn.Module, mask: Any, S: int, kwargs: dict[str, Any]) -> Mask:
+    """What a ring's queries see.
+
+    Raises:
+        ConfigError: the attention is asked for what a ring does not compute.
+    """
+    if other := [name for name in _OTHER if kwargs.get(name) is not None]:
+        raise _refusal(", ".join(other), "it computes a softmax of scores, scaled and masked")
+    if kwargs.get("dropout"):
+        raise _refusal(f"dropout={kwargs['dropout']}", "it drops no weights")
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (S, S):
+        return Given(mask)
+    chosen = module.__dict__["config"].__dict__["whole"]._attn_implementation
+    if mask is None and chosen == "sdpa":
+        # As transformers' own reads it.
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        return Band(S, S, 0 if causal else S)
+    got = f"{type(mask).__name__} for attn_implementation={chosen!r}"
+    raise _refusal(got, "it knows transformers' masks, 4-D tensors, and what sdpa does without")
+
+
+def _refusal(got: str, rule: str) -> ConfigError:
+    return ConfigError(
+        "ring attention cannot do what is asked of it",
+        got=got,
+        rule=rule,
+        legal="cp_mode='ulysses'",
+    )

@@ -6,7 +6,7 @@ import inspect
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.outer import Modules, class_name, inside
-from hf_sp.plan.schema import Block, Plan
+from hf_sp.plan.schema import Block, Mixer, Plan
 
 # What an attention may be given. Positions and caches are known by these names.
 _GIVEN = {
@@ -16,7 +16,7 @@ _GIVEN = {
 
 
 def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
-    """Refuse a context parallel degree that the model or its heads do not allow.
+    """Refuse a context parallel degree that the model does not allow, whatever ranks exchange.
 
     Raises:
         PlanError: with the legal values.
@@ -49,28 +49,24 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
                 "look at several",
                 legal="cp=1; tp and sp split such a model",
             )
-    heads = {next(leaf.heads for leaf in b.leaves if leaf.style == "row"): b for b in attentions}
-    mixers = [b.mixer for b in attentions if b.mixer and b.mixer.shared]
-    ranks = plan.tp * cp
-    if odd := next((m.shared for m in mixers if m.shared % ranks and ranks % m.shared), 0):
+    mixers = {block.mixer: block.path for block in attentions if block.mixer is not None}
+    legal = [d for d in range(1, cp + 1) if all(_divides(one, plan.tp, d) for one in mixers)]
+    if legal[-1] != cp:
+        mixer = next(one for one in mixers if not _divides(one, plan.tp, cp))
+        shared = f", in {mixer.shared} groups that share a state" if mixer.shared else ""
         raise PlanError(
             f"cp={cp} cannot be used with {name}",
-            got=f"tp * cp = {ranks}, {odd} groups of heads that share a state",
-            rule="the ranks have whole groups each, or several of them a group",
-            legal=f"tp * cp that divides {odd}, or is a multiple of it",
-        )
-    if wrong := [n for n in heads if n // plan.tp % cp]:
-        n = max(wrong)
-        most = min(heads) // plan.tp
-        legal = [d for d in range(1, most + 1) if all(n // plan.tp % d == 0 for n in heads)]
-        what = "num_attention_heads" if heads[n].mixer is None else "heads of a mixer"
-        raise PlanError(
-            f"cp={cp} cannot be used with {name}",
-            where=heads[n].path,
-            got=f"{what}={n}, {n // plan.tp} of them on each of tp={plan.tp} ranks",
-            rule="each context parallel rank attends, or scans, with as many of a tp rank's heads",
+            where=mixers[mixer],
+            got=f"{mixer.heads} heads of a mixer{shared}, on tp * cp = {plan.tp * cp} ranks",
+            rule="whatever attentions do, each rank scans all tokens of as many whole heads, of "
+            "whole groups or a part of one",
             legal=f"at tp={plan.tp}: cp = " + ", ".join(map(str, legal)),
         )
+
+
+def _divides(mixer: Mixer, tp: int, cp: int) -> bool:
+    ranks, groups = tp * cp, mixer.shared
+    return mixer.heads % ranks == 0 and not (groups and groups % ranks and ranks % groups)
 
 
 def _check_code(block: Block, modules: Modules) -> None:

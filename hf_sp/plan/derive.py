@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -21,6 +22,7 @@ from hf_sp.errors import PlanError
 from hf_sp.plan.blocks import tp_block
 from hf_sp.plan.check import check_ep, check_tp
 from hf_sp.plan.context import check_cp
+from hf_sp.plan.exchange import Exchange, choose_ring
 from hf_sp.plan.experts import STYLES as EXPERTS_STYLES
 from hf_sp.plan.experts import experts_block, is_experts, sparse_blocks, style_of_experts
 from hf_sp.plan.families import DROPOUT, plan_strings
@@ -62,6 +64,7 @@ def derive_plan(
     ep: int = 1,
     dp_shard: int = 1,
     cp: int = 1,
+    exchange: Exchange | None = None,
 ) -> Plan:
     """Read a model's plan and check that hf_sp can carry it out whole at this ``tp``.
 
@@ -73,6 +76,7 @@ def derive_plan(
         ep: expert parallel degree.
         dp_shard: data parallel ranks that ep may span beside tp.
         cp: context parallel degree.
+        exchange: what these ranks were asked to exchange; Ulysses by default.
 
     Raises:
         PlanError: no plan, an unknown style, a key that matches nothing, a weight that no key
@@ -161,7 +165,7 @@ def derive_plan(
     check_ep(name, plan, dp_shard)
     check_tp(name, plan)
     check_cp(name, plan, modules, cp)
-    return plan
+    return replace(plan, ring=choose_ring(name, plan, modules, exchange or Exchange()))
 
 
 def _layered_keys(

@@ -202,6 +202,7 @@ class Plan:
     dropout: bool = False  # the layers drop hidden states
     per_token: tuple[str, ...] = ()  # arguments of a layer that have a row for each token
     cp: int = 1
+    ring: int = 1  # places of a ring that the cp ranks are, each of cp / ring
 
     def __str__(self) -> str:
         """The plan of one layer of each kind and of what surrounds them, one line a module."""
@@ -229,10 +230,16 @@ class Plan:
             rows.append((self.head, f"vocab-parallel head, chunked loss{tied}"))
         rows += [(path, "replicated, computed alike on all ranks") for path in self.replicated]
         degrees = f"tp={self.tp}  sp={self.sp}" + (f"  ep={self.ep}" if self.ep > 1 else "")
-        degrees += f"  cp={self.cp}" if self.cp > 1 else ""
+        degrees += f"  cp={self.cp} ({self.exchange()})" if self.cp > 1 else ""
         lines = [f"{self.family}  {degrees}  layers={len(self.layers)}"]
         lines += [f"  {path:<39} {what}".rstrip() for path, what in rows]
         return "\n".join(lines)
+
+    def exchange(self) -> str:
+        """How the context parallel ranks attend."""
+        ulysses = self.cp // self.ring
+        ways = [f"ulysses {ulysses}"] if ulysses > 1 else []
+        return " x ".join([*ways, f"ring {self.ring}"] if self.ring > 1 else ways)
 
     def _norm(self) -> str:
         return f"replicated, gradient {'summed over tp' if self.sp else 'whole on every rank'}"
@@ -273,9 +280,13 @@ class Plan:
             whole = f"whole, {sum(n for _, n in stretches)} of {own.size} rows used"
             yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
         if block.attention and self.cp > 1:
-            what = "attention: all-to-all of q, k, v to heads"
-            what = "mixer: all-to-all of its projections to heads" if block.mixer else what
-            yield f"  {block.path}", f"{what}, of its output back"
+            ways = ["all-to-all of q, k, v to heads, of its output back"]
+            ways = ways if self.cp > self.ring else []
+            ways += [f"k, v around a ring of {self.ring}"] if self.ring > 1 else []
+            what = f"attention: {'; '.join(ways)}"
+            if block.mixer:
+                what = "mixer: all-to-all of its projections to heads, of its output back"
+            yield f"  {block.path}", what
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.alike:

@@ -19,7 +19,8 @@ def counted(config: dict, run: Run) -> TrainingCount:
         model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[run.dtype]).train()
         if run.checkpointing:
             model.gradient_checkpointing_enable()
-        return parallelize(model, run.tp, run.sp, cp=run.cp, ep=run.ep, dp_shard=run.dp_shard)
+        how = {"cp": run.cp, "cp_mode": run.cp_mode, "ep": run.ep, "dp_shard": run.dp_shard}
+        return parallelize(model, run.tp, run.sp, **how)
 
     return count_training(
         build,

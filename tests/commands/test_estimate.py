@@ -44,8 +44,9 @@ def answer(capsys, *arguments):
         (SPARSE, SHORT),
         (LLAMA, replace(SHORT, tp=1, dp_shard=2, optimizer="adamw_foreach")),
         (LLAMA, replace(SHORT, tp=1, cp=2)),
+        (LLAMA, replace(SHORT, tp=1, cp=2, cp_mode="ring")),
     ],
-    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts"],
+    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts", "ring"],
 )
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.

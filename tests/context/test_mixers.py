@@ -31,6 +31,9 @@ FOUR = (
     # A group for both cp ranks of a tp rank, and for all four.
     Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 2),), checkpoint="non_reentrant"),
     Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 1),), accum=3),
+    # Beside attentions around a ring, whose order of tokens a scan has to undo.
+    Case("bamba", cp=4, accum=3, parallelize=(("cp_mode", "ring"),)),
+    Case("qwen3_5", cp=4, parallelize=(("cp_mode", "hybrid"), ("cp_ulysses", 2))),
 )
 CELLS = [(n, cases, i) for n, cases in ((2, TWO), (4, FOUR)) for i in range(len(cases))]
 
@@ -70,6 +73,6 @@ def test_uses(family, name):
 def test_heads_that_cp_does_not_divide():
     config = tiny.config("qwen3_5", linear_num_key_heads=2, linear_num_value_heads=8)
     found = supports(config, tp=1, cp=4)
-    assert "heads of a mixer=2, 2 of them on each of tp=1 ranks" in found.reason
+    assert "2 heads of a mixer, on tp * cp = 4 ranks" in found.reason
     assert "at tp=1: cp = 1, 2" in found.reason
     assert "mixer: all-to-all of its projections" in str(supports(config, tp=1, cp=2))

@@ -61,8 +61,9 @@ def test_uses(name):
     assert_parity([made[name] for made in run_once(2, jobs.uses, case=case)])
 
 
-def test_no_token_sees_another_document_or_the_future():
-    for seen, want in run_once(2, jobs.influence):
+@pytest.mark.parametrize("mode", ["ulysses", "ring"])
+def test_no_token_sees_another_document_or_the_future(mode):
+    for seen, want in run_once(2, jobs.influence, mode=mode):
         assert seen == want
 
 
@@ -84,7 +85,7 @@ def test_heads_that_cp_does_not_divide():
     assert "6 of them on each of tp=2 ranks" in found.reason
     assert "at tp=2: cp = 1, 2, 3, 6" in found.reason
     assert supports(config, tp=2, cp=3)
-    assert "cp=3" in str(supports(config, tp=2, cp=3))
+    assert "cp=3 (ulysses 3)" in str(supports(config, tp=2, cp=3))
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
                 "pad_token_id": None,
             },
         ),
-        # the same beside an attention in each layer, one group for all heads, whose norm is in front
-        # of the gate; what is projected has multipliers
+        # the same beside an attention in each layer, one group for all, whose norm is before the
+        # gate; what is projected has multipliers
         "falcon_h1": (
             FalconH1Config,
             {
@@ -222,7 +222,6 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
-            FalconH1Config,
             {
                 "num_key_value_heads": 8,
                 "q_lora_rank": 24,

@@ -10,7 +10,7 @@ from harness.parity import Case
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.context import mixer as heads
-from hf_sp.model import mixer
+from hf_sp.model import mixer, mixer_groups
 from mutants.registry import Patch, mutant
 from mutants.wrongly import backward
 
@@ -95,21 +95,21 @@ def gradients_of_a_mixers_heads_do_not_come_back() -> list[Patch]:
 def gradients_of_shared_groups_are_own_heads() -> list[Patch]:
     wrong = mock.Mock(wraps=pairs)
     wrong.allgather_reducescatter = pairs.allgather_scatter
-    return [(mixer, "pairs", wrong)]
+    return [(mixer_groups, "pairs", wrong)]
 
 
 @mutant(SHARED)
 def gated_norms_see_own_features() -> list[Patch]:
     wrong = mock.Mock(wraps=pairs)
     wrong.allreduce_identity = lambda x, axis: x * axis.size
-    return [(mixer, "pairs", wrong)]
+    return [(mixer_groups, "pairs", wrong)]
 
 
 @mutant(SHARED)
 def sums_of_gated_norms_have_own_gradients() -> list[Patch]:
     wrong = mock.Mock(wraps=pairs)
     wrong.identity_allreduce = lambda x, axis: x
-    return [(mixer, "pairs", wrong)]
+    return [(mixer_groups, "pairs", wrong)]
 
 
 @mutant(CUT_SHARED)

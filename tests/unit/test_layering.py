@@ -22,7 +22,17 @@ MAX_ATTRIBUTES = 8
 # The one table. A module may import its own layer and those below; siblings of one row in separate
 # groups are blind to each other (plan knows no collectives, mesh no kernels).
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "torch_private", "torch_packed", "patching", "versions", "gloo"}],
+    [
+        {
+            "errors",
+            "torch_private",
+            "torch_packed",
+            "torch_attention",
+            "patching",
+            "versions",
+            "gloo",
+        }
+    ],
     [{"plan"}, {"comm"}],
     [{"kernels"}, {"state"}],
     [{"model"}],

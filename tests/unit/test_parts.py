@@ -46,7 +46,7 @@ def test_parts_are_the_sequence(S, ranks, ring, multiple):
 @settings(max_examples=200, deadline=None)
 @given(**SIZES)
 def test_places_of_the_ring(S, ranks, ring, multiple):
-    """A place's ranks, one behind the other, have its stretches; padding is less than a row each."""
+    """A place's ranks have its stretches, one behind the other; little is padded."""
     every = _all_ranks(ranks, ring, multiple)
     for place in range(ring):
         held = [t for r in range(ranks) for t in _tokens(every[0].held(S, place * ranks + r))]
