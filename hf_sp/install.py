@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from hf_sp.context import attention as context
+from hf_sp.context.mixer import OwnHeads
 from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
 from hf_sp.model.local import LocalConfig
-from hf_sp.model.mixer import install_mixer, install_own_rows
+from hf_sp.model.mixer import MixerBoundary, install_own_rows
 from hf_sp.model.mlp import SwiGLUForward
 from hf_sp.model.norm import NormForward
 from hf_sp.model.norm_over_heads import OverHeadsForward
@@ -104,13 +105,18 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     module, shared = model.get_submodule(block.path), BlockInput()
     columns = _convert(model, block.leaves, state, shared, sp=state.sp)
     _install_alike(model, block, state)
+    if block.mixer is not None:
+        mixer = MixerBoundary(state, shared, columns, block)
+        if state.parts is not None:
+            mixer.exchange = OwnHeads(module, block, state.tp)
+        mixer.install(module)
+        layer = next(path for path in state.plan.layers if block.path.startswith(path + "."))
+        model.get_submodule(layer).register_forward_pre_hook(mixer.note, with_kwargs=True)
+        return
     heads = next((leaf.heads for leaf in block.leaves if leaf.style == "row"), 0)
     boundary = BlockBoundary(state, shared, columns, block.attention, heads)
     boundary.install(module)
-    if block.mixer is not None:
-        layer = next(path for path in state.plan.layers if block.path.startswith(path + "."))
-        install_mixer(module, block.mixer, boundary, model.get_submodule(layer))
-    elif not block.attention:
+    if not block.attention:
         _install_gated(module, block.path, block.leaves, state)
         if state.mlp_tile is not None:
             SequenceTiles(state.mlp_tile).install(module)

@@ -112,13 +112,13 @@ class BlockBoundary:
             assert length is not None
             assert self.own is not None
             kwargs = self.own(kwargs, length, parts)
-            length = None  # a part has no padding that tp does
+        x = self.before(x, kwargs)
         gathered = gather_columns(
             x,
             self.linears,
             state.axis,
             sharded=state.sharded,
-            length=length,
+            length=length if parts is None else None,  # a part has no padding that tp does
             batch_major=self.attention,
             factors=factors_of(module, x),
         )
@@ -132,7 +132,17 @@ class BlockBoundary:
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:
             own = self.heads // state.tp
             kwargs = {**kwargs, "attention_mask": mask.narrow(1, state.rank * own, own)}
-        return replace_hidden_states(args, kwargs, gathered.x)
+        return self.hand_over(args, kwargs, gathered.x, length)
+
+    def before(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states that are gathered; for blocks that change them by their arguments."""
+        return x
+
+    def hand_over(
+        self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The block's arguments, with what has been gathered."""
+        return replace_hidden_states(args, kwargs, x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output."""

@@ -1,18 +1,32 @@
-"""Linear attentions on a rank's own heads, with transformers' own forward."""
+"""Linear attentions and state-space models on a rank's own heads, with transformers' own forward.
+
+Shape letters: B batch, S sequence, s this rank's tokens of it, H hidden.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hf_sp.comm import collectives as comm
+from hf_sp.comm.autograd import Node, once_differentiable
+from hf_sp.comm.collectives import Axis
+from hf_sp.comm.parts import Parts
 from hf_sp.model.block import BlockBoundary, true_length
+from hf_sp.model.columns import ColumnLinear
+from hf_sp.model.mixer_groups import NormOverGroups, SharedGroups, place
 from hf_sp.model.parameters import LocalParameters, Partial
-from hf_sp.plan.schema import Block, Mixer
+from hf_sp.model.ports import BlockInput
+from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
+from hf_sp.plan.schema import Block, Mixer, OwnRows, own_size
 from hf_sp.state import ParallelState
 
-Stretches = tuple[tuple[int, int], ...]
+CACHES = ("cache", "cache_params", "past_key_values")
+"""What transformers calls the cache of a mixer, the newest name first."""
 
 
 class OwnRowsParameters(LocalParameters):
@@ -22,20 +36,24 @@ class OwnRowsParameters(LocalParameters):
     Their gradients are summed over the ranks, with those of the layer's norms.
     """
 
-    def __init__(self, state: ParallelState, module: nn.Module, rows: dict[str, Stretches]) -> None:
+    def __init__(self, state: ParallelState, module: nn.Module, own: Sequence[OwnRows]) -> None:
         super().__init__(state, Partial.HEADS)
-        self.module, self.rows = module, rows
+        self.module, self.own = module, own
 
     def show(self, module: nn.Module, args: Any) -> None:
         """Shadow the parameters with this rank's rows."""
         super().show(self.module, args)
-        shown = self.module.__dict__
-        for name, rows in self.rows.items():
-            parts = [shown[name].narrow(0, *stretch) for stretch in rows]
-            shown[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        shown, ranks = self.module.__dict__, place(self.state)
+        for one in self.own:
+            whole = shown.get(one.name)
+            whole = self.module.get_buffer(one.name) if whole is None else whole
+            parts = [whole.narrow(one.dim, *stretch) for stretch in one.rows(*ranks)]
+            shown[one.name] = parts[0] if len(parts) == 1 else torch.cat(parts, one.dim)
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give the registered parameters back."""
+        """Give the registered parameters, and buffers, back."""
+        for one in self.own:
+            self.module.__dict__.pop(one.name, None)
         super().hide(self.module, args, output)
 
 
@@ -43,29 +61,192 @@ def install_own_rows(
     model: nn.Module, block: Block, state: ParallelState
 ) -> dict[str, tuple[nn.Module, LocalParameters]]:
     """Hooks that show a mixer its own rows; the modules that own them by path."""
-    rows: dict[str, dict[str, Stretches]] = {}
+    own: dict[str, list[OwnRows]] = {}
     for one in block.mixer.own if block.mixer else ():
-        rows.setdefault(one.module, {})[one.name] = one.rows(state.tp, state.rank)
+        own.setdefault(one.module, []).append(one)
     owners: dict[str, tuple[nn.Module, LocalParameters]] = {}
-    for path, of_module in rows.items():
+    for path, of_module in own.items():
         module = model.get_submodule(path)
         parameters = OwnRowsParameters(state, module, of_module)
         parameters.install(model.get_submodule(block.path))
         owners[path] = module, parameters
-        if isinstance(module, nn.Conv1d):
-            channels = sum(count for _, count in of_module["weight"])
-            module.in_channels = module.out_channels = module.groups = channels
     return owners
 
 
-def install_mixer(
-    module: nn.Module, mixer: Mixer, boundary: BlockBoundary, layer: nn.Module
-) -> None:
-    """Tell a mixer how much of everything it has on this rank, and its boundary how long x is."""
-    for name in mixer.counts:
-        setattr(module, name, module.__dict__[name] // boundary.state.tp)
-    layer.register_forward_pre_hook(_LayerLength(boundary).note, with_kwargs=True)
-    _Unfused().install(module)
+class Exchange(Protocol):
+    """Shows a mixer all tokens of its heads, where the sequence is cut over cp ranks."""
+
+    def show(self, x: Tensor, length: int, parts: Parts) -> Tensor:
+        """What stands for the whole of an input, of which ``x`` is this rank's part."""
+
+
+class MixerBoundary(BlockBoundary):
+    """Entry and exit hooks of a mixer.
+
+    A padding mask is multiplied into the shard, before it is gathered: what the mixer multiplies
+    is a tensor of its own, of the whole sequence.
+    """
+
+    exchange: Exchange | None = None
+
+    def __init__(
+        self, state: ParallelState, block: BlockInput, linears: Sequence[ColumnLinear], plan: Block
+    ) -> None:
+        super().__init__(state, block, linears, attention=True)
+        assert plan.mixer is not None
+        self.plan: Mixer = plan.mixer
+        self.own = _without_cache
+
+    def install(self, module: nn.Module) -> None:
+        """Register both hooks, and tell the mixer how much of everything it has on this rank."""
+        super().install(module)
+        _Unfused().install(module)
+        plan, state = self.plan, self.state
+        for path in plan.norms:
+            NormOverGroups.install(module.get_submodule(path), state)
+        self.counts = _Counts(module, plan)
+        self.counts(state.tp)
+        self.module = module
+        self.shared = {
+            name: SharedGroups(state.axis, segments)
+            for name, segments in plan.columns
+            if any(count % state.tp for count, _ in segments)
+        }
+
+    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the layer: a mixer is given no positions, but its layer is."""
+        self.length = true_length(kwargs)
+
+    def before(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Zeros where the padding mask has them."""
+        state, mask = self.state, kwargs.get("attention_mask")
+        if state.parts is not None:
+            self.counts(place(state)[0])
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return x
+        where = state.cut, state.axis if state.sharded else None
+        y = _Masked.apply(x, mask, *where)
+        if (known := recompute_of(x)) is not None:
+            again = functools.partial(_masked_again, known.function, where)
+            attach_recompute(y, Recompute(again, (*known.inputs, mask)))
+        return y
+
+    def hand_over(
+        self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The mixer's arguments."""
+        shown, children = self.module.__dict__, self.module._modules
+        for name, shared in self.shared.items():
+            shown[name] = Shown(children[name], shared.of)
+        if self.state.cut is not None:
+            assert self.exchange is not None
+            assert length is not None
+            x = self.exchange.show(x, length, self.state.cut)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs = {**kwargs, "attention_mask": AppliedMask(mask, x)}
+        return super().hand_over(args, kwargs, x, length)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Reduce the partial output."""
+        for name in children_shown(module):
+            del module.__dict__[name]
+        return super().leave(module, args, output)
+
+
+def _without_cache(kwargs: dict[str, Any], length: int, parts: Parts) -> dict[str, Any]:
+    """The mixer's arguments in a forward that is cut: those that ask for a cache are not."""
+    return {**kwargs, **{name: None for name in CACHES if kwargs.get(name) is not None}}
+
+
+class _Counts:
+    """Tells a mixer, its convolution and its norm how much of everything they have here."""
+
+    def __init__(self, module: nn.Module, plan: Mixer) -> None:
+        self.ranks = 1
+        self.told = [(module.get_submodule(p).__dict__, name, of) for p, name, of in plan.counts]
+
+    def __call__(self, ranks: int) -> None:
+        if ranks != self.ranks:
+            self.ranks = ranks
+            for attributes, name, segments in self.told:
+                attributes[name] = own_size(segments, ranks)
+
+
+class Shown:
+    """Stands where a linear of a mixer does, while the mixer runs.
+
+    It is found in the mixer's ``__dict__`` (attribute lookup asks that first), so that whatever
+    wraps the linear, an adapter too, computes as it always does.
+    """
+
+    def __init__(self, module: Any, function: Callable[[Any, Tensor], Tensor]) -> None:
+        self.module, self.function = module, function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What stands there, of the linear and its input."""
+        return self.function(self.module, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+
+def children_shown(module: nn.Module) -> list[str]:
+    """Names of the children in whose place something stands."""
+    return [name for name, one in module.__dict__.items() if type(one) is Shown]
+
+
+class AppliedMask:
+    """A padding mask that has been multiplied into a mixer's input.
+
+    Its product with that is that; with anything else of the whole sequence (Mamba-2 masks what
+    comes out of its convolution too) it is the product with the mask.
+    """
+
+    def __init__(self, mask: Tensor, x: Tensor) -> None:
+        self.mask, self.x = mask, x
+
+    def __getitem__(self, index: Any) -> AppliedMask:
+        """As of the mask."""
+        return AppliedMask(self.mask[index], self.x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["mask"], name)
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x if x is self.x else x * self.mask
+
+
+class _Masked(Node):
+    """Hidden states of this rank's tokens, with zeros where a mask of the whole sequence has them.
+
+    Shapes:   x [B, s, H], mask [B, S] -> [B, s, H]
+    Forward, backward: no collective
+    Saves:    the mask, as it is: all layers have the same
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, parts: Parts | None, tp: Axis | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.where = parts, tp
+        return _masked(x, mask, parts, tp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _masked(grads[0], mask, *ctx.where), None, None, None
+
+
+def _masked(x: Tensor, mask: Tensor, parts: Parts | None, tp: Axis | None) -> Tensor:
+    own = mask if parts is None else parts.take(mask, 1)
+    own = own if tp is None else comm.own_shard(own, tp)
+    return (x * own[..., None]).to(x.dtype)
+
+
+def _masked_again(function: Callable[..., Tensor], where: Any, *inputs: Tensor) -> Tensor:
+    *given, mask = inputs
+    return _masked(function(*given), mask, *where)
 
 
 class _Unfused:
@@ -88,14 +269,3 @@ class _Unfused:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """As it was."""
         module.training = self.training
-
-
-class _LayerLength:
-    """A hook of a decoder layer: a mixer is given no positions, but its layer is."""
-
-    def __init__(self, boundary: BlockBoundary) -> None:
-        self.boundary = boundary
-
-    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Remember the length of the whole sequence for the block in this layer."""
-        self.boundary.length = true_length(kwargs)

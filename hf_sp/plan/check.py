@@ -5,7 +5,9 @@ from __future__ import annotations
 from hf_sp.errors import PlanError
 from hf_sp.plan.schema import Plan
 
-_REPLICABLE = "num_key_value_heads"
+_KEY_VALUE = "num_key_value_heads"
+_GROUPS = "groups of heads that share a state"
+_REPLICABLE = _KEY_VALUE, _GROUPS
 
 
 def check_tp(model: str, plan: Plan) -> None:
@@ -26,15 +28,18 @@ def check_tp(model: str, plan: Plan) -> None:
             name = "features" if experts is None else "shared expert features"
             if block.mixer:
                 name = "heads of linear attention"
+                if leaf.segments and block.mixer.shared:
+                    sizes.setdefault((_GROUPS, block.mixer.shared), leaf.path)
+                    sizes.setdefault(("features of a state", min(leaf.segments[2:4])), leaf.path)
             elif leaf.heads:
                 # What is normalised over all heads is split by heads, and nothing else.
                 fewer = leaf.style != "row" and leaf.heads < query and not block.over_heads
-                name = _REPLICABLE if fewer else "num_attention_heads"
+                name = _KEY_VALUE if fewer else "num_attention_heads"
             sizes.setdefault((name, leaf.parts), leaf.path)
     bad = [size for size in sizes if not _allows(*size, plan.tp)]
     if not bad:
         return
-    largest = min((size for name, size in sizes if name != _REPLICABLE), default=1)
+    largest = min((size for name, size in sizes if name not in _REPLICABLE), default=1)
     legal = [tp for tp in range(1, largest + 1) if all(_allows(*size, tp) for size in sizes)]
     best = max(tp for tp in legal if tp <= plan.tp)
     # On as many ranks: each group of tp takes a batch of its own.
@@ -54,7 +59,7 @@ def check_tp(model: str, plan: Plan) -> None:
 
 def _allows(name: str, size: int, tp: int) -> bool:
     """Whether ``tp`` divides a size, or is a multiple of one that may be replicated."""
-    return size % tp == 0 or (name == _REPLICABLE and tp % size == 0)
+    return size % tp == 0 or (name in _REPLICABLE and tp % size == 0)
 
 
 def check_ep(model: str, plan: Plan, dp_shard: int) -> None:

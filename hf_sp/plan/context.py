@@ -6,7 +6,7 @@ import inspect
 
 from hf_sp.errors import PlanError
 from hf_sp.plan.outer import Modules, class_name, inside
-from hf_sp.plan.schema import Block, Plan
+from hf_sp.plan.schema import Block, Mixer, Plan
 
 # What an attention may be given. Positions and caches are known by these names.
 _GIVEN = {
@@ -37,7 +37,8 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
             legal="cp=1; tp and sp split such a model. Without dropout in its config, cp too",
         )
     for block in attentions:
-        _check_code(block, modules)
+        if block.mixer is None:
+            _check_code(block, modules)
     for layer in plan.layers:
         if not any(inside(block.path, layer) for block in attentions):
             raise PlanError(
@@ -48,6 +49,24 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
                 "look at several",
                 legal="cp=1; tp and sp split such a model",
             )
+    mixers = {block.mixer: block.path for block in attentions if block.mixer is not None}
+    legal = [d for d in range(1, cp + 1) if all(_divides(one, plan.tp, d) for one in mixers)]
+    if legal[-1] != cp:
+        mixer = next(one for one in mixers if not _divides(one, plan.tp, cp))
+        shared = f", in {mixer.shared} groups that share a state" if mixer.shared else ""
+        raise PlanError(
+            f"cp={cp} cannot be used with {name}",
+            where=mixers[mixer],
+            got=f"{mixer.heads} heads of a mixer{shared}, on tp * cp = {plan.tp * cp} ranks",
+            rule="whatever attentions do, each rank scans all tokens of as many whole heads, of "
+            "whole groups or a part of one",
+            legal=f"at tp={plan.tp}: cp = " + ", ".join(map(str, legal)),
+        )
+
+
+def _divides(mixer: Mixer, tp: int, cp: int) -> bool:
+    ranks, groups = tp * cp, mixer.shared
+    return mixer.heads % ranks == 0 and not (groups and groups % ranks and ranks % groups)
 
 
 def _check_code(block: Block, modules: Modules) -> None:

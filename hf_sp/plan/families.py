@@ -105,6 +105,10 @@ _FEED_FORWARD: Rows = {
     "layers.*.feed_forward.up_proj": "colwise",
     "layers.*.feed_forward.down_proj": "rowwise",
 }
+_SHARED_MLP: Rows = {
+    "layers.*.shared_mlp.input_linear": "packed_colwise",
+    "layers.*.shared_mlp.output_linear": "rowwise",
+}
 
 
 def _under(child: str, *rows: Rows) -> Rows:
@@ -120,6 +124,8 @@ FAMILIES: Mapping[str, Rows] = {
     "qwen3_5_text": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET,
     "bamba": {**_ATTENTION, **_MAMBA_2, **_FEED_FORWARD},
+    "falcon_h1": {**_ATTENTION, **_MAMBA_2, **_FEED_FORWARD},
+    "granitemoehybrid": {**_ATTENTION, **_MAMBA_2, **_SHARED_MLP},
     "nemotron_h": {
         **_under("mixer", _ATTENTION, _MLP, _MAMBA_2),
         # Not in a model without them.
@@ -190,11 +196,7 @@ FAMILIES: Mapping[str, Rows] = {
         "layers.*.mlp.dense_4h_to_h": "rowwise",
     },
     "granitemoe": _ATTENTION,
-    "granitemoeshared": {
-        **_ATTENTION,
-        "layers.*.shared_mlp.input_linear": "packed_colwise",
-        "layers.*.shared_mlp.output_linear": "rowwise",
-    },
+    "granitemoeshared": {**_ATTENTION, **_SHARED_MLP},
     "solar_open": _SHARED_EXPERTS,
     "kolibri1": _SHARED_EXPERTS,
     "sarvam_moe": _HEAD_NORMS,

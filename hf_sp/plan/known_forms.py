@@ -75,6 +75,52 @@ def norm_form(module: nn.Module) -> NormForm | None:
     return NormForm(casting, offset, eps, float64)
 
 
+@dataclass(frozen=True, slots=True)
+class GatedNormForm:
+    """A norm of what a mixer has made, with a gate: over groups of features, or all."""
+
+    groups: int
+    eps: float
+    gated_first: bool  # the gate is multiplied before the norm
+    casting: Literal["input", "result"]  # what is rounded to the dtype: before the weight, or all
+
+
+def gated_norm_form(module: nn.Module) -> GatedNormForm | None:
+    """The form of a mixer's gated norm, None if it is not known. Of the norm as it is stored."""
+    found = known(module, FORMS["gated_norm"])
+    if found is None:
+        return None
+    name, roles = found
+    own, size = module.__dict__, module.get_parameter(roles["weight"]).numel()
+    eps = own[roles["eps"]]
+    if name.startswith("falcon"):
+        return GatedNormForm(
+            own[roles["n_groups"]], eps, not own[roles["norm_before_gate"]], "result"
+        )
+    groups = 1 if name == "all" else size // own[roles["group_size"]]
+    return GatedNormForm(groups, eps, True, "input")
+
+
+def gated_norm_groups(module: nn.Module, path: str) -> int:
+    """Over how many groups of features a mixer's gated norm is.
+
+    Raises:
+        PlanError: its form is not known.
+    """
+    form = gated_norm_form(module)
+    if form is None:
+        raise PlanError(
+            "a norm over the features of a mixer's heads computes something that hf_sp does not "
+            "know",
+            where=path,
+            got=class_name(module),
+            rule="each rank has a part of the features that its mean is over",
+            legal="a forward with the text of a known gated norm: "
+            + ", ".join(FORMS["gated_norm"]),
+        )
+    return form.groups
+
+
 def gated_form(module: nn.Module, columns: list[str], row: str) -> GatedForm | None:
     """The form of a gated MLP with these linears, None if it computes something else."""
     found = known(module, FORMS["gated"])

@@ -5,7 +5,7 @@ Must not know modules or how a plan is carried out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,9 @@ class Leaf:
             return ((0, self.shape[0]),)
         if self.style != "column_replicated":
             return None
-        return _stretches(self.shape[0], self.segments or (self.heads,), tp, rank)
+        counts = self.segments or (self.heads,)
+        width = self.shape[0] // sum(counts)
+        return _stretches([(count, width) for count in counts], tp, rank)
 
     def describe(self, tp: int) -> str:
         """The style, the whole and the local shape."""
@@ -68,32 +70,43 @@ class Leaf:
         return f"{self.style:<8} [{out}, {into}] -> [{local[0]}, {local[1]}]{heads}"
 
 
-def _stretches(
-    size: int, counts: tuple[int, ...], tp: int, rank: int
-) -> tuple[tuple[int, int], ...]:
-    """Of a dim that packs so many heads each, first place and length of a rank's heads."""
+Segments = Sequence[tuple[int, int]]
+"""Of what is packed in one dim: how many heads, or groups of heads, and features of each."""
+
+
+def _stretches(segments: Segments, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """First place and length of a rank's heads of each segment."""
     start, found = 0, []
-    width = size // sum(counts)
-    for count in counts:
-        # Ranks r * tp / count to (r + 1) * tp / count share head r.
-        first, own = rank * count // tp, max(1, count // tp)
+    for count, width in segments:
+        # Ranks r * ranks / count to (r + 1) * ranks / count share head r.
+        first, own = rank * count // ranks, max(1, count // ranks)
         found.append((start + first * width, own * width))
         start += count * width
     return tuple(found)
 
 
+def own_size(segments: Segments, ranks: int) -> int:
+    """How much of it a rank has."""
+    return sum(length for _, length in _stretches(segments, ranks, 0))
+
+
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """A small parameter of a mixer, stored whole, of which a rank uses the rows of its heads."""
+    """A small tensor of a mixer, stored whole, of which a rank uses what is of its heads."""
 
     module: str
     name: str
-    size: int  # rows
-    segments: tuple[int, ...]  # how many features, or heads, each of those packed in it has
+    segments: Segments
+    dim: int = 0
 
-    def rows(self, tp: int, rank: int) -> tuple[tuple[int, int], ...]:
+    @property
+    def size(self) -> int:
+        """All rows."""
+        return own_size(self.segments, 1)
+
+    def rows(self, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
         """First row and rows of each stretch that a rank uses."""
-        return _stretches(self.size, self.segments, tp, rank)
+        return _stretches(self.segments, ranks, rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +114,11 @@ class Mixer:
     """What a linear attention or a state-space model has besides linears and norms."""
 
     heads: int  # what tp divides: heads, or groups of heads that share keys
-    counts: tuple[str, ...]  # attributes that count heads, features or channels
+    shared: int  # groups of heads that share a state's inputs and outputs, 0 without
+    counts: tuple[tuple[str, str, Segments], ...]  # module below it, attribute: what that counts
     own: tuple[OwnRows, ...]
+    columns: tuple[tuple[str, Segments], ...]  # column linears: what their features are
+    norms: tuple[str, ...] = ()  # gated norms over features of heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,14 +276,17 @@ class Plan:
         for leaf in block.leaves:
             yield f"  {leaf.path}", leaf.describe(self.tp)
         for own in block.mixer.own if block.mixer else ():
-            stretches = own.rows(self.tp, 0)
+            stretches = own.rows(self.tp * self.cp, 0)
             whole = f"whole, {sum(n for _, n in stretches)} of {own.size} rows used"
             yield f"  {own.module}.{own.name}", f"{whole}, gradient summed over tp"
         if block.attention and self.cp > 1:
             ways = ["all-to-all of q, k, v to heads, of its output back"]
             ways = ways if self.cp > self.ring else []
             ways += [f"k, v around a ring of {self.ring}"] if self.ring > 1 else []
-            yield f"  {block.path}", f"attention: {'; '.join(ways)}"
+            what = f"attention: {'; '.join(ways)}"
+            if block.mixer:
+                what = "mixer: all-to-all of its projections to heads, of its output back"
+            yield f"  {block.path}", what
         for path in block.partial:
             yield f"  {path}", "replicated, gradient summed over tp"
         for path in block.alike:

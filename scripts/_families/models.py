@@ -104,6 +104,21 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {"use_qk_norm": True},
     "glm4_moe_lite": _LATENT,
+    # A group of heads for all ranks; a multiplier of each of what is projected.
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_groups": 1,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9],
+        "ssm_in_multiplier": 1.25,
+        "key_multiplier": 0.8,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_groups": 1,
+        "position_embedding_type": "rope",
+    },
     "gptj": {"rotary_dim": 4},
     "helium": {"head_dim": 8},
     "minicpm3": _LATENT,

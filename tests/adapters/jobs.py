@@ -106,7 +106,7 @@ def pair(lora: Lora) -> tuple[nn.Module, nn.Module]:
     case, fields = lora.case, dict(lora.config)
     model = unsharded(lora)
     data = {} if case.data == 1 else {"dp_shard": case.data}
-    options = {"tp": case.tp, "sp": case.sp, **data, **dict(case.parallelize)}
+    options = {"tp": case.tp, "cp": case.cp, "sp": case.sp, **data, **dict(case.parallelize)}
     if lora.order == "before":
         parallel = parallelize(copy.deepcopy(model), **options)
     else:

@@ -81,8 +81,20 @@ BEFORE = (
     "modules_to_save",
     "checkpointed",
 )
+# What is packed in a mixer's linear, and, over cp ranks, exchanged behind the adapter. FSDP splits
+# the B of packed rows along r, evenly or not at all.
+_MIXER = _fields(
+    r=4,
+    target_modules=("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "q_proj", "o_proj"),
+)
+MIXERS = {
+    f"{family}_cp{cp}": (Case(family, cp=cp), _MIXER)
+    for family in ("bamba", "qwen3_5")
+    for cp in (1, 2)
+}
+FEATURES |= MIXERS
 ALL = {**FEATURES, **GRID}
-CELLS = [(2, "after", name) for name in ALL] + [(2, "before", name) for name in BEFORE]
+CELLS = [(2, "after", name) for name in ALL] + [(2, "before", n) for n in (*BEFORE, *MIXERS)]
 # More ranks than heads, uneven shards.
 CELLS += [(4, "after", "embedding_and_head")]
 FOUR = {

@@ -26,8 +26,8 @@ from hf_sp.plan import Plan, derive_plan
 from hf_sp.plan.exchange import Exchange
 
 
-def uses(case: Case) -> dict[str, Report]:
-    """What a user does with a model beside a training step."""
+def uses(case: Case, only: tuple[str, ...] = ()) -> dict[str, Report]:
+    """What a user does with a model beside a training step; some of it only."""
     model, parallel = pair(case)
     run = {
         "attentions of eager": lambda report: _recorded(report, model, parallel),
@@ -41,7 +41,7 @@ def uses(case: Case) -> dict[str, Report]:
     }
     assert tuple(run) == USES
     # A ring has neither the weights of a row nor soft caps.
-    run = {n: run[n] for n in (RING_USES if dict(case.parallelize) else USES)}
+    run = {n: run[n] for n in only or (RING_USES if dict(case.parallelize) else USES)}
     return each(case, run, lambda report, name: run[name](report))
 
 

@@ -17,6 +17,7 @@ from transformers import (
     BambaConfig,
     CohereConfig,
     DeepseekV3Config,
+    FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3TextConfig,
@@ -203,6 +204,21 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
                 "pad_token_id": None,
             },
         ),
+        # the same beside an attention in each layer, one group for all, whose norm is before the
+        # gate; what is projected has multipliers
+        "falcon_h1": (
+            FalconH1Config,
+            {
+                "mamba_d_ssm": 128,
+                "mamba_n_heads": 8,
+                "mamba_d_head": 16,
+                "mamba_d_state": 8,
+                "mamba_rms_norm": True,
+                "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9],
+                "ssm_in_multiplier": 1.25,
+                "pad_token_id": None,
+            },
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -231,7 +247,8 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
 # Their scans are all float32, and make more of a rounding that falls otherwise.
-FLOAT32 |= dict.fromkeys(("qwen3_5", "qwen3_next", "bamba"), 1e-5)
+_SCANS = "qwen3_5", "qwen3_next", "bamba", "falcon_h1"
+FLOAT32 |= dict.fromkeys(_SCANS, 1e-5)
 # Twice the layers, a dozen such norms and a router in each.
 FLOAT32["gemma4"] = 4e-6
 

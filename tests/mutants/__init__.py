@@ -10,6 +10,7 @@ from mutants import (
     fsdp,
     loading,
     memory,
+    mixers,
     partial_gradients,
     trl,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "fsdp",
     "loading",
     "memory",
+    "mixers",
     "partial_gradients",
     "trl",
 ]

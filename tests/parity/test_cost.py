@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -40,7 +41,10 @@ from scripts.bench._cost.layers import (
 )
 
 # A name that transformers makes no mask for (hf_sp.estimate.fake_tensors says why).
-AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+# No kernel of a CPU has soft caps.
+AttentionInterface.register(
+    "without_mask", lambda *args, softcap=None, **more: sdpa_attention_forward(*args, **more)
+)
 
 SMALL = LayerShape(512, 1792, 8, 8, 64)
 GROUPED = LayerShape(512, 1792, 8, 4, 64)
@@ -58,7 +62,7 @@ def _config(cls, shape, layers, vocab):
         num_hidden_layers=layers,
         vocab_size=vocab,
         max_position_embeddings=16384,
-        attn_implementation="sdpa_without_mask",
+        attn_implementation="without_mask",
     )
 
 
@@ -162,14 +166,18 @@ def test_gemma_keeps_what_llama_keeps(tp):
         assert layer.alive_bytes / 256 == kernels_bytes_per_token(shape, tp, recompute)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_a_layer_of_gemma_3(tp):
-    """Behind each exit a norm keeps what comes out; norms of queries and keys as below."""
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cls", [Gemma2Config, Gemma3TextConfig])
+def test_a_layer_of_gemma_2_and_3(cls, tp):
+    """Behind each exit a norm keeps what comes out; Gemma 3's norms of queries and keys as below.
+
+    All of it is divided. Without Gemma 2's soft caps.
+    """
     shape = LayerShape(512, 1792, 8, 4, 64)
-    layer = _layer(Gemma3TextConfig, shape, tp, True)
+    layer = _layer(cls, shape, tp, True)
     heads = shape.heads + shape.kv_heads
     behind = (4 * shape.hidden + 8) / tp
-    inputs = (2 * heads * shape.head_dim + 4 * heads) / tp
+    inputs = 0.0 if cls is Gemma2Config else (2 * heads * shape.head_dim + 4 * heads) / tp
     assert layer.alive_bytes / 256 == kernels_bytes_per_token(shape, tp) + behind + inputs
     assert _calls(layer.collectives) == {"all_gather": 6, "reduce_scatter": 4, "all_reduce": 1}
 

@@ -45,6 +45,9 @@ def _cases(tp: int) -> tuple[Case, ...]:
         Case("qwen3_next", checkpoint="non_reentrant"),
         Case("bamba", accum=3, checkpoint="reentrant"),
         Case("bamba", sp=False),
+        # A group of heads for all ranks, or for half of four.
+        Case("bamba", model_kwargs=(("mamba_n_groups", tp // 2),), checkpoint="non_reentrant"),
+        Case("falcon_h1", accum=3),
         Case("qwen3_next", parallelize=(("ep", tp),)),
     )
     apart = (("phi3", {}), ("olmo2", {}), ("qwen3_5", {}), ("gpt_oss", {"attn": "eager"}))
