@@ -48,6 +48,18 @@ _QWEN: dict[str, Any] = {
     "temporal_patch_size": 2,
 }
 _MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+# Sixteen features of a head, of which a quarter is rotated.
+_INTERLEAVED_ROPE = {**_MULTIMODAL_ROPE, "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{name: models.SMALL[name] for name in models.SMALL if name.startswith("linear_")},
+}
+_SPARSE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+}
 _TOKENS = {"image_token_id": IMAGE, "video_token_id": 93}
 _MARKS = {**_TOKENS, "vision_start_token_id": 91, "vision_end_token_id": 92}
 # family -> the text model's config besides _TEXT, the vision tower's, the wrapper's
@@ -85,6 +97,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": (
         {"rope_parameters": _MULTIMODAL_ROPE},
         {**_QWEN, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+        _MARKS,
+    ),
+    "qwen3_5": (
+        {**_HYBRID, "rope_parameters": _INTERLEAVED_ROPE},
+        {**_QWEN, "num_position_embeddings": 16},
+        _MARKS,
+    ),
+    "qwen3_5_moe": (
+        {**_HYBRID, **_SPARSE, "rope_parameters": _INTERLEAVED_ROPE},
+        {**_QWEN, "num_position_embeddings": 16},
         _MARKS,
     ),
     "qwen3_vl": (
