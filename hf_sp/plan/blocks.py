@@ -115,12 +115,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _Heads(NamedTuple):
-    """Of an attention block: size of a head, numbers of query and key/value heads.
+    """Of an attention block: sizes of a head and of its values, numbers of query and k/v heads.
 
     ``latent``: keys and values are made of a low-rank projection, one of each for each query head.
     """
 
     dim: int
+    value: int
     query: int
     key_value: int
     latent: bool
@@ -156,9 +157,11 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
         )
     latent = "replicated" in keys.values()
     dim = dim or width // query
-    groups = getattr(block, "num_key_value_groups", 1)
-    key_value = _number(config, "num_key_value_heads", width // dim // groups) or query
-    return _Heads(dim, query, query if latent else key_value, latent)
+    # Layers may differ in it, where the config has one number.
+    groups = getattr(block, "num_key_value_groups", 0)
+    key_value = query // groups if groups else _number(config, "num_key_value_heads", 0) or query
+    value = dim if latent else getattr(block, "v_head_dim", dim)
+    return _Heads(dim, value, query, query if latent else key_value, latent)
 
 
 def _number(config: Any, name: str, otherwise: int) -> int:
@@ -180,9 +183,14 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
         if kind == "packed":
             return Leaf(path, "packed", shape, segments=(1, 1))
         return Leaf(path, "row" if kind == "row" else "column", shape)
-    dim, query, key_value, latent = heads
+    dim, value, query, key_value, latent = heads
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
+    of_values, odd = divmod(parts, value)
+    if value != dim and not odd and of_values in (query, key_value):
+        # Not where the features are whole heads of either size.
+        rest = 1 if not rest and count in (query, key_value) and count != of_values else 0
+        count = of_values
     segments: tuple[int, ...] = ()
     if kind == "column" and parts == query and count not in (query, key_value):
         count, rest = query, 0  # a gate, a number for each head

@@ -72,7 +72,8 @@ def _pair(case: Case) -> tuple[Any, Any]:
     """The unsharded model as the judge, and the parallel one."""
     model: Any = tiny.build(case.family, seed=case.seed, attn=case.attn, **dict(case.config))
     plain = copy.deepcopy(model)
-    lora = adapters.config(target_modules="all-linear")
+    # FSDP splits them where the linear is packed.
+    lora = adapters.config(target_modules="all-linear", r=4)
     if case.lora:
         model = peft.get_peft_model(model, lora)
         adapters.fill(model)

@@ -25,8 +25,10 @@ DENSE = ("llama", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "
 SPARSE = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma4")
 # With linear attention or a state-space model.
 MIXED = ("qwen3_5", "qwen3_next", "bamba")
-# Whose layers have several kinds of heads; cp does not take them.
+# Whose layers have several kinds of heads.
 SIZED = ("gemma4", *MIXED)
+# What cp does not take: an argument of layers by token, sinks, mixers.
+WHOLE = ("gpt_oss", *SIZED)
 # (tp, cp, data parallel groups)
 DEGREES = (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 2)
 
@@ -76,7 +78,7 @@ def _config(draw: st.DrawFn, family: str, tp: int, cp: int) -> dict[str, Any]:
 def cases(draw: st.DrawFn) -> tuple[int, Case]:
     """A case that hf_sp has to take, and its number of ranks."""
     family = draw(st.sampled_from((*DENSE, *SPARSE, "qwen3_5", "bamba")))
-    degrees = [one for one in DEGREES if one[1] == 1 or family not in SIZED]
+    degrees = [one for one in DEGREES if one[1] == 1 or family not in WHOLE]
     tp, cp, data = draw(st.sampled_from(degrees))
     sp = draw(st.booleans())
     spans = [1]
