@@ -186,11 +186,11 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
     dim, value, query, key_value, latent = heads
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
-    of_values, odd = divmod(parts, value)
-    if value != dim and not odd and of_values in (query, key_value):
-        # Not where the features are whole heads of either size.
-        rest = 1 if not rest and count in (query, key_value) and count != of_values else 0
-        count = of_values
+    of_values = {parts // value} & {query, key_value} if parts % value == 0 else set()
+    if value != dim and of_values:
+        # Only values are read by the row linear; others could be whole heads of either size.
+        known = {count} & {query, key_value} if kind != "row" and not rest else set()
+        count, rest = next(iter(of_values)), len(known - of_values)
     segments: tuple[int, ...] = ()
     if kind == "column" and parts == query and count not in (query, key_value):
         count, rest = query, 0  # a gate, a number for each head

@@ -106,8 +106,8 @@ ODD: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _LATENT,
     "gptj": {"rotary_dim": 4},
     "helium": {"head_dim": 8},
-    # Layers of both kinds have other numbers of keys, and smaller values.
-    "mimo_v2_flash": {"num_key_value_heads": 2, "v_head_dim": 8},
+    # Layers of both kinds have other numbers of keys, and wider values.
+    "mimo_v2_flash": {"num_key_value_heads": 2, "v_head_dim": 24},
     "minicpm3": _LATENT,
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "olmo_hybrid": _HYBRID,

@@ -72,12 +72,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "gemma4": (
         {
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
             "global_head_dim": 16,
             "num_global_key_value_heads": 2,
             "attention_k_eq_v": True,
-            "num_kv_shared_layers": 2,
+            "num_kv_shared_layers": 0,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 96,
             "pad_token_id": 0,
