@@ -7,7 +7,7 @@ token by token, and masks or positions beside it mean attention. Anything else i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -29,6 +29,8 @@ def tp_block(
     mixer = mixer_block(modules, path, keys)
     if mixer is not None:
         return mixer
+    if "row" not in keys.values():
+        raise _unpaired(path, keys.items())
     heads = _heads(model, modules, path, keys)
     bare = {key: kind for key, kind in keys.items() if key not in modules}
     _check_bare(modules, path, bare, heads)
@@ -44,12 +46,7 @@ def tp_block(
     )
     styles = {leaf.style for leaf in leaves} - {"replicated"}
     if "row" not in styles or len(styles) == 1:
-        raise PlanError(
-            "a block of the plan does not pair column with row linears",
-            where=path,
-            got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
-            rule="a TP block gathers before its column and reduce-scatters after its row linears",
-        )
+        raise _unpaired(path, ((leaf.path, leaf.style) for leaf in leaves))
     hidden, width = next(leaf.shape for leaf in leaves if leaf.style == "row")
     for leaf in leaves:
         made = {"column": width, "packed": 2 * width}.get(leaf.style)
@@ -90,6 +87,15 @@ def tp_block(
         alike=alike,
         of_heads=tuple(bare),
         attention=heads is not None,
+    )
+
+
+def _unpaired(path: str, kinds: Iterable[tuple[str, str]]) -> PlanError:
+    return PlanError(
+        "a block of the plan does not pair column with row linears",
+        where=path,
+        got=", ".join(f"{key.rpartition('.')[2]}: {kind}" for key, kind in kinds),
+        rule="a TP block gathers before its column and reduce-scatters after its row linears",
     )
 
 
