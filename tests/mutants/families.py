@@ -202,7 +202,7 @@ def pictures_are_added_to_the_next_ranks_tokens() -> list[Patch]:
     return [(forward.DecoderBoundary, "_of_own_tokens", own)]
 
 
-@mutant(family_jobs.Case("gemma4"))
+@mutant(family_jobs.Case("llama"), check=family_jobs.rows_of_all)
 def row_of_the_embedding_is_of_the_rank_that_has_it() -> list[Patch]:
     right = embedding.VocabParallelEmbedding.rows
 
@@ -215,7 +215,8 @@ def row_of_the_embedding_is_of_the_rank_that_has_it() -> list[Patch]:
     return [(embedding.VocabParallelEmbedding, "rows", rows)]
 
 
-@mutant(family_jobs.Case("gemma4"))
+@mutant(family_jobs.Case("llama"), check=family_jobs.rows_of_all)
 def row_of_the_embedding_has_no_gradient() -> list[Patch]:
     right = embedding.Rows.__getitem__
-    return [(embedding.Rows, "__getitem__", lambda self, index: right(self, index).detach())]
+    none = wrongly.scaled(0.0)
+    return [(embedding.Rows, "__getitem__", lambda self, index: none(right(self, index)))]

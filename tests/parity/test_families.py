@@ -12,6 +12,7 @@ from harness import tiny
 from harness.parity import Case, assert_parity, train_all
 from harness.pool import pool, run_once
 
+from parity import family_jobs
 from scripts._families.compare import check
 
 
@@ -82,3 +83,7 @@ SLICE += ("qwen3_vl", "gemma4", "glm4v")
 def test_a_slice_of_the_table(family):
     for found in pool(2).run(check, family=family):
         assert not found["problems"]
+
+
+def test_rows_of_the_embedding():
+    assert_parity(pool(2).run(family_jobs.rows_of, case=family_jobs.Case("llama")))
