@@ -218,5 +218,5 @@ def row_of_the_embedding_is_of_the_rank_that_has_it() -> list[Patch]:
 @mutant(family_jobs.Case("llama"), check=family_jobs.rows_of_all)
 def row_of_the_embedding_has_no_gradient() -> list[Patch]:
     right = embedding.Rows.__getitem__
-    none = wrongly.scaled(0.0)
+    none = wrongly.scaled(0.0).apply
     return [(embedding.Rows, "__getitem__", lambda self, index: none(right(self, index)))]
