@@ -70,6 +70,19 @@ def check_backends(offload_policy: OffloadPolicy | None) -> None:
         )
 
 
+def check_packed(where: str, width: int, degrees: Degrees, biased: bool = False) -> None:
+    """Refuse a packed linear, or an adapter's factor of one, whose inputs FSDP cannot split."""
+    if biased or width % (degrees.dp_shard * degrees.cp):
+        raise ConfigError(
+            "a packed linear cannot be sharded over data parallel ranks",
+            where=where,
+            got=f"{width} input features, " + ("with a bias" if biased else "no bias"),
+            rule="tp splits its output features, FSDP its input features (of a LoRA factor, r of "
+            "them), evenly",
+            legal="dp_shard * cp that divides these, and no bias",
+        )
+
+
 def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     """Refuse what FSDP cannot take, or would not find."""
     if degrees.fsdp == 1:
@@ -83,14 +96,10 @@ def check_data_parallel(model: nn.Module, plan: Plan, degrees: Degrees) -> None:
     for leaf in (leaf for block in plan.blocks for leaf in block.leaves if leaf.style == "packed"):
         # An adapter holds the linear inside.
         biased = {f"{leaf.path}.bias", f"{leaf.path}.base_layer.bias"} & names
-        if biased or leaf.shape[1] % (degrees.dp_shard * degrees.cp):
-            raise ConfigError(
-                "a packed linear cannot be sharded over data parallel ranks",
-                where=leaf.path,
-                got=f"{leaf.shape[1]} input features, " + ("with a bias" if biased else "no bias"),
-                rule="tp splits its output features, FSDP its input features, evenly",
-                legal="dp_shard * cp that divides these, and no bias",
-            )
+        check_packed(leaf.path, leaf.shape[1], degrees, bool(biased))
+        for name, p in base.named_parameters():
+            if name.startswith(f"{leaf.path}.lora_B."):
+                check_packed(name, p.shape[1], degrees)
     for name, p in base.named_parameters():
         if name.startswith(alone) or not p.requires_grad:
             continue

@@ -10,7 +10,7 @@ from torch import nn
 from hf_sp.context import attention as context
 from hf_sp.context.mixer import OwnHeads
 from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
-from hf_sp.model.embedding import VocabParallelEmbedding
+from hf_sp.model.embedding import Rows, VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
 from hf_sp.model.linear import ColumnParallelLinear, RowParallelLinear
@@ -27,6 +27,7 @@ from hf_sp.moe.block import SharedBoundary, SparseBoundary
 from hf_sp.moe.layer_experts import LayerExperts
 from hf_sp.moe.router import leave_router_logits
 from hf_sp.plan.known_forms import gated_form, norm_form
+from hf_sp.plan.outer import inside
 from hf_sp.plan.schema import Block, Leaf, Plan
 from hf_sp.state import ParallelState
 from hf_sp.torch_private import allow_graphs
@@ -53,8 +54,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
         _install_outside(model, path, state)
     last = None
     for path in plan.layers:
-        inside = [owner for name, owner in owners.items() if name.startswith(path + ".")]
-        sums = PartialSums(state, inside)
+        own = [owner for name, owner in owners.items() if name.startswith(path + ".")]
+        sums = PartialSums(state, own)
         sums.install(model.get_submodule(path))
         if plan.dropout:
             blocks = [block for block in plan.blocks if block.path.startswith(path + ".")]
@@ -83,6 +84,8 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
         embedding: Any = model.get_submodule(path)
         own = state if path == plan.embedding else None
         VocabParallelEmbedding.convert_(embedding, state.axis, own)
+    if around := plan.decoder.rpartition(".")[0]:
+        Rows.install(model.get_submodule(plan.embedding), model.get_submodule(around))
     first, norm = (model.get_submodule(path) for path in (plan.layers[0], plan.norm))
     StackBoundary(state).install(first, norm)
     decoder = model.get_submodule(plan.decoder)
@@ -129,12 +132,13 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
 def _install_outside(model: nn.Module, path: str, state: ParallelState) -> None:
     module, parameters = model.get_submodule(path), LocalParameters(state, Partial.NEVER)
     parameters.install(module)
-    owner = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(owner, nn.MultiheadAttention):
-        # It reads the weights of its last linear, and does not call it.
-        owner.register_forward_pre_hook(lambda _, args: parameters.show(module, args))
-        hide = functools.partial(parameters.hide, module, None)
-        owner.register_forward_hook(lambda *_: hide(None), always_call=True)
+    around = path.rpartition(".")[0]
+    if not inside(state.plan.layers[0], around):
+        # Some read what a child owns, and do not call it.
+        owner = model.get_submodule(around)
+        owner.register_forward_pre_hook(functools.partial(parameters.hold, module))
+        release = functools.partial(parameters.release, module)
+        owner.register_forward_hook(release, always_call=True)
 
 
 def _install_alike(model: nn.Module, block: Block, state: ParallelState) -> None:

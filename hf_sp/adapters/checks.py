@@ -10,13 +10,14 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_sp.adapters.adopt import base_model
+from hf_sp.checks_fsdp import check_packed
 from hf_sp.errors import ConfigError
 from hf_sp.model.embedding import VocabParallelEmbedding
 from hf_sp.model.head import VocabParallelHead
@@ -116,6 +117,11 @@ def _check_groups(model: nn.Module, config: Any, where: str) -> None:
     state = parallel_state(model)
     if state is None or not state.fsdp:
         return
+    for leaf in (leaf for b in state.plan.blocks for leaf in b.leaves if leaf.style == "packed"):
+        if config.target_modules == "all-linear" or check_target_module_exists(config, leaf.path):
+            key = get_pattern_key(config.rank_pattern, leaf.path)
+            rank = config.rank_pattern.get(key, config.r)
+            check_packed(f"{where}, {leaf.path}", rank, state.degrees)
     inside = tuple(f"{block.path}." for block in state.plan.blocks)
     chosen = [
         path

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_sp.comm import pairs
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.parts import Parts
+from hf_sp.errors import ShapeError
 from hf_sp.kernels.vocab import check_ids, vocab_range
 from hf_sp.model.lazy import LazyHidden
 from hf_sp.model.local import local
@@ -56,35 +57,82 @@ class VocabParallelEmbedding(nn.Embedding):
         if state is None or not state.takes_own_tokens or torch.compiler.is_compiling():
             return self._whole(input)
         own = functools.partial(self._own, input, state.cut, state.sharded)
-        shape, weight = (*input.shape, self.embedding_dim), local(self.weight)
+        weight = local(cast(nn.Parameter, self._parameters["weight"]))
+        shape = (*input.shape, self.embedding_dim)
         return LazyHidden(shape, weight, lambda: self._whole(input), weight, own)
 
     def _whole(self, ids: Tensor) -> Tensor:
-        return pairs.allreduce_identity(self._rows(ids), self.axis)
+        return self.rows(ids, self.padding_idx)
 
     def _own(self, ids_BS: Tensor, parts: Parts | None, sharded: bool) -> Tensor:
         """This rank's tokens; padding is zeros, as an id that lives nowhere."""
-        rows = self._rows(ids_BS if parts is None else parts.take(ids_BS, 1, -1))
+        ids = ids_BS if parts is None else parts.take(ids_BS, 1, -1)
+        rows = self._partial(ids, self.padding_idx)
         if sharded:
             return pairs.reducescatter_allgather(rows, self.axis)
         return pairs.allreduce_identity(rows, self.axis)
 
-    def _rows(self, input: Tensor) -> Tensor:
+    def rows(self, input: Tensor, padding: int | None = None) -> Tensor:
+        """Whole rows of the weight; that of ``padding`` gets no gradient."""
+        return pairs.allreduce_identity(self._partial(input, padding), self.axis)
+
+    def _partial(self, input: Tensor, padding: int | None) -> Tensor:
         """Rows of the ids that live here, zeros for the others."""
         start, stop = vocab_range(self.num_embeddings, self.axis)
-        weight = local(self.weight)
+        weight = local(cast(nn.Parameter, self._parameters["weight"]))
         if start == stop:
             # More ranks than rows: nothing lives here. The weight stays in the graph: its gradient
             # is an empty tensor, and the collectives that follow agree.
             return weight.sum() * weight.new_zeros(*input.shape, self.embedding_dim)
         elsewhere = (input < start) | (input >= stop)
         ids = (input - start).masked_fill(elsewhere, 0)
-        padding = self.padding_idx
         if padding is not None:
             padding = padding - start if start <= padding < stop else None
         rows = F.embedding(ids, weight, padding)
         # In place: a copy would be of as many tokens.
         return rows.masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+
+class Rows:
+    """Stands in for the weight of an embedding while what is around the decoder runs.
+
+    A row that is read there (Gemma 4's, for padding in the place of pictures) is whole.
+    """
+
+    def __init__(self, embedding: VocabParallelEmbedding) -> None:
+        self.embedding = embedding
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Collectives: 1 all-reduce."""
+        row, *others = index if isinstance(index, tuple) else (index,)
+        if type(row) is not int or any(other != slice(None) for other in others):
+            raise ShapeError(
+                "an embedding whose vocabulary is split was read other than by row",
+                got=f"weight[{index}]",
+                rule="each rank has a part of the rows; one of them is given whole",
+                legal="weight[number], weight[number, :]",
+            )
+        ids = torch.tensor(row % self.embedding.num_embeddings, device=self.device)
+        return self.embedding.rows(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.embedding._parameters["weight"], name)
+
+    @classmethod
+    def install(cls, embedding: nn.Module, around: nn.Module) -> None:
+        """Hooks of the module that owns the decoder."""
+        around.register_forward_pre_hook(functools.partial(cls.show, embedding))
+        around.register_forward_hook(functools.partial(cls.hide, embedding), always_call=True)
+
+    @staticmethod
+    def show(embedding: nn.Module, around: nn.Module, args: Any) -> None:
+        """In front of the registered parameter."""
+        embedding.__dict__["weight"] = Rows(cast(VocabParallelEmbedding, embedding))
+
+    @staticmethod
+    def hide(embedding: nn.Module, around: nn.Module, args: Any, out: Any) -> None:
+        """Give it back."""
+        embedding.__dict__.pop("weight", None)
 
 
 @functools.cache

@@ -46,6 +46,7 @@ class LocalParameters:
 
     def __init__(self, state: ParallelState, partial: Partial) -> None:
         self.state, self.partial = state, partial
+        self.held = False
         self.ports: dict[str, Tensor] = {}
         """Where gradients go while the decoder layer runs: ``PartialSums``."""
 
@@ -80,8 +81,18 @@ class LocalParameters:
 
     def hide(self, module: nn.Module, args: Any, output: Any) -> None:
         """Give the registered parameters back."""
-        for name in module._parameters:
+        for name in () if self.held else module._parameters:
             module.__dict__.pop(name, None)
+
+    def hold(self, module: nn.Module, owner: nn.Module, args: Any) -> None:
+        """Show them for as long as the module's owner runs."""
+        self.show(module, args)
+        self.held = True
+
+    def release(self, module: nn.Module, owner: nn.Module, args: Any, output: Any) -> None:
+        """Hide what is held."""
+        self.held = False
+        self.hide(module, args, output)
 
 
 Partials = tuple[LocalParameters, str]

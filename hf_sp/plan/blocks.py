@@ -7,7 +7,7 @@ token by token, and masks or positions beside it mean attention. Anything else i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -29,6 +29,8 @@ def tp_block(
     mixer = mixer_block(modules, path, keys)
     if mixer is not None:
         return mixer
+    if "row" not in keys.values():
+        raise _unpaired(path, keys.items())
     heads = _heads(model, modules, path, keys)
     bare = {key: kind for key, kind in keys.items() if key not in modules}
     _check_bare(modules, path, bare, heads)
@@ -44,12 +46,7 @@ def tp_block(
     )
     styles = {leaf.style for leaf in leaves} - {"replicated"}
     if "row" not in styles or len(styles) == 1:
-        raise PlanError(
-            "a block of the plan does not pair column with row linears",
-            where=path,
-            got=", ".join(f"{leaf.path.rpartition('.')[2]}: {leaf.style}" for leaf in leaves),
-            rule="a TP block gathers before its column and reduce-scatters after its row linears",
-        )
+        raise _unpaired(path, ((leaf.path, leaf.style) for leaf in leaves))
     hidden, width = next(leaf.shape for leaf in leaves if leaf.style == "row")
     for leaf in leaves:
         made = {"column": width, "packed": 2 * width}.get(leaf.style)
@@ -93,6 +90,15 @@ def tp_block(
     )
 
 
+def _unpaired(path: str, kinds: Iterable[tuple[str, str]]) -> PlanError:
+    return PlanError(
+        "a block of the plan does not pair column with row linears",
+        where=path,
+        got=", ".join(f"{key.rpartition('.')[2]}: {kind}" for key, kind in kinds),
+        rule="a TP block gathers before its column and reduce-scatters after its row linears",
+    )
+
+
 def _check_bare(
     modules: Modules, path: str, bare: Mapping[str, Kind], heads: _Heads | None
 ) -> None:
@@ -115,12 +121,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _Heads(NamedTuple):
-    """Of an attention block: size of a head, numbers of query and key/value heads.
+    """Of an attention block: sizes of a head and of its values, numbers of query and k/v heads.
 
     ``latent``: keys and values are made of a low-rank projection, one of each for each query head.
     """
 
     dim: int
+    value: int
     query: int
     key_value: int
     latent: bool
@@ -156,9 +163,11 @@ def _heads(model: Any, modules: Modules, path: str, keys: Mapping[str, Kind]) ->
         )
     latent = "replicated" in keys.values()
     dim = dim or width // query
-    groups = getattr(block, "num_key_value_groups", 1)
-    key_value = _number(config, "num_key_value_heads", width // dim // groups) or query
-    return _Heads(dim, query, query if latent else key_value, latent)
+    # Layers may differ in it, where the config has one number.
+    groups = getattr(block, "num_key_value_groups", 0)
+    key_value = query // groups if groups else _number(config, "num_key_value_heads", 0) or query
+    value = dim if latent else getattr(block, "v_head_dim", dim)
+    return _Heads(dim, value, query, query if latent else key_value, latent)
 
 
 def _number(config: Any, name: str, otherwise: int) -> int:
@@ -180,9 +189,14 @@ def _leaf(path: str, module: nn.Module, kind: Kind, heads: _Heads | None, tp: in
         if kind == "packed":
             return Leaf(path, "packed", shape, segments=(1, 1))
         return Leaf(path, "row" if kind == "row" else "column", shape)
-    dim, query, key_value, latent = heads
+    dim, value, query, key_value, latent = heads
     # Latent attention has heads of other sizes for keys and values.
     count, rest = (query, parts % query) if latent else divmod(parts, dim)
+    of_values = {parts // value} & {query, key_value} if parts % value == 0 else set()
+    if value != dim and of_values:
+        # Only values are read by the row linear; others could be whole heads of either size.
+        known = {count} & {query, key_value} if kind != "row" and not rest else set()
+        count, rest = next(iter(of_values)), len(known - of_values)
     segments: tuple[int, ...] = ()
     if kind == "column" and parts == query and count not in (query, key_value):
         count, rest = query, 0  # a gate, a number for each head

@@ -38,6 +38,7 @@ from hf_sp.plan.outer import (
 )
 from hf_sp.plan.schema import Block, Kind, Plan
 
+_EXAMPLE = "parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})"
 # HF's strings -> what we do to a module of a layer.
 _STYLES: dict[str, Kind] = {
     "colwise": "column",
@@ -83,21 +84,23 @@ def derive_plan(
             claims, a layer of another shape than the plan needs, sizes that tp cannot divide, or
             an ep or a cp that the model or this release does not have.
     """
-    styles = plan_strings(model) if styles is None else styles
     name = type(model).__name__
-    if not styles:
+    given = None if styles is None else "plan="
+    styles = plan_strings(model) if styles is None else styles
+    texts = isinstance(styles, Mapping) and all(type(x) is str for x in (*styles, *styles.values()))
+    if not styles or not texts:
         raise PlanError(
-            f"{name} has no tensor parallel plan",
-            where=f"{name}.tp_plan",
+            "plan is a dict of strings" if given else f"{name} has no tensor parallel plan",
+            where=given or f"{name}.tp_plan",
             got=repr(styles),
             rule="hf_sp derives the split of each layer from the model's own plan strings",
-            remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
+            remedy=_EXAMPLE,
         )
     family = getattr(model.config, "model_type", name)
     modules = dict(model.named_modules())
     known = {*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     experts = [path for path, module in modules.items() if is_experts(module)]
-    container, keys, per_token = _layered_keys(name, styles, modules, experts)
+    container, keys, per_token = _layered_keys(name, styles, modules, experts, given)
     decoder = container.rpartition(".")[0]
     stack = list(cast(nn.ModuleList, modules[container]))
     if len(set(stack)) != len(stack):
@@ -169,7 +172,11 @@ def derive_plan(
 
 
 def _layered_keys(
-    name: str, styles: Mapping[str, str], modules: Modules, experts: list[str]
+    name: str,
+    styles: Mapping[str, str],
+    modules: Modules,
+    experts: list[str],
+    given: str | None,
 ) -> tuple[str, dict[str, Kind], list[str]]:
     """The layer container's path, what is below a layer -> our kind, and arguments by token."""
     per_token: list[str] = []
@@ -210,11 +217,14 @@ def _layered_keys(
         )
     if not containers:
         raise PlanError(
-            f"transformers has no layer plan for {name}",
-            where=f"{name}.tp_plan",
+            f"the plan has no layers of {name}"
+            if given
+            else f"transformers has no layer plan for {name}",
+            where=given or f"{name}.tp_plan",
             got=", ".join(styles),
-            rule="hf_sp splits what the plan says of a decoder layer's linears",
-            remedy="parallelize(..., plan={'model.layers.*.self_attn.q_proj': 'colwise', ...})",
+            rule="hf_sp splits what the plan says of a decoder layer's linears: a key names the "
+            "stack, one * for the number, and the linear",
+            remedy=_EXAMPLE,
         )
     if len(containers) != 1 or not isinstance(modules.get(*containers), nn.ModuleList):
         raise PlanError(

@@ -209,6 +209,8 @@ FAMILIES: Mapping[str, Rows] = {
         "layers.*.mlp.shared_mlp.down_proj": "rowwise",
     },
     "hunyuan_v1_dense": _HUNYUAN,
+    "glm4v_text": _PACKED_MLP,
+    "glm_ocr_text": _PACKED_MLP,
     "stablelm": {**_ATTENTION, **_MLP},
     "qwen3_vl_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
     "qwen3_vl_moe_text": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
@@ -230,11 +232,12 @@ DROPOUT = {"gpt_neox", "gptj", "phi", "phi3", "seed_oss", "starcoder2"}
 
 def plan_strings(model: Any) -> dict[str, str]:
     """A model's plan: its own ``tp_plan``, with the rows here."""
-    styles = dict(getattr(model, "tp_plan", None) or {})
     rows = FAMILIES.get(model.config.get_text_config().model_type, {})
     paths = [path for path, _ in (*model.named_modules(), *model.named_parameters())]
     embedding = model.get_input_embeddings()
     decoder = next((p for p, m in model.named_modules() if m is embedding), "").rpartition(".")[0]
+    theirs = getattr(model, "tp_plan", None) or {}
+    styles = {key: s for key, s in theirs.items() if _is_ours(key, paths, decoder)}
     # Not those of a vision tower.
     stacks = [
         path
@@ -257,3 +260,13 @@ def plan_strings(model: Any) -> dict[str, str]:
             else:
                 styles.pop(whole, None)
     return styles
+
+
+def _is_ours(key: str, paths: list[str], decoder: str) -> bool:
+    """Whether transformers' key is of the decoder, and not of experts that this model lacks.
+
+    What it says of a vision tower is not carried out: each rank computes that whole.
+    """
+    if ".experts" in key and not any(fnmatchcase(path, key) for path in paths):
+        return False
+    return inside(key, decoder) or "." not in key

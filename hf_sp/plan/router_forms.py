@@ -103,6 +103,24 @@ def forward(self, x, bias):
     scores = weights
     return logits, scores, index
 """,
+    "kolibri1": """
+def forward(self, x):
+    x = x.reshape(-1, self.hidden)
+    if (
+        x.is_cuda
+        and x.dtype == self.weight.dtype
+        and not torch.is_grad_enabled()
+        and is_torch_greater_or_equal("2.8.0")
+    ):
+        logits = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+    else:
+        logits = F.linear(x.type(torch.float32), self.weight.type(torch.float32))
+    index = torch.topk(logits + self.e_score_correction_bias, self.top_k, dim=-1)[1]
+    scores = logits.gather(1, index).sigmoid()
+    if self.normalise:
+        scores = scores / scores.sum(dim=-1, keepdim=True)
+    return logits, scores, index
+""",
     "granitemoe": """
 def forward(self, x):
     logits = F.linear(x, self.weight).float()

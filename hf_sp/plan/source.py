@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import generic
+from transformers.utils import generic, import_utils
 
 Match = tuple[str, dict[str, str]]
 """Name of a form and, for each attribute of self in it, what the class calls that."""
@@ -69,6 +69,7 @@ def known_class(
 def _of_form(source: str) -> tuple[list[str], list[str]]:
     meaning: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
     meaning["maybe_autocast"] = getattr(generic, "maybe_autocast", None)
+    meaning["is_torch_greater_or_equal"] = import_utils.is_torch_greater_or_equal
     normal = [_normalised(tree, meaning) for tree in ast.parse(source).body]
     return [tree for tree, _ in normal], [name for _, names in normal for name in names]
 

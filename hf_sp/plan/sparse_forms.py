@@ -117,6 +117,13 @@ def forward(self, x):
     x = x + self.shared(given)
     return x
 """,
+        "mimo_v2_flash": """
+def forward(self, x):
+    shape = x.shape
+    _, weights, index = self.router(x)
+    x = x.view(-1, x.shape[-1])
+    return self.experts(x, index, weights).view(*shape)
+""",
         "hy_v3": """
 def forward(self, x):
     batch, length, hidden = x.shape

@@ -121,6 +121,8 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "gptj": {"rotary_dim": 4},
     "helium": {"head_dim": 8},
+    # Layers of both kinds have other numbers of keys, and wider values.
+    "mimo_v2_flash": {"num_key_value_heads": 2, "v_head_dim": 24},
     "minicpm3": _LATENT,
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "olmo_hybrid": _HYBRID,
@@ -137,12 +139,13 @@ INPUTS = {
     "attention_mask",
     "pixel_values",
     "image_grid_thw",
+    "image_position_ids",
     "image_sizes",
     "mm_token_type_ids",
     "token_type_ids",
 }
 # Their own attention makes nan of rows that see nothing.
-RIGHT_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
+RIGHT_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "paligemma", "vaultgemma"}
 
 
 def families() -> list[str]:

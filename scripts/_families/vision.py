@@ -48,14 +48,60 @@ _QWEN: dict[str, Any] = {
     "temporal_patch_size": 2,
 }
 _MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+# Sixteen features of a head, of which a quarter is rotated.
+_INTERLEAVED_ROPE = {**_MULTIMODAL_ROPE, "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{name: models.SMALL[name] for name in models.SMALL if name.startswith("linear_")},
+}
+_SPARSE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+}
 _TOKENS = {"image_token_id": IMAGE, "video_token_id": 93}
 _MARKS = {**_TOKENS, "vision_start_token_id": 91, "vision_end_token_id": 92}
+_MARKS_OF_GLM = {**_TOKENS, "image_start_token_id": 91, "image_end_token_id": 92}
 # family -> the text model's config besides _TEXT, the vision tower's, the wrapper's
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]},
         {**_TOWER, "model_type": "siglip_vision_model"},
         {"mm_tokens_per_image": 4, "image_token_index": IMAGE},
+    ),
+    "gemma4": (
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "pad_token_id": 0,
+        },
+        {
+            **_TOWER,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        },
+        {"image_token_id": IMAGE, "audio_config": None},
+    ),
+    "glm4v": (
+        {"rope_parameters": _MULTIMODAL_ROPE},
+        {
+            **_TOWER,
+            "depth": 2,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        _MARKS_OF_GLM,
     ),
     "internvl": (
         {"model_type": "qwen2"},
@@ -77,6 +123,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_TOWER, "model_type": "pixtral", "head_dim": 8},
         {"image_token_index": IMAGE, "spatial_merge_size": 2},
     ),
+    "paligemma": (
+        {"model_type": "gemma2"},
+        {**_TOWER, "model_type": "siglip_vision_model", "image_size": 8},
+        {"image_token_index": IMAGE, "projection_dim": 64},
+    ),
     "qwen2_5_vl": (
         {"rope_parameters": _MULTIMODAL_ROPE},
         {**_QWEN, "window_size": 16, "fullatt_block_indexes": [1]},
@@ -87,10 +138,30 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_QWEN, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
         _MARKS,
     ),
+    "qwen3_5": (
+        {**_HYBRID, "rope_parameters": _INTERLEAVED_ROPE},
+        {**_QWEN, "num_position_embeddings": 16},
+        _MARKS,
+    ),
+    "qwen3_5_moe": (
+        {**_HYBRID, **_SPARSE, "rope_parameters": _INTERLEAVED_ROPE},
+        {**_QWEN, "num_position_embeddings": 16},
+        _MARKS,
+    ),
     "qwen3_vl": (
         {"rope_parameters": _MULTIMODAL_ROPE},
         {**_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         _MARKS,
+    ),
+    "qwen3_vl_moe": (
+        {**_SPARSE, "rope_parameters": _MULTIMODAL_ROPE},
+        {**_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        _MARKS,
+    ),
+    "smolvlm": (
+        {"model_type": "llama"},
+        {**_TOWER, "model_type": "smolvlm_vision", "image_size": 16},
+        {"image_token_id": IMAGE, "scale_factor": 2},
     ),
 }
 
@@ -119,16 +190,24 @@ def batches(family: str, left: bool) -> list[dict[str, Tensor]]:
     first["input_ids"][:, 4], first["input_ids"][:, 9] = 91, 92
     first["labels"][:, 4:10] = -100
     seen = (first["input_ids"] == IMAGE).long()
-    side = 8 if family == "llava" else 16
+    side = 8 if family in ("llava", "paligemma") else 16
     pixels = torch.randn(2, 3, side, side, generator=generator, dtype=torch.float64)
-    if family.startswith("qwen"):
+    if family.startswith(("qwen", "glm")):
         # Patches of 2 frames, 4 x 4 pixels and 3 colours, 16 of a picture.
         pixels = torch.randn(32, 96, generator=generator, dtype=torch.float64)
         first["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
         first["mm_token_type_ids"] = seen
-    first["pixel_values"] = pixels
-    if family == "mistral3":
-        first["image_sizes"] = torch.tensor([[16, 16]] * 2)
-    if family == "gemma3":
+    elif family == "gemma4":
+        # Patches of 4 x 4 pixels, and the place of each.
+        pixels = torch.rand(2, 16, 48, generator=generator, dtype=torch.float64)
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        first["image_position_ids"] = places.expand(2, 16, 2).contiguous()
+        first["mm_token_type_ids"], made[1]["mm_token_type_ids"] = seen, 0 * made[1]["input_ids"]
+    elif family in ("gemma3", "paligemma"):
         first["token_type_ids"], made[1]["token_type_ids"] = seen, 0 * made[1]["input_ids"]
+    elif family == "mistral3":
+        first["image_sizes"] = torch.tensor([[16, 16]] * 2)
+    elif family == "smolvlm":
+        pixels = pixels[:, None]
+    first["pixel_values"] = pixels
     return made

@@ -362,6 +362,15 @@ def refusals() -> dict[str, Any]:
     before = dict(mixed.named_parameters())
     found["dtypes"] = _message(lambda: parallelize(mixed, tp=2, dp_shard=2))
     touched |= any(p is not before[n] for n, p in mixed.named_parameters())
+    odd = peft.LoraConfig(r=3, target_modules=["gate_up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny.build("phi3"), odd)
+    found["packed, adapters first"] = _message(lambda: parallelize(adapted, tp=2, dp_shard=2))
+    packed = parallelize(tiny.build("phi3"), tp=2, dp_shard=2)
+    names = [n for n, _ in packed.named_parameters()]
+    found["packed, adapters second"] = _message(lambda: peft.get_peft_model(packed, odd))
+    touched |= names != [n for n, _ in packed.named_parameters()]
+    odd.r = 4
+    found["an even rank"] = _message(lambda: peft.get_peft_model(packed, odd))
     return {**found, "touched": touched}
 
 

@@ -219,7 +219,10 @@ def test_batches_that_differ_are_refused_on_all_ranks(kind, part):
 
 def test_what_is_not_built():
     late = "cannot be added to a model with data or context parallel ranks"
+    packed = "a packed linear cannot be sharded over data parallel ranks"
     parts = {
+        "packed, adapters first": packed,
+        "packed, adapters second": packed,
         "head adapter": f"an adapter outside of the attention and MLP blocks {late}",
         "modules_to_save": f"modules_to_save {late}",
         "second adapter": f"a second adapter {late}",
@@ -230,6 +233,7 @@ def test_what_is_not_built():
     }
     for found in pool(4).run(jobs.refusals):
         assert not found.pop("touched")
+        assert found.pop("an even rank") is None
         assert found.keys() == parts.keys()
         for name, part in parts.items():
             assert found[name] is not None, name

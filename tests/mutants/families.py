@@ -200,3 +200,23 @@ def pictures_are_added_to_the_next_ranks_tokens() -> list[Patch]:
         return {**changed, "visual_pos_masks": mask.roll(1, 1)} if mask is not None else changed
 
     return [(forward.DecoderBoundary, "_of_own_tokens", own)]
+
+
+@mutant(family_jobs.Case("llama"), check=family_jobs.rows_of_all)
+def row_of_the_embedding_is_of_the_rank_that_has_it() -> list[Patch]:
+    right = embedding.VocabParallelEmbedding.rows
+
+    def rows(self, ids, padding=None):
+        if ids.dim():
+            return right(self, ids, padding)
+        with mock.patch.object(pairs, "allreduce_identity", lambda x, axis: x):
+            return right(self, ids, padding)
+
+    return [(embedding.VocabParallelEmbedding, "rows", rows)]
+
+
+@mutant(family_jobs.Case("llama"), check=family_jobs.rows_of_all)
+def row_of_the_embedding_has_no_gradient() -> list[Patch]:
+    right = embedding.Rows.__getitem__
+    none = wrongly.scaled(0.0).apply
+    return [(embedding.Rows, "__getitem__", lambda self, index: none(right(self, index)))]

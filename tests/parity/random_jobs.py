@@ -6,10 +6,12 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
+from adapters import jobs as adapters
 from harness import tiny
-from harness.compare import compare_gradients, compare_loss, evaluating, fresh, gradients, whole
+from harness.compare import compare_gradients, evaluating, fresh, gradients, whole
 from harness.report import Report
 from torch import Tensor
 
@@ -28,11 +30,15 @@ class Case:
     length: int
     mask: str
     seed: int
+    attn: str = "sdpa"
+    # Adapters: none, or made before or after `parallelize`.
+    lora: str = ""
 
 
-def make_batch(case: Case, vocab: int) -> dict[str, Tensor]:
-    """Ids, and what goes with the kind of mask; a label counts in each row."""
-    generator = torch.Generator().manual_seed(case.seed)
+def make_batch(case: Case, config: Any, group: int) -> dict[str, Tensor]:
+    """A group's ids, and what goes with the kind of mask; a label counts in each row."""
+    generator = torch.Generator().manual_seed(case.seed + group)
+    vocab = config.vocab_size
     shape = case.batch, case.length
     ids = torch.randint(0, vocab, shape, generator=generator)
     labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.2, -100)
@@ -49,31 +55,62 @@ def make_batch(case: Case, vocab: int) -> dict[str, Tensor]:
         cut = int(torch.randint(1, case.length, (), generator=generator))
         positions = torch.where(places < cut, places, places - cut).expand(shape)
         return {"input_ids": ids, "labels": labels, "position_ids": positions.contiguous()}
-    if case.mask == "whole":
+    if case.mask in ("whole", "heads"):
+        heads = config.num_attention_heads if case.mask == "heads" else 1
         causal = torch.ones(case.length, case.length, dtype=torch.bool).tril()
-        open_ = torch.rand(case.batch, 1, case.length, case.length, generator=generator) < 0.7
-        seen = causal & (open_ | torch.eye(case.length, dtype=torch.bool))
+        square = case.batch, heads, case.length, case.length
+        seen = causal & (torch.rand(square, generator=generator) < 0.7)
+        seen |= torch.eye(case.length, dtype=torch.bool)
+        if case.attn == "eager":
+            # Which adds it.
+            seen = torch.zeros(square, dtype=torch.float64).masked_fill(~seen, -1e30)
         return {"input_ids": ids, "labels": labels, "attention_mask": seen}
     return {"input_ids": ids, "labels": labels}
 
 
-def compare(case: Case) -> Report:
-    """Loss, every gradient, and the logits of an evaluation."""
-    report = Report(str(case), dist.get_rank())
-    attn = "eager" if case.family == "gpt_oss" else "sdpa"
-    model = tiny.build(case.family, seed=case.seed, attn=attn, **dict(case.config))
+def _pair(case: Case) -> tuple[Any, Any]:
+    """The unsharded model as the judge, and the parallel one."""
+    model: Any = tiny.build(case.family, seed=case.seed, attn=case.attn, **dict(case.config))
+    plain = copy.deepcopy(model)
+    # FSDP splits them where the linear is packed.
+    lora = adapters.config(target_modules="all-linear", r=4)
+    if case.lora:
+        model = peft.get_peft_model(model, lora)
+        adapters.fill(model)
+        tiny.reference(model.get_base_model())
+    else:
+        tiny.reference(model)
     torch.manual_seed(dist.get_rank())
-    parallel = parallelize(copy.deepcopy(model), **dict(case.how))
-    truth = tiny.reference(model)
+    if case.lora == "after":
+        parallel = peft.get_peft_model(parallelize(plain, **dict(case.how)), lora)
+        parallel.load_state_dict(model.state_dict())
+    else:
+        parallel = parallelize(copy.deepcopy(model), **dict(case.how))
+    return model.train(), parallel.train()
+
+
+def compare(case: Case) -> Report:
+    """Loss, every gradient, and the logits of an evaluation; of groups, the mean of losses."""
+    report = Report(str(case), dist.get_rank())
+    truth, parallel = _pair(case)
     if case.checkpoint != "none":
+        if case.lora and case.checkpoint == "reentrant":
+            parallel.enable_input_require_grads()
         parallel.gradient_checkpointing_enable({"use_reentrant": case.checkpoint == "reentrant"})
-    batch = make_batch(case, model.config.vocab_size)
+    how = dict(case.how)
+    data = how.get("dp_shard", 1)
+    group = dist.get_rank() // (how["tp"] * how["cp"])
     # Packed rows are found where there is no cache, which a checkpointed model does not make.
-    want, got = (m(**fresh(batch), use_cache=False).loss for m in (truth, parallel))
-    want.backward()
-    got.backward()
-    compare_loss(report, got, want)
+    several = [make_batch(case, truth.config, one) for one in range(data)]
+    want = [truth(**fresh(batch), use_cache=False).loss for batch in several]
+    (sum(want) / data).backward()
+    batch = several[group]
+    output = parallel(**fresh(batch), use_cache=False)
+    output.loss.backward()
+    report.compare("loss", output.loss, want[group])
     compare_gradients(report, gradients(parallel, report), gradients(truth))
+    if (output.logits is not None) != how["keep_logits"]:
+        report.problems.append(f"logits: {type(output.logits)}")
     with evaluating(truth, parallel):
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         real = batch["attention_mask"].bool() if case.mask in ("left", "right") else ...

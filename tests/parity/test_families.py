@@ -12,6 +12,7 @@ from harness import tiny
 from harness.parity import Case, assert_parity, train_all
 from harness.pool import pool, run_once
 
+from parity import family_jobs
 from scripts._families.compare import check
 
 
@@ -74,12 +75,18 @@ def test_training_matches_the_unsharded_model(tp, index):
     assert_parity([reports[index] for reports in per_rank], tol=tolerance)
 
 
-# Of the last four: keys that an indexer chooses, routers of other shapes, pictures.
+# Of the last: keys that an indexer chooses, routers of other shapes, values of another size,
+# pictures; a wrapper that reads a row of the embedding, a tower that reads a child's weight.
 SLICE = ("smollm3", "cohere2", "exaone4", "phi", "apertus", "bitnet")
-SLICE += ("deepseek_v32", "ernie4_5_moe", "laguna", "qwen3_vl")
+SLICE += ("deepseek_v32", "ernie4_5_moe", "laguna", "mimo_v2_flash")
+SLICE += ("qwen3_vl", "gemma4", "glm4v")
 
 
 @pytest.mark.parametrize("family", [*SLICE, "llama, token classification"])
 def test_a_slice_of_the_table(family):
     for found in pool(2).run(check, family=family):
         assert not found["problems"]
+
+
+def test_rows_of_the_embedding():
+    assert_parity(pool(2).run(family_jobs.rows_of, case=family_jobs.Case("llama")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
 )
 
+import hf_sp
 from hf_sp.errors import PlanError
 from hf_sp.plan import derive_plan
+from scripts._families import models
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -101,7 +105,9 @@ def _styles(**changes):
 @pytest.mark.parametrize(
     ("styles", "message"),
     [
-        ({}, "has no tensor parallel plan"),
+        ({}, "plan is a dict of strings"),
+        ({"model.layers.*.mlp.up_proj": None}, "plan is a dict of strings"),
+        ("colwise", "plan is a dict of strings"),
         (_styles(mlp__up_proj="magic"), "styles that hf_sp does not carry out"),
         (_styles(mlp__up_proj="embedding_rowwise"), "styles that hf_sp does not carry out"),
         (_styles(mlp__up_proj="mla_kv_a_proj"), "read by no column linear"),
@@ -111,9 +117,10 @@ def _styles(**changes):
         (_styles(mlp__up_proj=None), "claimed by no key"),
         (_styles(mlp__down_proj=None), "does not pair"),
         (_styles(mlp__third_proj="colwise"), "match no module"),
+        ({"model.layers.*.self_attn.q_proj": "colwise"}, "does not pair"),
         (
             {"lm_head": "colwise_gather_output"},
-            "transformers has no layer plan for Llama",
+            "the plan has no layers of Llama",
         ),
         ({**_styles(), "model.nothing": "colwise"}, "matches no module"),
     ],
@@ -121,6 +128,26 @@ def _styles(**changes):
 def test_plans_that_are_refused(styles, message):
     with pytest.raises(PlanError, match=message):
         derive_plan(_meta("llama"), 2, True, styles)
+
+
+def test_what_a_model_lacks_and_a_vision_tower_has_is_left_out():
+    """Gemma 4 without experts, which transformers' plan names; its tower has layers too."""
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text"))
+        both = AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma4"))
+    assert any("experts" in key for key in text.tp_plan)
+    assert derive_plan(text, 2, True).decoder == "model"
+    assert derive_plan(both, 2, True).decoder == "model.language_model"
+
+
+@pytest.mark.parametrize(("value", "whole"), [(24, True), (8, False)])
+def test_values_of_another_size(value, whole):
+    """Heads are told by either size; where a linear could be whole heads of both, by neither."""
+    sizes = models.ODD["mimo_v2_flash"] | {"v_head_dim": value}
+    with mock.patch.dict(models.ODD, mimo_v2_flash=sizes):
+        found = hf_sp.supports(models.config("mimo_v2_flash"), tp=2)
+    assert bool(found) is whole
+    assert whole or "not made of whole heads" in found.reason
 
 
 def test_model_without_a_plan():
