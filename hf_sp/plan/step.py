@@ -85,6 +85,7 @@ class _Step:
         norms = [p for p in self.plan.shard_norms if p.startswith(f"{path}.")]
         blocks = [b for b in self.plan.blocks if b.path.startswith(f"{path}.")]
         partial = [p for block in blocks for p in block.partial]
+        partial += [own.module for b in blocks if b.mixer is not None for own in b.mixer.own]
         stages: list[Stage] = []
         inside: dict[str, Layout] = {"attention": self.moving, "mlp": self.moving}
         trained = [p for n in norms for p in self._trained(self.modules[n])]

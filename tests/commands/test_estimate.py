@@ -44,8 +44,11 @@ def answer(capsys, *arguments):
         (SPARSE, SHORT),
         (LLAMA, replace(SHORT, tp=1, dp_shard=2, optimizer="adamw_foreach")),
         (LLAMA, replace(SHORT, tp=1, cp=2)),
+        (SPARSE, replace(SHORT, dtype="float32")),
+        (SPARSE, replace(SHORT, ep=2, dtype="float32", checkpointing=True)),
+        (QWEN, replace(SHORT, lora=4)),
     ],
-    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts"],
+    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts", "sparse-f32", "ep", "lora"],
 )
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.
