@@ -67,6 +67,10 @@ def test_real_ranks_have_what_is_estimated(config, run):
     # Real ranks also compare what they are given in their first forwards.
     gathered = [c.collectives["forward"].pop("all_gather").bytes for c in (estimate, real)]
     assert gathered[0] == pytest.approx(gathered[1], abs=1000)
+    for phase in ("forward", "backward") if run.ep > 1 else ():
+        # As many rows as a router says; the estimate's is even.
+        sent = [c.collectives[phase].pop("all_to_all").calls for c in (estimate, real)]
+        assert sent[0] == sent[1] > 2
     assert estimate.collectives == real.collectives
 
 
