@@ -76,17 +76,16 @@ def check(config: PreTrainedConfig, options: argparse.Namespace) -> None:
     """Refuse before any rank is started.
 
     Raises:
-        ConfigError: numbers that no run has.
+        ConfigError: more layers than there are.
         PlanError: the model is not supported.
     """
-    sizes = {"tp": options.tp, "seq": options.seq, "batch": options.batch}
     layers = config.get_text_config().num_hidden_layers
-    if min(sizes.values()) < 1 or not 1 <= (options.layers or layers) <= layers:
+    if (options.layers or 1) > layers:
         raise ConfigError(
-            "such a model or batch there is not",
-            where="--tp, --seq, --batch, --layers",
-            got=f"{sizes}, layers={options.layers}",
-            legal=f"positive numbers; --layers 1 to {layers}",
+            "the model has fewer layers",
+            where="--layers",
+            got=str(options.layers),
+            legal=f"--layers 1 to {layers}",
         )
     if not (found := supports(config, options.tp, options.sp, ep=options.ep)):
         raise PlanError(f"the model is not supported\n{found.reason}")

@@ -91,7 +91,7 @@ def test_weights_and_state_are_known(capsys, llama):
 
 
 def test_it_stands_beside_others(capsys, llama):
-    mine, native, alone = answer(capsys, llama, "--tp", "2", "--seq", "256")
+    mine, native, alone = answer(capsys, llama, "--tp", "2", "--seq", "64")
     assert [r["library"] for r in (mine, native, alone)] == list(rank.LIBRARIES)
     assert mine["peak"] < native["peak"] < alone["peak"]
     calls = {k: c["calls"] for k, c in mine["layer"]["forward"].items()}
@@ -177,13 +177,23 @@ def test_adapters(capsys, llama):
     assert row["kinds"]["optimizer"] < row["kinds"]["weights"]
 
 
-@pytest.mark.slow
-def test_for_people(capsys, llama, tmp_path):
+def test_for_people(capsys, llama, tmp_path, monkeypatch):
+    """The same runs as of test_it_stands_beside_others and of the picture: counted once."""
+    monkeypatch.setattr("hf_sp.commands.estimate.longest", lambda *run: 4096)
     main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
     printed = capsys.readouterr().out
     assert "hf_sp, a layer: forward 2 all_gather" in printed
-    main(["estimate", llama, "--seq", "64", "--gpu", "0.01", "--plot", str(tmp_path / "x.png")])
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert "4,096" in printed
+    picture = tmp_path / "x.png"
+    points = answer(capsys, llama, "--seq", "16", "--gpu", "0.01", "--plot", str(picture))
+    assert [(p["tp"], p["seq"]) for p in points[:5]] == [
+        (1, 16),
+        (1, 32),
+        (1, 64),
+        (1, 128),
+        (2, 16),
+    ]
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -192,6 +202,11 @@ def test_for_people(capsys, llama, tmp_path):
         (["--tp", "3"], "legal:  tp = 1, 2, 4, 8"),
         (["--gpu", "abacus"], "legal:  4090, "),
         (["--ep", "3"], "legal:"),
+        (["--seq", "0", "--batch", "-1"], "legal:  1 or more, 1 or more"),
+        (["--search", "0"], "legal:  1 or more"),
+        (["--gpu", "nan"], "legal:  4090, "),
+        (["--plot", "x.doc"], "legal:  a file in a folder that exists"),
+        (["--plot", "x.png", "--search", "2"], "legal:  one of them"),
     ],
 )
 def test_refusals(capsys, llama, arguments, message):

@@ -53,6 +53,8 @@ def _told(family: str, run: Run) -> dict[str, dict[str, CollectiveCount]]:
         ("qwen2_moe", {"ep": 2}),
         ("qwen3_moe", {}),
         ("deepseek_v3", {}),
+        ("qwen3_next", {}),
+        ("bamba", {}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()) or "sp",
 )
