@@ -180,6 +180,7 @@ def test_adapters(capsys, llama):
 def test_for_people(capsys, llama, tmp_path, monkeypatch):
     """The same runs as of test_it_stands_beside_others and of the picture: counted once."""
     monkeypatch.setattr("hf_sp.commands.estimate.longest", lambda *run: 4096)
+    monkeypatch.setenv("COLUMNS", "200")
     main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
     printed = capsys.readouterr().out
     assert "hf_sp, a layer: forward 2 all_gather" in printed

@@ -78,6 +78,15 @@ def test_the_loss_by_chunks():
     assert told["forward"]["reduce_scatter"].calls == 4 + 3
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_next", "bamba"])
+def test_blocks_are_told_as_they_run(family):
+    config = tiny.config(family)
+    model = build_on_meta(config, torch.bfloat16)
+    for layer in step_layout(model, supports(config, 2).plan, Tokens(2, 8)).layers:
+        assert layer.stages[0].what == "attention"
+        assert len(layer.stages) == 3
+
+
 def test_frozen_parts_send_less():
     """Only the last layer trains: what is before has no backward."""
     model = build_on_meta(tiny.config("llama"), torch.bfloat16).requires_grad_(False)

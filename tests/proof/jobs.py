@@ -99,7 +99,22 @@ def _one_more_gather(model: torch.nn.Module) -> None:
     model.model.layers[0].input_layernorm.register_forward_hook(look)
 
 
+def _one_more_sum_in_backward(model: torch.nn.Module) -> None:
+    """Of no effect either: a tensor hook, as of who logs norms of gradients."""
+    axis = parallel_state(model).axis
+
+    def log(grad: torch.Tensor) -> None:
+        comm.all_reduce(grad.square().sum(), axis)
+
+    def watch(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(log)
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(watch)
+
+
 PLANTED = {
+    "one_more_sum_in_backward": _one_more_sum_in_backward,
     "unsynced_norm": _unsynced_norm,
     "unsynced_buffer": _unsynced_buffer,
     "one_more_gather": _one_more_gather,

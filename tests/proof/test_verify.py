@@ -95,13 +95,14 @@ def test_a_fault_is_found_and_its_parameter_named(name, layers):
         ("unsynced_norm", "copies on the ranks differ: model.layers.1.input_layernorm.weight"),
         ("unsynced_buffer", "copies on the ranks differ: model.rotary_emb.inv_freq"),
         ("one_more_gather", "forward: "),
+        ("one_more_sum_in_backward", "backward: 1 all_reduce of 8 bytes ran, the plan tells 0"),
     ],
 )
 def test_what_no_gradient_shows(name, words, layers):
     found = run_once(2, jobs.with_faults, names=tuple(jobs.PLANTED), layers=layers)[0][name]
     assert not found
     assert any(words in problem for problem in found.problems), str(found)
-    if name == "one_more_gather":
+    if name.startswith("one_more"):
         assert found.wrong == []
         assert "the plan tells" in found.problems[0]
 
