@@ -9,8 +9,9 @@ from hf_sp.api import Support, parallelize, supports
 from hf_sp.loading import from_pretrained
 from hf_sp.model.gradients import grad_norm
 from hf_sp.plan import Plan
+from hf_sp.proof.found import Verification
 from hf_sp.proof.replicas import check_replicas
-from hf_sp.proof.verify import Verification, verify
+from hf_sp.proof.verify import verify
 from hf_sp.state import parallel_state
 from hf_sp.torch_private import one_gloo_thread
 

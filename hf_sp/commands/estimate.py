@@ -68,8 +68,10 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         from hf_sp.commands.estimate_plot import plot
 
-        return plot(options.plot, options.name, config, given, capacity)
-    if options.search:
+        rows: Iterable[dict[str, Any]] = plot(options.plot, options.name, config, given, capacity)
+        if not options.json:
+            return
+    elif options.search:
         rows = search(config, given, options.search, capacity)
     else:
         rows = compare(config, given, capacity)
@@ -82,7 +84,6 @@ def run(options: argparse.Namespace) -> None:
         for row in found:
             if row.get("layer"):
                 Console().print(f"{row['library']}, a layer: {_spell(row['layer'])}")
-    return None
 
 
 def _spell(layer: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
@@ -105,13 +106,15 @@ def capacity_of(gpu: str | None) -> int | None:
         return None
     try:
         gigabytes = GPUS[gpu] if gpu in GPUS else float(gpu)
-    except ValueError as error:
+    except ValueError:
+        gigabytes = 0
+    if not 0 < gigabytes < sys.maxsize:
         raise ConfigError(
             "that GPU is not known",
             where="--gpu",
             got=gpu,
             legal=f"{', '.join(GPUS)}, or gigabytes",
-        ) from error
+        )
     return int(gigabytes * 1e9 * USABLE)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_sp.commands import consolidate, doctor, estimate, explain, verify
+from hf_sp.commands import consolidate, doctor, estimate, explain, given, verify
 from hf_sp.errors import HfSpError
 
 COMMANDS = {
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a refusal is printed, and ends with status 2."""
     options = parser().parse_args(arguments)
     try:
+        given.check(options)
         options.run(options)
     except HfSpError as error:
         sys.stderr.write(f"{error}\n")

@@ -127,7 +127,7 @@ def count(config: PreTrainedConfig, run: Run) -> TrainingCount:
         with fake_tensors(DTYPES[run.dtype]):
             ids = torch.zeros(run.batch, run.seq, dtype=torch.long)
             return count_training(
-                lambda: _prepare(apply(_build(config)), run),
+                lambda: prepare(apply(_build(config)), run),
                 lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss,
                 OPTIMIZERS[run.optimizer],
             )
@@ -163,7 +163,8 @@ def _build(config: PreTrainedConfig, **how: Any) -> nn.Module:
         ) from error
 
 
-def _prepare(model: nn.Module, run: Run) -> nn.Module:
+def prepare(model: nn.Module, run: Run) -> nn.Module:
+    """The model as it trains, after a first step."""
     model.train()
     if run.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -171,7 +172,7 @@ def _prepare(model: nn.Module, run: Run) -> nn.Module:
         model = with_adapters(model, run.lora)
         if run.checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
-    make_buffers(model)  # as after a first step
+    make_buffers(model)
     return model
 
 

@@ -1,7 +1,8 @@
 """Can I trust it: loss, logits and every gradient on tp ranks of this machine, against one process.
 
 The ranks are started here, on GPUs if there are as many, else on the CPU; nothing is downloaded. A
-config without weights gets random ones. `--layers 2` verifies the same layers of a smaller model.
+config without weights gets random ones. Where the whole has no room it is compared layer by layer
+(`--by-layer` in any case). `--layers 2` verifies the same layers of a smaller model.
 
     hf-sp verify ./my-model --tp 2
     hf-sp verify meta-llama/Llama-3.1-8B --tp 4 --layers 2
@@ -20,18 +21,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_sp.api import supports
 from hf_sp.commands.rank import load_config, with_layers
 from hf_sp.errors import ConfigError, HfSpError, PlanError
-from hf_sp.proof.reference import scatter_weights
-from hf_sp.proof.verify import DTYPES, Verification, verify
+from hf_sp.proof.found import Verification
+from hf_sp.proof.pieces import Source
+from hf_sp.proof.verify import DTYPES, verify
 
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, help="rows; the second is padded")
     parser.add_argument("--layers", type=int, metavar="N", help="of the first N layers alone")
     parser.add_argument("--dtype", choices=NAMES, default="float64")
+    parser.add_argument("--by-layer", action="store_const", const=True, help="one at a time")
     parser.add_argument("--random", action="store_true", help="random weights in any case")
 
 
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     """The command; status 1 if anything disagrees."""
     config = load_config(options.name)
     check(config, options)
-    with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("comparing"):
+    with tempfile.TemporaryDirectory() as folder:
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.tp
         arguments = (folder, "nccl" if gpus else "gloo", options)
         spawn(_rank, arguments, nprocs=options.tp)
@@ -62,10 +65,10 @@ def run(options: argparse.Namespace) -> None:
     if isinstance(found, HfSpError):
         raise found
     if options.json:
-        answer = {"name": options.name, **found.as_data()}
+        answer = {"name": options.name, "weights": weights(options), **found.as_data()}
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
     else:
-        show(options.name, found)
+        show(f"{options.name} ({weights(options)} weights)", found)
     sys.exit(0 if found else 1)
 
 
@@ -73,37 +76,41 @@ def check(config: PreTrainedConfig, options: argparse.Namespace) -> None:
     """Refuse before any rank is started.
 
     Raises:
-        ConfigError: numbers that no run has.
+        ConfigError: more layers than there are.
         PlanError: the model is not supported.
     """
-    sizes = {"tp": options.tp, "seq": options.seq, "batch": options.batch}
     layers = config.get_text_config().num_hidden_layers
-    if min(sizes.values()) < 1 or not 1 <= (options.layers or layers) <= layers:
+    if (options.layers or 1) > layers:
         raise ConfigError(
-            "such a model or batch there is not",
-            where="--tp, --seq, --batch, --layers",
-            got=f"{sizes}, layers={options.layers}",
-            legal=f"positive numbers; --layers 1 to {layers}",
+            "the model has fewer layers",
+            where="--layers",
+            got=str(options.layers),
+            legal=f"--layers 1 to {layers}",
         )
     if not (found := supports(config, options.tp, options.sp, ep=options.ep)):
         raise PlanError(f"the model is not supported\n{found.reason}")
 
 
-def build(name: str, config: PreTrainedConfig, options: Any) -> nn.Module:
-    """The model on one rank: with its weights where they are at hand, else random ones."""
-    dtype = NAMES[options.dtype]
+def has_weights(name: str) -> bool:
+    """Whether a folder or a cached name has any."""
+    ends = ("", ".index.json")
+    files = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ends]
+    if Path(name).exists():
+        return any((Path(name) / file).exists() for file in files)
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def source(config: PreTrainedConfig, options: Any) -> Source:
+    """The model's weights where they are at hand, else random ones."""
     if options.layers:
         config = with_layers(config, options.layers)
-    if not options.random and not name.endswith(".json"):
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, local_files_only=True
-            )
-        except OSError:
-            pass  # a config alone
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    scatter_weights(model)
-    return model
+    name = options.name if weights(options) == "its own" else None
+    return Source(config, name, dtype=NAMES[options.dtype])
+
+
+def weights(options: Any) -> str:
+    """Whose the model will have."""
+    return "random" if options.random or not has_weights(options.name) else "its own"
 
 
 def _rank(rank: int, folder: str, backend: str, options: argparse.Namespace) -> None:
@@ -124,16 +131,20 @@ def _rank(rank: int, folder: str, backend: str, options: argparse.Namespace) -> 
         labels[mask == 0] = -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     found: Any
+    status = Console(stderr=True, quiet=rank > 0).status("comparing")
     try:
-        found = verify(
-            lambda: build(options.name, config, options),
-            batch,
-            tp=options.tp,
-            sp=options.sp,
-            dtype=NAMES[options.dtype],
-            ep=options.ep,
-            kernels=options.kernels,
-        )
+        with status:
+            found = verify(
+                source(config, options),
+                batch,
+                tp=options.tp,
+                sp=options.sp,
+                dtype=NAMES[options.dtype],
+                layers=options.by_layer,
+                told=status.update,
+                ep=options.ep,
+                kernels=options.kernels,
+            )
     except HfSpError as error:
         found = error
     if rank == 0:
@@ -158,6 +169,8 @@ def show(name: str, found: Verification) -> None:
     if found.changed:
         console.print(f"Dropout was set to zero in {len(found.changed)} places.")
     console.print(f"Collectives of a step: {found.collectives}.", highlight=False)
+    for what in found.unseen:
+        console.print(f"Not shown layer by layer: {what}.", highlight=False)
     verdict = "[green]agrees[/green]" if found else "[red]DOES NOT AGREE[/red]"
     console.print(
         f"{verdict}: {len(found.rows)} comparisons, {len(found.wrong)} beyond what rounding "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_sp import gloo
 from hf_sp.estimate.accounting import CollectiveCount, LiveStorage, Phase, StepAccounting
+from hf_sp.estimate.step import own_garbage
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 
@@ -91,56 +92,49 @@ def count_training(
         optimizer_of: makes the optimizer of the trained parameters; None: no optimizer.
     """
     accounting = StepAccounting()
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        with accounting:
-            accounting.phase = "build"
-            model = build()
+    with own_garbage(), accounting:
+        accounting.phase = "build"
+        model = build()
+        gc.collect()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer_of(trained) if optimizer_of is not None else None
+        if optimizer is not None:
+            _make_state(optimizer, trained)
             gc.collect()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = optimizer_of(trained) if optimizer_of is not None else None
-            if optimizer is not None:
-                _make_state(optimizer, trained)
-                gc.collect()
-            gloo.finish()
-            given = [*model.parameters(), *model.buffers()]
-            accounting.book(given)
-            held = accounting.live_bytes
-            weights = accounting.made(given)
+        gloo.finish()
+        given = [*model.parameters(), *model.buffers()]
+        accounting.book(given)
+        held = accounting.live_bytes
+        weights = accounting.made(given)
 
-            peaks: dict[str, int] = {}
-            alive: dict[str, list[LiveStorage]] = {}
+        peaks: dict[str, int] = {}
+        alive: dict[str, list[LiveStorage]] = {}
 
-            def close(phase: Phase) -> None:
-                peaks[phase], alive[phase] = accounting.peak_bytes, accounting.at_peak()
-                accounting.restart_peak()
-
+        def close(phase: Phase) -> None:
+            peaks[phase], alive[phase] = accounting.peak_bytes, accounting.at_peak()
             accounting.restart_peak()
-            accounting.phase = "forward"
-            loss = loss_of(model)
-            gc.collect()
-            gloo.finish()
-            activations = [r for r in accounting.alive() if r.phase == "forward"]
-            kept = accounting.live_bytes - held
-            close("forward")
-            accounting.phase = "backward"
-            loss.backward()
-            del loss
-            gradients = accounting.made(p.grad for p in trained if p.grad is not None)
-            close("backward")
-            accounting.phase = "optimizer"
-            if optimizer is not None:
-                optimizer.step()
-            close("optimizer")
-            states = optimizer.state.values() if optimizer is not None else ()
-            state = accounting.made(
-                x for entry in states for x in entry.values() if isinstance(x, Tensor)
-            )
-    finally:
-        if collecting:
-            gc.enable()
+
+        accounting.restart_peak()
+        accounting.phase = "forward"
+        loss = loss_of(model)
+        gc.collect()
+        gloo.finish()
+        activations = [r for r in accounting.alive() if r.phase == "forward"]
+        kept = accounting.live_bytes - held
+        close("forward")
+        accounting.phase = "backward"
+        loss.backward()
+        del loss
+        gradients = accounting.made(p.grad for p in trained if p.grad is not None)
+        close("backward")
+        accounting.phase = "optimizer"
+        if optimizer is not None:
+            optimizer.step()
+        close("optimizer")
+        states = optimizer.state.values() if optimizer is not None else ()
+        state = accounting.made(
+            x for entry in states for x in entry.values() if isinstance(x, Tensor)
+        )
     parts = weights, gradients, state, activations
     kinds = {phase: _kinds(records, *parts) for phase, records in alive.items()}
     found = {str(phase): accounting.collectives(phase) for phase in PHASES}

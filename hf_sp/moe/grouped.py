@@ -35,7 +35,9 @@ class Groups:
         return self.host
 
     def stretches(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has rows, and these."""
+        """Each expert that has rows, and these; none where there are no numbers to tell."""
+        if self.host is None and is_fake(self.ends):
+            return
         ends = self.on_host()
         for expert, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if end > first:
@@ -53,10 +55,11 @@ def _fused(*operands: Tensor) -> Any:
     if all(is_fake(x) and x.dtype == torch.bfloat16 for x in operands):
         return kernel  # no rows to loop over: the estimator's tensors have no values
     for x in operands:
-        bytes_apart = [n * x.element_size() for n in x.stride() if n != 1]
-        aligned = all(n % 16 == 0 for n in bytes_apart) and x.data_ptr() % 16 == 0
         # Nothing to multiply: kernels differ in what they make of no rows.
-        if not _suits(x) or not aligned or not x.numel():
+        if not _suits(x) or not x.numel():
+            return None
+        bytes_apart = [n * x.element_size() for n in x.stride() if n != 1]
+        if x.data_ptr() % 16 or any(n % 16 for n in bytes_apart):
             return None
     return kernel
 

@@ -90,7 +90,10 @@ class _Step:
     def _layer(self, path: str) -> LayerLayout:
         norms = [p for p in self.plan.shard_norms if p.startswith(f"{path}.")]
         blocks = [b for b in self.plan.blocks if b.path.startswith(f"{path}.")]
+        # As they run: in a plan they stand as transformers' strings do.
+        blocks.sort(key=lambda b: not b.attention)
         partial = [p for block in blocks for p in block.partial]
+        partial += [own.module for b in blocks if b.mixer is not None for own in b.mixer.own]
         stages: list[Stage] = []
         inside: dict[str, Layout] = {"attention": self.moving, "mlp": self.moving}
         trained = [p for n in norms for p in self._trained(self.modules[n])]

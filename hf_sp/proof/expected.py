@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_sp.errors import ConfigError
+from hf_sp.model.norm import NormForward
 from hf_sp.plan.known_forms import norm_form
 from hf_sp.plan.layouts import Collective, StepLayout, Tokens
 from hf_sp.plan.step import step_layout
-from hf_sp.proof.report import IN_FLOAT32, TOLERANCE
+from hf_sp.proof.report import IN_FLOAT32, IN_SCANS, TOLERANCE
 from hf_sp.state import ParallelState, parallel_model
 
 
@@ -63,33 +64,60 @@ def tolerance_of(model: nn.Module, state: ParallelState, dtype: torch.dtype) -> 
     if dtype != torch.float64:
         return TOLERANCE[name], "float32 sums in another order"
     modules = dict(cast(nn.Module, parallel_model(model)).named_modules())
-    forms = [norm_form(modules[path]) for path in (*plan.shard_norms, plan.norm)]
-    inside = []
-    if any(block.experts for block in plan.blocks):
-        inside.append("routers")
-    if any(block.over_heads for block in plan.blocks):
-        inside.append("norms over all heads")
-    if any(form is not None and form.offset for form in forms):
-        inside.append("weights of norms")
-    if inside:
-        return IN_FLOAT32, f"{' and '.join(inside)} compute in float32 in transformers"
+    partial = [path for block in plan.blocks for path in block.partial]
+    norms = [modules[path] for path in (*plan.shard_norms, plan.norm, *partial)]
+    inside = {
+        "routers": any(block.experts for block in plan.blocks),
+        "norms over all heads": any(block.over_heads for block in plan.blocks),
+        "weights of norms": any(map(_in_float32, norms)),
+        "scans of linear attentions": any(block.mixer for block in plan.blocks),
+    }
+    if found := [what for what, met in inside.items() if met]:
+        tolerance = IN_SCANS if inside["scans of linear attentions"] else IN_FLOAT32
+        return tolerance, f"{' and '.join(found)} compute in float32 in transformers"
     return TOLERANCE[name], "float64 sums in another order"
 
 
-def check_memory(model: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse what the host has no room for: a copy on each rank, and gradients on the first."""
-    ranks, free, host = dist.get_world_size(), available_memory(), dist.get_backend() == "gloo"
-    need = sum(p.numel() for p in model.parameters()) * dtype.itemsize * (ranks + 2)
-    if host and free is not None and need > free:
-        raise ConfigError(
-            "the model does not fit this machine unsharded",
-            where="verify(...)",
-            got=f"{need / 2**30:.1f} GiB for {ranks} copies in {dtype} and gradients; "
-            f"{free / 2**30:.1f} GiB are available",
-            rule="every rank starts from the whole model, and the first one has its gradients too",
-            remedy="verify it with fewer layers (hf-sp verify NAME --layers 2), or in float32: "
-            "layers of one kind are parallelized alike",
-        )
+def _in_float32(norm: nn.Module) -> bool:
+    """Whether a norm of transformers may cast its weight down; its forward may be ours by now."""
+    forward = norm.__dict__.get("forward")
+    form = forward.form if isinstance(forward, NormForward) else norm_form(norm)
+    if form is None:
+        return not type(norm).__module__.startswith("torch.")
+    return bool(form.offset) or not form.float64
+
+
+def check_room(
+    numbers: int, dtype: torch.dtype, layers: bool | None, what: str = "the model"
+) -> bool:
+    """Whether to compare layer by layer, the same on all ranks; ``layers`` if it is said.
+
+    A copy on each rank, and gradients and shards of one: on a host together, on GPUs on the first.
+
+    Raises:
+        ConfigError: there is no room for so many weights, and it was said that there is.
+    """
+    host, ranks = dist.get_backend() == "gloo", dist.get_world_size()
+    copies = ranks + 2 if host else 3
+    need, free = numbers * dtype.itemsize * copies, available_memory() if host else gpu_memory()
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, free is not None and need > free)
+    if layers is None or layers or not any(everyone):
+        return any(everyone) if layers is None else layers
+    raise ConfigError(
+        f"{what} does not fit this machine unsharded",
+        where="verify(...)",
+        got=f"{need / 2**30:.1f} GiB for {copies} copies in {dtype}"
+        + ("" if free is None else f"; {free / 2**30:.1f} GiB are available"),
+        rule="each rank starts from whole weights, and the first one has their gradients too",
+        legal="layers=True (hf-sp verify --by-layer), which needs room for one layer and the ends",
+        remedy="float32 is half of it; or fewer layers (--layers 2): those of one kind are alike",
+    )
+
+
+def gpu_memory() -> int:
+    """Bytes that are free on this rank's GPU."""
+    return torch.cuda.mem_get_info()[0]
 
 
 def available_memory() -> int | None:

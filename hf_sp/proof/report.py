@@ -21,6 +21,9 @@ float64 with float32 inside, 1e-6. Routers, norms over all heads and the weights
 are computed in float32 whatever the dtype, and a rank has a part of the numbers: the sum of rounded
 parts is not the rounded sum, by 2^-24 = 6e-8 of it, times the same few operations.
 
+Scans of linear attentions, 1e-5. All of one is float32, and a rounding that falls otherwise goes
+through the products of a chunk of tokens: about ten times that.
+
 float32, 1e-5. 1.2e-7 * sqrt(100) * a few = 4e-6.
 
 Relative to what
@@ -43,6 +46,7 @@ from torch import Tensor
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 IN_FLOAT32 = 1e-6
+IN_SCANS = 1e-5
 FLOOR = 1e-3
 
 

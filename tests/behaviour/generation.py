@@ -32,8 +32,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-def generation(case: Case) -> dict[str, Report]:
-    """Tokens, and the logits of every decoding step, for each kind of prompt.
+def generation(case: Case, names: tuple[str, ...] = ()) -> dict[str, Report]:
+    """Tokens, and the logits of every decoding step, for each kind of prompt, or for those named.
 
     Tokens alone would show little: a small model repeats itself whatever its cache holds. Prompts
     are prefilled on sequence shards, but for those that are called small.
@@ -70,7 +70,7 @@ def generation(case: Case) -> dict[str, Report]:
         with mock.patch.object(forward, "SHARD_FROM", shard_from):
             compare_generation(report, model, parallel, ids, attention_mask=mask, **options)
 
-    return each(case, prompts, run)
+    return each(case, names or prompts, run)
 
 
 def text_pipeline(case: Case) -> dict[str, list[str]]:

@@ -53,6 +53,31 @@ GENERATION_MODELS = [
     (4, Case("qwen3_tied", attn="eager")),
     (2, Case("qwen2", sp=False)),
 ]
+# Families whose caches are of other kinds, each with some prompts and strategies. Static caches and
+# looking ahead are not for recurrent states. transformers cannot decode padded rows while it makes
+# an auxiliary loss.
+_LONG = "length17-batch3"
+_NO_LOSS = (("output_router_logits", False),)
+_EP = (("ep", 2),)
+PAIRS: list[tuple[int, Case, tuple[str, ...]]] = [
+    (2, Case("llama_kv1"), (_LONG, "no-cache", "beam-sampling")),
+    (4, Case("llama_kv1", sp=False), ("left-padded", "chunked-prefill", "sampling")),
+    (4, Case("gemma3"), (_LONG, "left-padded", "beams", "prompt-lookup")),
+    (2, Case("gemma2", attn="eager"), ("length8-batch3", "static-cache", "sampling")),
+    (
+        2,
+        Case("mixtral", parallelize=_EP, model_kwargs=_NO_LOSS),
+        ("left-padded", "beam-sampling", "no-cache"),
+    ),
+    (4, Case("mixtral", model_kwargs=_NO_LOSS), (_LONG, "small", "prompt-lookup")),
+    (2, Case("qwen3_next", model_kwargs=_NO_LOSS), (_LONG, "left-padded-small", "sampling")),
+    (4, Case("qwen3_next", model_kwargs=_NO_LOSS), ("length5-batch1", "beams", "no-cache")),
+    (2, Case("bamba"), ("left-padded", "beams", "sampling")),
+    (4, Case("bamba"), (_LONG, "no-cache", "beam-sampling")),
+    (2, Case("gpt_oss", attn="eager"), (_LONG, "chunked-prefill", "assisted")),
+    (4, Case("deepseek_v3"), ("left-padded", "static-cache", "sampling")),
+    (2, Case("deepseek_v3"), (_LONG, "beams", "assisted")),
+]
 FROZEN = ["norm", "q_proj", "down_proj", "layers.1", "embed_tokens", "lm_head"]
 
 
@@ -107,13 +132,37 @@ def test_generate(tp, case, name):
     _check(tp, generation, case, name)
 
 
+@pytest.mark.parametrize(
+    ("tp", "case", "names", "name"),
+    [
+        pytest.param(
+            *pair,
+            name,
+            id=f"tp{pair[0]}-{pair[1].family}-{name}",
+            marks=[pytest.mark.slow] if pair[0] == 4 else [],
+        )
+        for pair in PAIRS
+        for name in pair[2]
+    ],
+)
+def test_generate_with_other_caches(tp, case, names, name):
+    per_rank = run_once(tp, generation, timeout=240, case=case, names=names)
+    assert_parity([reports[name] for reports in per_rank])
+
+
+def test_every_strategy_meets_several_families():
+    for strategy in (*STRATEGIES, "left-padded", _LONG):
+        met = {case.family for _, case, names in PAIRS if strategy in names}
+        assert len(met) >= 1 + (strategy not in ("static-cache", "assisted", "prompt-lookup"))
+
+
 def test_a_pipeline_writes_the_same_text():
     for found in run_once(2, text_pipeline, case=Case("llama_bias")):
         assert found["parallel"] == found["unsharded"]
         assert all(len(text.split()) > 3 for text in found["parallel"])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "deepseek_v3", "bamba", "mixtral"])
 def test_collectives_of_decoding(family):
     """By count: nothing along the sequence, two all-reduces a layer; a long prefill is sharded."""
     with fake_world(2) as mesh, torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sp import parallelize
-from hf_sp.commands.rank import DTYPES, OPTIMIZERS, Run
+from hf_sp.commands.rank import DTYPES, OPTIMIZERS, Run, prepare
 from hf_sp.estimate import TrainingCount, count_training
 
 
@@ -16,11 +16,9 @@ def counted(config: dict, run: Run) -> TrainingCount:
     ids = torch.arange(run.batch * run.seq).view(run.batch, run.seq) % made.vocab_size
 
     def build():
-        model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[run.dtype]).train()
-        if run.checkpointing:
-            model.gradient_checkpointing_enable()
+        model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[run.dtype])
         how = {"cp": run.cp, "cp_mode": run.cp_mode, "ep": run.ep, "dp_shard": run.dp_shard}
-        return parallelize(model, run.tp, run.sp, **how)
+        return prepare(parallelize(model, run.tp, run.sp, **how), run)
 
     return count_training(
         build,

@@ -45,8 +45,14 @@ def answer(capsys, *arguments):
         (LLAMA, replace(SHORT, tp=1, dp_shard=2, optimizer="adamw_foreach")),
         (LLAMA, replace(SHORT, tp=1, cp=2)),
         (LLAMA, replace(SHORT, tp=1, cp=2, cp_mode="ring")),
+        (SPARSE, replace(SHORT, dtype="float32")),
+        (SPARSE, replace(SHORT, ep=2, dtype="float32", checkpointing=True)),
+        (QWEN, replace(SHORT, lora=4)),
     ],
-    ids=["plain", "odd", "checkpointing", "sparse", "groups", "parts", "ring"],
+    ids=[
+        *("plain", "odd", "checkpointing", "sparse", "groups", "parts", "ring"),
+        *("sparse-f32", "ep", "lora"),
+    ],
 )
 def test_real_ranks_have_what_is_estimated(config, run):
     """All kinds together to 2 %, and each of those that a run is made for to the byte.
@@ -65,6 +71,10 @@ def test_real_ranks_have_what_is_estimated(config, run):
     # Real ranks also compare what they are given in their first forwards.
     gathered = [c.collectives["forward"].pop("all_gather").bytes for c in (estimate, real)]
     assert gathered[0] == pytest.approx(gathered[1], abs=1000)
+    for phase in ("forward", "backward") if run.ep > 1 else ():
+        # As many rows as a router says; the estimate's is even.
+        sent = [c.collectives[phase].pop("all_to_all").calls for c in (estimate, real)]
+        assert sent[0] == sent[1] > 2
     assert estimate.collectives == real.collectives
 
 
@@ -85,7 +95,7 @@ def test_weights_and_state_are_known(capsys, llama):
 
 
 def test_it_stands_beside_others(capsys, llama):
-    mine, native, alone = answer(capsys, llama, "--tp", "2", "--seq", "256")
+    mine, native, alone = answer(capsys, llama, "--tp", "2", "--seq", "64")
     assert [r["library"] for r in (mine, native, alone)] == list(rank.LIBRARIES)
     assert mine["peak"] < native["peak"] < alone["peak"]
     calls = {k: c["calls"] for k, c in mine["layer"]["forward"].items()}
@@ -171,13 +181,24 @@ def test_adapters(capsys, llama):
     assert row["kinds"]["optimizer"] < row["kinds"]["weights"]
 
 
-@pytest.mark.slow
-def test_for_people(capsys, llama, tmp_path):
+def test_for_people(capsys, llama, tmp_path, monkeypatch):
+    """The same runs as of test_it_stands_beside_others and of the picture: counted once."""
+    monkeypatch.setattr("hf_sp.commands.estimate.longest", lambda *run: 4096)
+    monkeypatch.setenv("COLUMNS", "200")
     main(["estimate", llama, "--tp", "2", "--seq", "64", "--gpu", "0.004"])
     printed = capsys.readouterr().out
     assert "hf_sp, a layer: forward 2 reduce_scatter" in printed
-    main(["estimate", llama, "--seq", "64", "--gpu", "0.01", "--plot", str(tmp_path / "x.png")])
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert "4,096" in printed
+    picture = tmp_path / "x.png"
+    points = answer(capsys, llama, "--seq", "16", "--gpu", "0.01", "--plot", str(picture))
+    assert [(p["tp"], p["seq"]) for p in points[:5]] == [
+        (1, 16),
+        (1, 32),
+        (1, 64),
+        (1, 128),
+        (2, 16),
+    ]
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -186,6 +207,11 @@ def test_for_people(capsys, llama, tmp_path):
         (["--tp", "3"], "legal:  tp = 1, 2, 4, 8"),
         (["--gpu", "abacus"], "legal:  4090, "),
         (["--ep", "3"], "legal:"),
+        (["--seq", "0", "--batch", "-1"], "legal:  1 or more, 1 or more"),
+        (["--search", "0"], "legal:  1 or more"),
+        (["--gpu", "nan"], "legal:  4090, "),
+        (["--plot", "x.doc"], "legal:  a file in a folder that exists"),
+        (["--plot", "x.png", "--search", "2"], "legal:  one of them"),
     ],
 )
 def test_refusals(capsys, llama, arguments, message):

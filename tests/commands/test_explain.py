@@ -53,6 +53,8 @@ def _told(family: str, run: Run) -> dict[str, dict[str, CollectiveCount]]:
         ("qwen2_moe", {"ep": 2}),
         ("qwen3_moe", {}),
         ("deepseek_v3", {}),
+        ("qwen3_next", {}),
+        ("bamba", {}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()) or "sp",
 )
@@ -74,6 +76,15 @@ def test_the_loss_by_chunks():
     told, found = _told("llama", run), count(tiny.config("llama"), run).collectives
     assert told["forward"] == found["forward"]
     assert told["forward"]["reduce_scatter"].calls == 1 + 4 + 3
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_next", "bamba"])
+def test_blocks_are_told_as_they_run(family):
+    config = tiny.config(family)
+    model = build_on_meta(config, torch.bfloat16)
+    for layer in step_layout(model, supports(config, 2).plan, Tokens(2, 8)).layers:
+        assert layer.stages[0].what == "attention"
+        assert len(layer.stages) == 3
 
 
 def test_frozen_parts_send_less():

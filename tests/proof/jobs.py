@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterable
 from typing import Any
 from unittest import mock
@@ -12,11 +13,14 @@ import torch
 import torch.distributed as dist
 from harness import batches, tiny
 from mutants import MUTANTS, applied
+from transformers import AutoConfig
 
 import hf_sp
 from hf_sp.comm import collectives as comm
 from hf_sp.errors import HfSpError
-from hf_sp.proof import verify as module
+from hf_sp.estimate import StepAccounting
+from hf_sp.proof import by_layer, expected
+from hf_sp.proof import verify as verify_module
 from hf_sp.state import parallel_state
 
 
@@ -30,8 +34,10 @@ def verified(family: str, batch: str = "left_padded", length: int = 17, **option
             p.data = torch.full_like(p, 0.1).cumsum(0) if "lora_B" in n else p.double()
     before = {name: p.clone() for name, p in model.named_parameters()}
     given = getattr(batches, batch)(2, length, model.config.vocab_size)
+    free = options.pop("free", expected.available_memory())
     try:
-        found = hf_sp.verify(model, given, **options)
+        with mock.patch.object(expected, "available_memory", return_value=free):
+            found = hf_sp.verify(model, given, **options)
     except HfSpError as error:
         return str(error)
     # The model that was given is as it was.
@@ -40,7 +46,24 @@ def verified(family: str, batch: str = "left_padded", length: int = 17, **option
     return found
 
 
-def with_faults(names: Iterable[str]) -> dict[str, hf_sp.Verification]:
+def read(folder: str, **options: Any) -> Any:
+    """The verification of what a folder has, or its config alone."""
+    config = AutoConfig.from_pretrained(folder)
+    batch = batches.left_padded(2, 17, config.vocab_size)
+    return [hf_sp.verify(given, batch, **options) for given in (folder, config)]
+
+
+def alive(layers: int, by_layer: bool) -> int:
+    """Most bytes alive on a rank while a model on disk is compared."""
+    config = tiny.config("llama", num_hidden_layers=layers)
+    batch = batches.plain(2, 8, config.vocab_size)
+    gc.collect()
+    with StepAccounting() as accounting:
+        assert hf_sp.verify(config, batch, layers=by_layer)
+    return accounting.peak_bytes
+
+
+def with_faults(names: Iterable[str], layers: bool = False) -> dict[str, hf_sp.Verification]:
     """A verification for each fault: a mutant of the registry, or one of ``PLANTED``."""
     found = {}
     for name in names:
@@ -51,7 +74,7 @@ def with_faults(names: Iterable[str]) -> dict[str, hf_sp.Verification]:
         with applied(name) if case is not None else _planted(name):
             batch = batches.left_padded(2, 17, tiny.config(family).vocab_size)
             made = lambda family=family: tiny.build(family)  # noqa: E731
-            found[name] = hf_sp.verify(made, batch, sp=sp, **options)
+            found[name] = hf_sp.verify(made, batch, sp=sp, layers=layers, **options)
     return found
 
 
@@ -76,7 +99,22 @@ def _one_more_gather(model: torch.nn.Module) -> None:
     model.model.layers[0].input_layernorm.register_forward_hook(look)
 
 
+def _one_more_sum_in_backward(model: torch.nn.Module) -> None:
+    """Of no effect either: a tensor hook, as of who logs norms of gradients."""
+    axis = parallel_state(model).axis
+
+    def log(grad: torch.Tensor) -> None:
+        comm.all_reduce(grad.square().sum(), axis)
+
+    def watch(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(log)
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(watch)
+
+
 PLANTED = {
+    "one_more_sum_in_backward": _one_more_sum_in_backward,
     "unsynced_norm": _unsynced_norm,
     "unsynced_buffer": _unsynced_buffer,
     "one_more_gather": _one_more_gather,
@@ -85,14 +123,19 @@ PLANTED = {
 
 @contextlib.contextmanager
 def _planted(name: str):
-    right = module.parallelize
+    right = hf_sp.parallelize
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         model = right(*args, **kwargs)
-        PLANTED[name](model)
+        # A piece has one layer.
+        with contextlib.suppress(AttributeError):
+            PLANTED[name](model)
         return model
 
-    with mock.patch.object(module, "parallelize", wrong):
+    with (
+        mock.patch.object(verify_module, "parallelize", wrong),
+        mock.patch.object(by_layer, "parallelize", wrong),
+    ):
         yield
 
 
