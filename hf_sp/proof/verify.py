@@ -134,7 +134,7 @@ def _whole(
     told("the unsharded model")
     want = _truth(model, inputs) if dist.get_rank() == 0 else None
     told("the parallel model")
-    parallel = parallelize(model, tp, sp, **options)
+    parallel: Any = parallelize(model, tp, sp, **options)
     state = parallel_state(parallel)
     assert state is not None
     tolerance, why = tolerance_of(parallel, state, source.dtype)
