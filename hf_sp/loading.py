@@ -63,6 +63,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
     plan: Mapping[str, str] | None = None,
     keep_logits: bool = False,
     loss_chunk: int = 4096,
+    mlp_tile: int | None = None,
+    offload: bool = False,
     kernels: bool = True,
     recompute: Recompute | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
@@ -80,8 +82,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
             ``state_dict``.
         model_class: a class of transformers, or an Auto class.
         tp, sp, cp, cp_mode, cp_ulysses, ep, dp_shard, dp_replicate, mesh, plan, keep_logits,
-            loss_chunk, kernels, recompute, mp_policy, offload_policy, checkpoint: as for
-            ``parallelize``.
+            loss_chunk, mlp_tile, offload, kernels, recompute, mp_policy, offload_policy,
+            checkpoint: as for ``parallelize``.
         **kwargs: of transformers' ``from_pretrained``: ``dtype``, ``attn_implementation``,
             ``revision``, ``local_files_only``, ``output_loading_info``, ...
 
@@ -106,6 +108,8 @@ def from_pretrained(  # noqa: D417 (they are documented by parallelize)
             "cp_ulysses": cp_ulysses,
             "mp_policy": mp_policy,
             "offload_policy": offload_policy,
+            "mlp_tile": mlp_tile,
+            "offload": offload,
             "checkpoint": checkpoint,
         },
     }
