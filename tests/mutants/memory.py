@@ -20,7 +20,7 @@ TILES = Case("llama", parallelize=(("mlp_tile", 3),))
 @mutant()
 def own_tokens_of_the_embedding_are_not_summed() -> list[Patch]:
     def partial(self, ids, parts, sharded):
-        return pairs.scatter_allgather(self._rows(ids), self.axis)
+        return pairs.scatter_allgather(self._partial(ids, self.padding_idx), self.axis)
 
     return [(VocabParallelEmbedding, "_own", partial)]
 
