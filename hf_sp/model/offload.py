@@ -17,14 +17,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.graph import saved_tensors_hooks
-from torch.library import custom_op
 
 from hf_sp.errors import ConfigError
 
 
-@custom_op("hf_sp::to_host", mutates_args=())
+@library.custom_op("hf_sp::to_host", mutates_args=())
 def to_host(x: Tensor) -> Tensor:
     """A copy in the host's memory, pinned for a GPU, which the host does not wait for."""
     host = torch.empty_like(x, device="cpu", pin_memory=not x.is_cpu)
