@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from hf_sp.api import CpMode, parallelize
@@ -45,6 +45,24 @@ _REFUSED = {
         "transformers' kernels would replace forwards that hf_sp has replaced",
     ),
 }
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a local folder or file, or of a name in the local hub cache.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "no config is known by that name on this machine",
+            where="NAME",
+            got=f"{str(name_or_path)!r} ({str(error).splitlines()[0]})",
+            legal="a folder with a config.json, such a file, or a name in the local hub cache",
+            remedy="download the config alone: hf download NAME config.json",
+        ) from error
 
 
 def from_pretrained(  # noqa: D417 (they are documented by parallelize)

@@ -24,9 +24,10 @@ from transformers import PreTrainedConfig
 
 from hf_sp.api import CpMode
 from hf_sp.commands.layers import count_whole, layer_collectives, longest
-from hf_sp.commands.rank import DTYPES, LIBRARIES, OPTIMIZERS, Run, load_config
+from hf_sp.commands.rank import DTYPES, LIBRARIES, OPTIMIZERS, Run
 from hf_sp.errors import ConfigError, HfSpError
 from hf_sp.estimate import CollectiveCount, Kinds
+from hf_sp.loading import load_config
 from hf_sp.state import Recompute
 
 GIB = 2**30

@@ -22,8 +22,9 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from hf_sp.api import Support, supports
-from hf_sp.commands.rank import DTYPES, build_on_meta, load_config
+from hf_sp.commands.rank import DTYPES, build_on_meta
 from hf_sp.errors import ConfigError
+from hf_sp.loading import load_config
 from hf_sp.plan.layouts import Collective, Stage, StepLayout, Tokens
 from hf_sp.plan.step import step_layout
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sp.adapters.fake import with_adapters
@@ -94,24 +94,6 @@ class Run:
     def ranks(self) -> int:
         """GPUs of the run."""
         return self.tp * self.cp * self.dp_shard
-
-
-def load_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a local folder or file, or of a name in the local hub cache.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no config is known by that name on this machine",
-            where="NAME",
-            got=f"{name_or_path!r} ({str(error).splitlines()[0]})",
-            legal="a folder with a config.json, such a file, or a name in the local hub cache",
-            remedy="download the config alone: hf download NAME config.json",
-        ) from error
 
 
 def count(config: PreTrainedConfig, run: Run) -> TrainingCount:

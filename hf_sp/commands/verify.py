@@ -29,8 +29,9 @@ from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedConfig
 
 from hf_sp.api import supports
-from hf_sp.commands.rank import load_config, with_layers
+from hf_sp.commands.rank import with_layers
 from hf_sp.errors import ConfigError, HfSpError, PlanError
+from hf_sp.loading import load_config
 from hf_sp.proof.found import Verification
 from hf_sp.proof.pieces import Source
 from hf_sp.proof.verify import DTYPES, verify

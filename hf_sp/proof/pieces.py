@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from hf_sp.errors import ConfigError
+from hf_sp.loading import load_config
 from hf_sp.plan import Plan
 from hf_sp.plan.experts import is_experts
 from hf_sp.plan.families import plan_strings
@@ -185,17 +185,7 @@ def source_of(given: Given, dtype: torch.dtype) -> Source:
     if isinstance(given, PreTrainedConfig):
         return Source(given, dtype=dtype)
     if isinstance(given, str | PathLike):
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(given, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                "no model is known by that name on this machine",
-                where="verify(NAME, ...)",
-                got=f"{given} ({str(error).splitlines()[0]})",
-                legal="a folder with a config and weights, or a name in the local hub cache",
-            ) from error
+        config = load_config(given)
         return Source(config, name=str(given), dtype=dtype)
     model = given if isinstance(given, nn.Module) else cast(Callable[[], nn.Module], given)()
     return Source(cast(Any, model).config, model=model, dtype=dtype, own=model is not given)

@@ -140,8 +140,10 @@ def _whole(
     tolerance, why = tolerance_of(parallel, state, source.dtype)
     if state.offload:
         parallel.gradient_checkpointing_enable()
-    # What adapters send depends on which linears have one; checkpoints and tiles send it again.
+    # What adapters send depends on which linears have one, what cp ranks exchange on the mask;
+    # checkpoints and tiles send it again.
     untold = {
+        "context parallel ranks": state.parts is not None,
         "adapters": runs.has_adapters(model),
         "offloading": state.offload,
         "tiles": state.mlp_tile is not None,

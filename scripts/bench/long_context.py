@@ -11,8 +11,6 @@ exchange tokens and to save memory. Points that are in the results are not count
 from __future__ import annotations
 
 import argparse
-import csv
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,6 +29,7 @@ from hf_sp.commands.estimate import GPUS, USABLE
 from hf_sp.commands.layers import count_whole, layer_collectives
 from hf_sp.commands.rank import Run
 from hf_sp.errors import HfSpError
+from scripts.bench._points import between_marks, llama_3_1, read_points, write_points
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results" / "long_context.csv"
@@ -39,15 +38,8 @@ PICTURE = PAGE.parent / "long_context.png"
 GIB, TILE = 2**30, 4096
 CAPACITY = int(GPUS["h100"] * 1e9 * USABLE)
 
-_LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "Llama-3.1-8B": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_hidden_layers=32,
-        **_LLAMA,
-    ),
+    "Llama-3.1-8B": LlamaConfig(**llama_3_1("8B")),
     "Qwen3-8B": Qwen3Config(
         hidden_size=4096,
         intermediate_size=12288,
@@ -65,13 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         linear_num_value_heads=48,
         num_hidden_layers=64,
     ),
-    "Llama-3.1-70B": LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_attention_heads=64,
-        num_hidden_layers=80,
-        **_LLAMA,
-    ),
+    "Llama-3.1-70B": LlamaConfig(**llama_3_1("70B")),
 }
 # GPUs, by the tp and cp of their one group.
 WORLDS: dict[str, dict[int, tuple[int, int]]] = {
@@ -144,20 +130,7 @@ def count_point(at: tuple[str, int, str, str, int], run: Run) -> Point:
 
 def read() -> list[Point]:
     """The committed points."""
-    if not RESULTS.exists():
-        return []
-    text = ("model", "mode", "way", "refused")
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    return [Point(**{k: v if k in text else int(v) for k, v in row.items()}) for row in rows]
-
-
-def write(points: Iterable[Point]) -> None:
-    """Write them."""
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Point.__slots__)
-        writer.writerows([getattr(p, name) for name in Point.__slots__] for p in points)
+    return read_points(Point, RESULTS)
 
 
 def fits(short: Point, long: Point) -> int:
@@ -189,9 +162,7 @@ def table(points: list[Point]) -> str:
 
 def put_table(text: str, points: list[Point]) -> str:
     """The page with this table between its marks."""
-    marks = "<!-- table -->", "<!-- end of table -->"
-    pattern = f"{marks[0]}.*?{marks[1]}"
-    return re.sub(pattern, f"{marks[0]}\n{table(points)}\n{marks[1]}", text, flags=re.DOTALL)
+    return between_marks(text, "table", table(points))
 
 
 def draw(points: list[Point], path: Path) -> None:
@@ -230,9 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
     for at, run in track(list(wanted()), "counting", console=Console(stderr=True)):
         if at not in known:
             known[at] = count_point(at, run)
-            write(known[k] for k, _ in wanted() if k in known)
+            write_points(Point, RESULTS, (known[k] for k, _ in wanted() if k in known))
     points = [known[k] for k, _ in wanted()]
-    write(points)
+    write_points(Point, RESULTS, points)
     PAGE.write_text(put_table(PAGE.read_text(), points))
     draw(points, PICTURE)
 

@@ -11,8 +11,6 @@ to keep activations. Points that are in the results are not counted again.
 from __future__ import annotations
 
 import argparse
-import csv
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from transformers import LlamaConfig
 from hf_sp.commands.estimate import GPUS
 from hf_sp.commands.layers import count_whole
 from hf_sp.commands.rank import Run
+from scripts.bench._points import between_marks, llama_3_1, read_points, write_points
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results" / "memory.csv"
@@ -37,13 +36,7 @@ PAGE = ROOT / "docs" / "memory.md"
 GIB = 2**30
 # The peak is a line in the number of tokens, but for kinks: two points show it.
 LENGTHS = (8192, 131072)
-SHARED = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
-MODELS = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-    | {"num_hidden_layers": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
-    | {"num_hidden_layers": 80},
-}
+MODELS = "8B", "70B"
 PLAIN = Run(library="one GPU", sp=False)
 # What is said of a way, and how it is run; the first and last are all that one GPU has.
 WAYS: dict[str, Run] = {
@@ -82,7 +75,7 @@ def key(point: Point) -> tuple[str, int, str, int]:
 
 def config_of(model: str) -> LlamaConfig:
     """Llama 3.1 of that size."""
-    return LlamaConfig(**MODELS[model], **SHARED)
+    return LlamaConfig(**llama_3_1(model))
 
 
 def wanted() -> Iterable[tuple[str, int, str, int, Run]]:
@@ -104,20 +97,7 @@ def count_point(model: str, tp: int, way: str, seq: int, run: Run) -> Point:
 
 def read() -> list[Point]:
     """The committed points."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    text = ("model", "way")
-    return [Point(**{k: v if k in text else int(v) for k, v in row.items()}) for row in rows]
-
-
-def write(points: Iterable[Point]) -> None:
-    """Write them."""
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Point.__slots__)
-        writer.writerows([getattr(p, name) for name in Point.__slots__] for p in points)
+    return read_points(Point, RESULTS)
 
 
 def table(points: Iterable[Point], model: str, seq: int) -> str:
@@ -138,9 +118,7 @@ def tables(points: list[Point]) -> str:
 
 def put_tables(text: str, points: list[Point]) -> str:
     """The page with these tables between its marks."""
-    marks = "<!-- tables -->", "<!-- end of tables -->"
-    pattern = f"{marks[0]}.*?{marks[1]}"
-    return re.sub(pattern, f"{marks[0]}\n{tables(points)}\n{marks[1]}", text, flags=re.DOTALL)
+    return between_marks(text, "tables", tables(points))
 
 
 def draw(points: list[Point], model: str, path: Path) -> None:
@@ -190,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
             # Another process may count the other model.
             found = count_point(*point)
             known = {key(p): p for p in read()} | {point[:4]: found}
-            write(known[p[:4]] for p in wanted() if p[:4] in known)
+            write_points(Point, RESULTS, (known[p[:4]] for p in wanted() if p[:4] in known))
     points = [known[p[:4]] for p in wanted() if p[:4] in known]
     PAGE.write_text(put_tables(PAGE.read_text(), points))
     for model in MODELS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from behaviour.inputs import inputs
 from harness import tiny
-from harness.parity import Case, assert_parity, train_all
+from harness.parity import Case, assert_parity
 from harness.pool import run_once
 
 from context import jobs
+from context.cells import assert_cell, in_worlds
 from hf_sp import supports
 
 pytestmark = pytest.mark.slow
@@ -35,16 +36,11 @@ FOUR = (
     Case("bamba", cp=4, accum=3, parallelize=(("cp_mode", "ring"),)),
     Case("qwen3_5", cp=4, parallelize=(("cp_mode", "hybrid"), ("cp_ulysses", 2))),
 )
-CELLS = [(n, cases, i) for n, cases in ((2, TWO), (4, FOUR)) for i in range(len(cases))]
 
 
-@pytest.mark.parametrize(
-    ("world", "cases", "index"), CELLS, ids=[f"world{n}-{cases[i]}" for n, cases, i in CELLS]
-)
+@in_worlds(TWO, FOUR)
 def test_training_matches_the_unsharded_model(world, cases, index):
-    per_rank = run_once(world, train_all, timeout=240, cases=cases)
-    tolerance = tiny.FLOAT32.get(cases[index].family)
-    assert_parity([reports[index] for reports in per_rank], tol=tolerance)
+    assert_cell(world, cases, index)
 
 
 BATCHES = ("length1-batch2", "length3-batch1", "length17-batch3", "left-padded", "right-padded")

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from harness import tiny
 from harness.noise import noise
-from harness.parity import Case, assert_parity, train_all
+from harness.parity import Case, assert_parity
 from harness.pool import run_once
 from parity.test_low_precision import _check as check_noise
 
 from context import jobs
+from context.cells import assert_cell, in_worlds
 from context.test_ulysses import BATCHES
 from hf_sp import supports
 from hf_sp.comm.degrees import ranks_of_node
@@ -38,17 +39,12 @@ FOUR = (
     Case("mixtral", cp=4, steps=1, **HYBRID),
     Case("llama_kv1", cp=4, sp=False, accum=3, steps=1, **HYBRID),
 )
-CELLS = [(n, cases, i) for n, cases in ((2, TWO), (4, FOUR)) for i in range(len(cases))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "cases", "index"), CELLS, ids=[f"world{n}-{cases[i]}" for n, cases, i in CELLS]
-)
+@in_worlds(TWO, FOUR)
 def test_training_matches_the_unsharded_model(world, cases, index):
-    per_rank = run_once(world, train_all, timeout=240, cases=cases)
-    tolerance = tiny.FLOAT32.get(cases[index].family)
-    assert_parity([reports[index] for reports in per_rank], tol=tolerance)
+    assert_cell(world, cases, index)
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from behaviour.inputs import inputs
 from harness import tiny
-from harness.parity import Case, assert_parity, train_all
+from harness.parity import Case, assert_parity
 from harness.pool import run_once
 
 from context import jobs
+from context.cells import assert_cell, in_worlds
 from hf_sp import supports
 from hf_sp.context.ulysses import heads_of_ranks
 
@@ -29,15 +30,11 @@ FOUR = (
     Case("mixtral", cp=2, parallelize=(("ep", 2),), checkpoint="non_reentrant"),
     Case("qwen2_moe", cp=4, steps=1),
 )
-CELLS = [(n, cases, i) for n, cases in ((2, TWO), (4, FOUR)) for i in range(len(cases))]
 
 
-@pytest.mark.parametrize(
-    ("world", "cases", "index"), CELLS, ids=[f"world{n}-{cases[i]}" for n, cases, i in CELLS]
-)
+@in_worlds(TWO, FOUR)
 def test_training_matches_the_unsharded_model(world, cases, index):
-    per_rank = run_once(world, train_all, timeout=240, cases=cases)
-    assert_parity([reports[index] for reports in per_rank])
+    assert_cell(world, cases, index)
 
 
 BATCHES = (

@@ -27,6 +27,9 @@ from proof import jobs
         ("cohere", {"batch": "plain"}),
         # A mixer, its convolution and numbers by head.
         ("qwen3_next", {"batch": "plain"}),
+        # What cp ranks exchange is not in the plan's layouts.
+        ("mistral", {"tp": 1, "cp": 2, "cp_mode": "ring"}),
+        ("qwen3_next", {"tp": 1, "cp": 2}),
         ("llama_tied", {"sp": False, "layers": True}),
         ("qwen3", {"kernels": False, "dtype": torch.float32, "layers": True}),
         ("qwen2_moe", {"ep": 2, "layers": True}),
