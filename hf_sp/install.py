@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_sp.context import attention as context
 from hf_sp.context.mixer import OwnHeads
-from hf_sp.model.block import BlockBoundary, OwnTokens, StackBoundary
+from hf_sp.model.block import BlockBoundary, LengthAlone, OwnTokens, StackBoundary
 from hf_sp.model.embedding import Rows, VocabParallelEmbedding
 from hf_sp.model.forward import DecoderBoundary, ModelBoundary
 from hf_sp.model.head import CausalLMLoss, VocabParallelHead
@@ -90,6 +90,9 @@ def _install_ends(model: nn.Module, plan: Plan, state: ParallelState) -> None:
     StackBoundary(state).install(first, norm)
     decoder = model.get_submodule(plan.decoder)
     DecoderBoundary(state, model, leave_router_logits).install(decoder)
+    if getattr(decoder, "rotary_emb", decoder) is None:
+        for path in plan.layers:
+            LengthAlone.install(model.get_submodule(path), state)
     if plan.ring > 1:
         context.DecoderConfig(state).install(decoder)
     if decoder is not model:

@@ -9,6 +9,7 @@ Shape letters: B batch, S sequence, s = S / tp, H hidden.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,10 +48,33 @@ def true_length(kwargs: Mapping[str, Any]) -> int | None:
     perhaps after another forward.
     """
     embeddings = kwargs.get("position_embeddings")
+    if isinstance(embeddings, LengthAlone):
+        return embeddings.length
     if embeddings is not None:
         return embeddings[0].shape[-2]
     positions = kwargs.get("position_ids")
     return None if positions is None else positions.shape[-1]
+
+
+class LengthAlone:
+    """What layers of a decoder without positions are given in the place of these."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    @classmethod
+    def install(cls, layer: nn.Module, state: ParallelState) -> None:
+        """Around its calls: a layer that runs again in backward is given the same."""
+        call_through(layer, functools.partial(cls.tell, state))
+
+    @classmethod
+    def tell(
+        cls, state: ParallelState, layer: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call it with the length of the whole sequence."""
+        if kwargs.get("position_embeddings") is None:
+            kwargs["position_embeddings"] = cls(state.whole_length)
+        return layer(*args, **kwargs)
 
 
 CACHES = ("cache", "past_key_values")
@@ -101,6 +125,8 @@ class BlockBoundary:
         state = self.state
         x = get_hidden_states(args, kwargs)
         length = true_length(kwargs) or self.length if self.attention else None
+        if isinstance(kwargs.get("position_embeddings"), LengthAlone):
+            kwargs = {**kwargs, "position_embeddings": None}
         parts = None if self.own is None else state.cut
         if self.attention and length is None and (parts is not None or state.sharded):
             raise ShapeError(

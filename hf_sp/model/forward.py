@@ -71,13 +71,13 @@ class DecoderBoundary(_Boundary):
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
         self._batch, state.length = (0, None) if tokens is None else tokens.shape[:2]
+        state.whole_length = state.length or 0
         # Never in training, where a checkpointed layer may run again after this forward is over.
         state.few_tokens = not torch.is_grad_enabled() and self._few_tokens(inputs)
         if state.parts is not None and state.length is not None:
             if not state.in_model:
                 state.uncut = _fills_a_cache(inputs)
             state.uncut |= state.few_tokens
-            state.whole_length = state.length
             if not state.uncut:
                 state.length = state.parts.length(state.length)
         as_dict = kwargs.get("return_dict")

@@ -109,15 +109,15 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)
 def call_through(module: nn.Module, call: Callable[..., Any]) -> None:
     """Put a function around a module's calls, hooks and all: ``call(inner, *args, **kwargs)``.
 
-    Its class is replaced by one of the same name.
+    Its class is replaced by one of the same name. Later ones are around those before.
     """
     kind: Any = type(module)
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        around = self.__dict__["around_call"]
+        around = self.__dict__["around_calls"][kind]
         return around(functools.partial(kind.__call__, self), *args, **kwargs)
 
-    module.__dict__["around_call"] = call
+    module.__dict__.setdefault("around_calls", {})[kind] = call
     names = {"__module__": kind.__module__, "__call__": called}
     module.__class__ = type(kind.__name__, (kind,), names)
 

@@ -102,8 +102,11 @@ class MixerBoundary(BlockBoundary):
         super().install(module)
         _Unfused().install(module)
         plan, state = self.plan, self.state
-        for path in plan.norms:
+        for path, _ in plan.norms:
             NormOverGroups.install(module.get_submodule(path), state)
+        self.factor = module.__dict__[plan.factor] if plan.factor else None
+        if self.factor is not None:
+            setattr(module, plan.factor, _Applied())
         self.counts = _Counts(module, plan)
         self.counts(state.tp)
         self.module = module
@@ -118,18 +121,24 @@ class MixerBoundary(BlockBoundary):
         self.length = true_length(kwargs)
 
     def before(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Zeros where the padding mask has them."""
+        """Zeros where the padding mask has them; times the factor."""
         state, mask = self.state, kwargs.get("attention_mask")
         if state.parts is not None:
             self.counts(place(state)[0])
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return x
-        where = state.cut, state.axis if state.sharded else None
-        y = _Masked.apply(x, mask, *where)
-        if (known := recompute_of(x)) is not None:
-            again = functools.partial(_masked_again, known.function, where)
-            attach_recompute(y, Recompute(again, (*known.inputs, mask)))
-        return y
+        y = x
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            where = state.cut, state.axis if state.sharded else None
+            y = _Masked.apply(x, mask, *where)
+            if (known := recompute_of(x)) is not None:
+                again = functools.partial(_masked_again, known.function, where)
+                attach_recompute(y, Recompute(again, (*known.inputs, mask)))
+        if self.factor is None:
+            return y
+        z = y * self.factor
+        if (known := recompute_of(y)) is not None:
+            again = functools.partial(_times, known.function, self.factor)
+            attach_recompute(z, Recompute(again, known.inputs))
+        return z
 
     def hand_over(
         self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
@@ -217,6 +226,13 @@ class AppliedMask:
         return x if x is self.x else x * self.mask
 
 
+class _Applied:
+    """A number that has been multiplied into a mixer's input, whose product with that is that."""
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x
+
+
 class _Masked(Node):
     """Hidden states of this rank's tokens, with zeros where a mask of the whole sequence has them.
 
@@ -242,6 +258,10 @@ def _masked(x: Tensor, mask: Tensor, parts: Parts | None, tp: Axis | None) -> Te
     own = mask if parts is None else parts.take(mask, 1)
     own = own if tp is None else comm.own_shard(own, tp)
     return (x * own[..., None]).to(x.dtype)
+
+
+def _times(function: Callable[..., Tensor], factor: float, *inputs: Tensor) -> Tensor:
+    return function(*inputs) * factor
 
 
 def _masked_again(function: Callable[..., Tensor], where: Any, *inputs: Tensor) -> Tensor:

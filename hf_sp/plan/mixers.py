@@ -19,6 +19,8 @@ from hf_sp.plan.outer import Modules, check_linear, class_name
 from hf_sp.plan.schema import Block, Kind, Leaf, Mixer, OwnRows, Segments, own_size
 
 _Names = tuple[str, ...]
+FACTOR = "ssm_in_multiplier"
+"""What a Mamba-2 multiplies its input with, if it does (Falcon-H1)."""
 
 
 class _Form(NamedTuple):
@@ -107,13 +109,14 @@ class _Mixer:
         self.leaves: list[Leaf] = []
         self.own: list[OwnRows] = []
         self.columns: list[tuple[str, Segments]] = []
-        self.norms: list[str] = []
+        self.norms: list[tuple[str, int]] = []
         self.counts = [("", name, self.segments(names)) for name, names in form.counts.items()]
 
     def mixer(self) -> Mixer:
         """What has been found."""
         own, columns, norms = tuple(self.own), tuple(self.columns), tuple(self.norms)
-        return Mixer(self.heads, self.shared, tuple(self.counts), own, columns, norms)
+        factor = FACTOR if FACTOR in self.block.__dict__ else ""
+        return Mixer(self.heads, self.shared, tuple(self.counts), own, columns, norms, factor)
 
     def segments(self, names: _Names) -> Segments:
         """Heads, or groups, and features of each of what has these sizes."""
@@ -144,7 +147,7 @@ class _Mixer:
                 self.counts += [(child, name, packed) for name in names]
             elif module._parameters:
                 groups = gated_norm_groups(module, key)
-                self.norms.append(child)
+                self.norms.append((child, groups))
                 if "n_groups" in module.__dict__:
                     self.counts.append((child, "n_groups", ((groups, 1),)))
 

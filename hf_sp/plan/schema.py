@@ -118,7 +118,8 @@ class Mixer:
     counts: tuple[tuple[str, str, Segments], ...]  # module below it, attribute: what that counts
     own: tuple[OwnRows, ...]
     columns: tuple[tuple[str, Segments], ...]  # column linears: what their features are
-    norms: tuple[str, ...] = ()  # gated norms over features of heads
+    norms: tuple[tuple[str, int], ...] = ()  # gated norms over features of heads, their groups
+    factor: str = ""  # attribute: a number that its input is multiplied with
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,8 +142,27 @@ class _Step:
             found.append(Collective("forward", "all_reduce", name, sums, 4))
             found.append(Collective("backward", "all_reduce", name, sums, 4))
         found += self._whole(leaves)
+        found += self._shared_groups(block)
         self._tp_block(found, leaves, own)
         return Stage(block.path, what, self.moving, "FULL", self.moving, tuple(found))
+
+    def _shared_groups(self, block: Block) -> Iterator[Collective]:
+        """What a mixer's ranks make together for heads of one group, and its norm over them."""
+        if block.mixer is None:
+            return
+        t, tp = self.tokens, self.plan.tp
+        for name, segments in block.mixer.columns:
+            shared = sum(count * width for count, width in segments if count % tp)
+            if shared:
+                size = (shared, t.length, t.batch)
+                what = f"shared features of {name}"
+                yield Collective("forward", "all_gather", what, size, t.itemsize)
+                yield Collective("backward", "reduce_scatter", what, size, t.itemsize)
+        for name, groups in block.mixer.norms:
+            if groups % tp:
+                size = (t.batch, t.length, groups)
+                yield Collective("forward", "all_reduce", f"sums of squares of {name}", size, 4)
+                yield Collective("backward", "all_reduce", f"sums of squares of {name}", size, 4)
 
     def _tp_block(self, found: list[Collective], leaves: Sequence[Leaf], own: list[Any]) -> None:
         """Entry and exit; ``own`` reads the gathered input beside the column linears."""

@@ -140,10 +140,11 @@ def _whole(
     tolerance, why = tolerance_of(parallel, state, source.dtype)
     if state.offload:
         parallel.gradient_checkpointing_enable()
-    # What adapters send depends on which linears have one, what cp ranks exchange on the mask;
-    # checkpoints and tiles send it again.
+    # What adapters send depends on which linears have one, what cp ranks exchange on the mask, what
+    # is given by token on the layer; checkpoints and tiles send it again.
     untold = {
         "context parallel ranks": state.parts is not None,
+        "arguments of layers by token": bool(state.plan.per_token),
         "adapters": runs.has_adapters(model),
         "offloading": state.offload,
         "tiles": state.mlp_tile is not None,

@@ -19,6 +19,9 @@ TWO = (
     Case("bamba", cp=2, accum=3, checkpoint="reentrant", optimizer="adamw"),
     Case("qwen3_next", cp=2, loaded=True),
     Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 1),)),
+    Case("falcon_h1", cp=2, accum=3),
+    Case("granite_hybrid", cp=2, accum=3, checkpoint="non_reentrant"),
+    Case("granite_hybrid", cp=2, parallelize=(("cp_mode", "ring"),)),
 )
 FOUR = (
     # A head of keys, or a group of heads, for each.

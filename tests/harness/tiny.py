@@ -26,6 +26,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -219,6 +220,22 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
                 "pad_token_id": None,
             },
         ),
+        # the same in turn with an attention that is given no positions; a dense MLP by another name
+        "granite_hybrid": (
+            GraniteMoeHybridConfig,
+            {
+                "layer_types": ["linear_attention", "full_attention"],
+                "mamba_n_heads": 8,
+                "mamba_d_head": 16,
+                "mamba_d_state": 8,
+                "mamba_n_groups": 1,
+                "shared_intermediate_size": 96,
+                "num_local_experts": 0,
+                "num_experts_per_tok": 0,
+                "attention_multiplier": 0.35,
+                "residual_multiplier": 0.8,
+            },
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -247,7 +264,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
 # Their scans are all float32, and make more of a rounding that falls otherwise.
-_SCANS = "qwen3_5", "qwen3_next", "bamba", "falcon_h1"
+_SCANS = "qwen3_5", "qwen3_next", "bamba", "falcon_h1", "granite_hybrid"
 FLOAT32 |= dict.fromkeys(_SCANS, 1e-5)
 # Twice the layers, a dozen such norms and a router in each.
 FLOAT32["gemma4"] = 4e-6

@@ -49,6 +49,9 @@ def _cases(tp: int) -> tuple[Case, ...]:
         # A group of heads for all ranks, or for half of four.
         Case("bamba", model_kwargs=(("mamba_n_groups", tp // 2),), checkpoint="non_reentrant"),
         Case("falcon_h1", accum=3),
+        Case("falcon_h1", checkpoint="non_reentrant"),
+        Case("granite_hybrid", accum=3, checkpoint="reentrant"),
+        Case("granite_hybrid", checkpoint="non_reentrant"),
         Case("qwen3_next", parallelize=(("ep", tp),)),
     )
     apart = (("phi3", {}), ("olmo2", {}), ("qwen3_5", {}), ("gpt_oss", {"attn": "eager"}))

@@ -27,7 +27,12 @@ from proof import jobs
         ("cohere", {"batch": "plain"}),
         # A mixer, its convolution and numbers by head.
         ("qwen3_next", {"batch": "plain"}),
-        # What cp ranks exchange is not in the plan's layouts.
+        # Groups of heads on several ranks.
+        ("falcon_h1", {}),
+        ("granite_hybrid", {"batch": "plain"}),
+        # Arguments by token, which the plan's layouts do not tell, as they do not what cp ranks
+        # exchange.
+        ("gemma4", {}),
         ("mistral", {"tp": 1, "cp": 2, "cp_mode": "ring"}),
         ("qwen3_next", {"tp": 1, "cp": 2}),
         ("llama_tied", {"sp": False, "layers": True}),
