@@ -48,10 +48,12 @@ def count_whole(config: PreTrainedConfig, run: Run) -> TrainingCount:
 
 
 def layer_collectives(config: PreTrainedConfig, run: Run) -> dict[str, dict[str, CollectiveCount]]:
-    """Collectives of one layer, the fourth, by phase and kind."""
-    three, four = (_count(config, n, run) for n in FEW[:2])
-    more = _difference(four, three).collectives
-    return {phase: {k: c for k, c in kinds.items() if c.calls} for phase, kinds in more.items()}
+    """Collectives of one layer, by phase and kind: the fourth, or behind each of all kinds."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
+    before = max(FEW[0], *(kinds.index(kind) + 1 for kind in {*kinds}))
+    less, more = (_count(config, n, run) for n in (before, before + 1))
+    found = _difference(more, less).collectives
+    return {phase: {k: c for k, c in of.items() if c.calls} for phase, of in found.items()}
 
 
 def longest(config: PreTrainedConfig, run: Run, capacity: int, peak: int | None = None) -> int:

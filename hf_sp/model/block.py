@@ -138,7 +138,6 @@ class BlockBoundary:
             assert length is not None
             assert self.own is not None
             kwargs = self.own(kwargs, length, parts)
-        x = self.before(x, kwargs)
         gathered = gather_columns(
             x,
             self.linears,
@@ -158,17 +157,7 @@ class BlockBoundary:
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == self.heads > 1:
             own = self.heads // state.tp
             kwargs = {**kwargs, "attention_mask": mask.narrow(1, state.rank * own, own)}
-        return self.hand_over(args, kwargs, gathered.x, length)
-
-    def before(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states that are gathered; for blocks that change them by their arguments."""
-        return x
-
-    def hand_over(
-        self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
-    ) -> tuple[tuple, dict[str, Any]]:
-        """The block's arguments, with what has been gathered."""
-        return replace_hidden_states(args, kwargs, x)
+        return replace_hidden_states(args, kwargs, gathered.x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the block's partial output."""

@@ -16,7 +16,12 @@ from hf_sp.comm import collectives as comm
 from hf_sp.comm.autograd import Node, once_differentiable
 from hf_sp.comm.collectives import Axis
 from hf_sp.comm.parts import Parts
-from hf_sp.model.block import BlockBoundary, true_length
+from hf_sp.model.block import (
+    BlockBoundary,
+    get_hidden_states,
+    replace_hidden_states,
+    true_length,
+)
 from hf_sp.model.columns import ColumnLinear
 from hf_sp.model.mixer_groups import NormOverGroups, SharedGroups, place
 from hf_sp.model.parameters import LocalParameters, Partial
@@ -120,7 +125,13 @@ class MixerBoundary(BlockBoundary):
         """Pre-hook of the layer: a mixer is given no positions, but its layer is."""
         self.length = true_length(kwargs)
 
-    def before(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """All-gather the input as the mixer would change it, for its column linears."""
+        x = self._changed(get_hidden_states(args, kwargs), kwargs)
+        args, kwargs = replace_hidden_states(args, kwargs, x)
+        return self._hand_over(*super().enter(module, args, kwargs))
+
+    def _changed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Zeros where the padding mask has them; times the factor."""
         state, mask = self.state, kwargs.get("attention_mask")
         if state.parts is not None:
@@ -140,21 +151,20 @@ class MixerBoundary(BlockBoundary):
             attach_recompute(z, Recompute(again, known.inputs))
         return z
 
-    def hand_over(
-        self, args: tuple, kwargs: dict[str, Any], x: Tensor, length: int | None
-    ) -> tuple[tuple, dict[str, Any]]:
-        """The mixer's arguments."""
+    def _hand_over(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The mixer's arguments, with what has been gathered."""
+        x = get_hidden_states(args, kwargs)
         shown, children = self.module.__dict__, self.module._modules
         for name, shared in self.shared.items():
             shown[name] = Shown(children[name], shared.of)
         if self.state.cut is not None:
             assert self.exchange is not None
-            assert length is not None
-            x = self.exchange.show(x, length, self.state.cut)
+            assert self.length is not None
+            x = self.exchange.show(x, self.length, self.state.cut)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             kwargs = {**kwargs, "attention_mask": AppliedMask(mask, x)}
-        return super().hand_over(args, kwargs, x, length)
+        return replace_hidden_states(args, kwargs, x)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the partial output."""

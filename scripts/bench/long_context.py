@@ -29,6 +29,7 @@ from hf_sp.commands.estimate import GPUS, USABLE
 from hf_sp.commands.layers import count_whole, layer_collectives
 from hf_sp.commands.rank import Run
 from hf_sp.errors import HfSpError
+from scripts.bench._cost.scan import kernel_scan
 from scripts.bench._points import between_marks, llama_3_1, read_points, write_points
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +122,8 @@ def count_point(at: tuple[str, int, str, str, int], run: Run) -> Point:
     """Count one."""
     config = CONFIGS[at[0]]
     try:
-        found, layer = count_whole(config, run), layer_collectives(config, run)
+        with kernel_scan():
+            found, layer = count_whole(config, run), layer_collectives(config, run)
     except HfSpError as error:
         return Point(*at, refused=str(error).splitlines()[0])
     moved = sum(c.bytes for kinds in layer.values() for c in kinds.values())

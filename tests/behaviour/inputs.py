@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from harness import batches
 from harness.batches import Batch
-from harness.compare import compare_loss, compare_once, compare_plain, evaluating, fresh
+from harness.compare import attempt, compare_loss, compare_once, compare_plain, evaluating, fresh
 from harness.parity import Case, each, pair
+from harness.parity import around as in_place
 from harness.report import Report
 from torch import nn
 
@@ -61,6 +64,21 @@ def named_inputs(tp: int, vocab: int) -> dict[str, Batch]:
         "mask-4d": batches.mask_4d(2, 17, vocab),
         "mask-of-heads": batches.mask_of_heads(2, 17, vocab),
     }  # fmt: skip
+
+
+def touched_all(cases: Iterable[Case]) -> list[Report]:
+    """A hook reads the embedding's output, as one for noise does: layer 0 is given the whole."""
+
+    def touched(case: Case) -> Report:
+        report = Report(str(case), dist.get_rank(), case.dtype)
+        with in_place(case):
+            model, parallel = pair(case)
+            for one in (model, parallel):
+                one.get_input_embeddings().register_forward_hook(lambda module, args, out: out + 0)
+            compare_once(report, model, parallel, batches.plain(2, 17, model.config.vocab_size))
+        return report
+
+    return [attempt(str(case), lambda case=case: touched(case)) for case in cases]
 
 
 def inputs(case: Case, only: tuple[str, ...] = ()) -> dict[str, Report]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from commands import jobs
+from harness import tiny
 from harness.pool import pool
 from transformers import AutoConfig
 
 from hf_sp.commands import layers, rank
-from hf_sp.commands.layers import count_whole, longest
+from hf_sp.commands.layers import count_whole, layer_collectives, longest
 from hf_sp.commands.main import main
 from hf_sp.commands.rank import Run, count
 
@@ -237,3 +238,13 @@ def test_the_documented_numbers():
     row = [*(f"{kind / 2**30:.2f}" for kind in kinds.values()), f"{found.peak / 2**30:.2f}"]
     assert f"| hf_sp, tp=8 | {' | '.join(row)} | {found.when} |" in text
     assert f"there are {gradients / 2**30:.2f} GiB of them" in " ".join(text.split())
+
+
+def test_a_layer_behind_one_of_each_kind():
+    """A plan of linear attentions alone has keys of an attention that match nothing."""
+    sizes = {"num_hidden_layers": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    config = tiny.config("qwen3_5", **sizes, layer_types=None)
+    counts = layer_collectives(config, replace(SHORT, tp=2))
+    calls = {phase: {k: c.calls for k, c in kinds.items()} for phase, kinds in counts.items()}
+    assert calls["forward"] == {"all_gather": 2, "reduce_scatter": 2}
+    assert calls["backward"] == {"all_gather": 4, "reduce_scatter": 2, "all_reduce": 1}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
+from behaviour.inputs import touched_all
 from harness.parity import Case
 
 from hf_sp import api
@@ -80,7 +81,7 @@ def a_head_that_travels_twice_is_trained_half() -> list[Patch]:
     return [(attention, "to_heads", halved)]
 
 
-@mutant(DENSE)
+@mutant(DENSE, check=touched_all)
 def the_entrys_gradient_is_cp_times_too_large() -> list[Patch]:
     original = cuts._TakeGather.backward
 

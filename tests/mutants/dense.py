@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from behaviour.inputs import touched_all
 from harness.parity import Case
 
 from hf_sp.comm import collectives as comm
@@ -23,7 +24,7 @@ def stack_entry_backward_keeps_own_shard() -> list[Patch]:
     return [wrongly.backward(pairs._ScatterAllGather, backward)]
 
 
-@mutant()
+@mutant(check=touched_all)
 def stack_entry_takes_the_wrong_shard() -> list[Patch]:
     right = comm.own_shard
 

@@ -156,11 +156,14 @@ def labels_of_the_wrong_shard_order() -> list[Patch]:
 
 @mutant()
 def hidden_states_scattered_without_gather_in_backward() -> list[Patch]:
-    right = block.StackBoundary.enter
+    right = block.StackBoundary.call
 
-    def wrong(self, module, args, kwargs):
-        args, kwargs = right(self, module, args, kwargs)
-        x = block.get_hidden_states(args, kwargs)
-        return block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
+    def wrong(self, layer, *args, **kwargs):
+        def of_own_tokens(*args, **kwargs):
+            x = block.get_hidden_states(args, kwargs)
+            args, kwargs = block.replace_hidden_states(args, kwargs, x.detach() + 0 * x)
+            return layer(*args, **kwargs)
 
-    return [(block.StackBoundary, "enter", wrong)]
+        return right(self, of_own_tokens, *args, **kwargs)
+
+    return [(block.StackBoundary, "call", wrong)]

@@ -64,7 +64,12 @@ def heads_of_mixers_are_another_ranks() -> list[Patch]:
 @mutant(CUT)
 def what_is_packed_is_exchanged_as_one() -> list[Patch]:
     def as_one(function):
-        return lambda made, sizes, *how: function(made, [(sum(own),) for own in sizes], *how)
+        def exchange(made, sizes, *how):
+            cp = how[-1].axis.size
+            one = [((cp, sum(n * width for n, width in own) // cp),) for own in sizes]
+            return function(made, one, *how)
+
+        return exchange
 
     return [(heads, name, as_one(getattr(heads, name))) for name in ("_spread", "_collect")]
 

@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BambaConfig, Qwen3_5TextConfig
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hf_sp import parallelize
 from hf_sp.estimate import CollectiveCount, count_step, fake_tensors, fake_world, per_layer
 from hf_sp.model.fsdp import make_buffers
+from scripts.bench._cost.scan import kernel_scan
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1792, "vocab_size": 128}
 # Heads of keys, and so of values: n, of k and of v features.
@@ -96,31 +96,15 @@ def test_padding_costs_no_byte(family):
         assert padded == plain
 
 
-class _Scan(torch.autograd.Function):
-    """Keeps what it is given, as kernels do."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, g, beta):
-        ctx.save_for_backward(q, k, v, g, beta)
-        return torch.zeros_like(v)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
-
-
 CHANNELS = N * (2 * K + V)
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel():
     """A kernel in place of transformers' scan."""
-    name = "torch_chunk_gated_delta_rule"
-    monkeypatch.setattr(
-        modeling_qwen3_5, name, lambda q, k, v, g, beta, **_: (_Scan.apply(q, k, v, g, beta), None)
-    )
     _step.cache_clear()
-    yield
+    with kernel_scan():
+        yield
     _step.cache_clear()
 
 
