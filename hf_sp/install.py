@@ -129,7 +129,8 @@ def _install_block(model: nn.Module, block: Block, state: ParallelState) -> None
     else:
         _tell_heads(module, block, state.tp)
         if state.parts is not None:
-            boundary.own = context.install(module, state).own
+            names = tuple(path.rpartition(".")[2] for path in block.of_heads)
+            boundary.own = context.install(module, state, names).own
 
 
 def _install_outside(model: nn.Module, path: str, state: ParallelState) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hf_sp.comm.collectives import Axis
 from hf_sp.comm.parts import Parts
 from hf_sp.context.masks import Band, Given, Mask, describe
 from hf_sp.context.ring import ring_attention
@@ -43,7 +44,9 @@ class _Named(LocalConfig):
 class ContextConfig(_Named):
     """An attention module's config: another attention, in front of the one that the user chose."""
 
-    def __init__(self, module: nn.Module, state: ParallelState) -> None:
+    def __init__(
+        self, module: nn.Module, state: ParallelState, of_heads: tuple[str, ...] = ()
+    ) -> None:
         forward = inspect.unwrap(type(module).forward)
         known, given = forward.__globals__, inspect.signature(forward).parameters
         super().__init__(
@@ -55,6 +58,7 @@ class ContextConfig(_Named):
             eager=known["eager_attention_forward"],
             # By name it is used beside the projections; among the rest it goes to the attention.
             takes_positions="position_ids" in given,
+            of_heads=of_heads,
         )
 
     def own(self, kwargs: dict[str, Any], length: int, parts: Parts) -> dict[str, Any]:
@@ -118,9 +122,9 @@ class DecoderConfig:
             module.__dict__["config"] = config.__dict__["whole"]
 
 
-def install(module: nn.Module, state: ParallelState) -> ContextConfig:
-    """Put it in front of a module's attention."""
-    config = ContextConfig(module, state)
+def install(module: nn.Module, state: ParallelState, of_heads: tuple[str, ...]) -> ContextConfig:
+    """Put it in front of a module's attention, which has parameters of a number for each head."""
+    config = ContextConfig(module, state, of_heads)
     setattr(module, "config", config)  # noqa: B010 (no attribute of nn.Module)
     # Registered now: a compiler would not see it done.
     assert config._attn_implementation
@@ -155,21 +159,30 @@ def attend(
     q, k, v = to_heads(query, key, value, parts.tokens(S), axis)
     of_heads = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
     if of_heads and attention_mask.shape[1] == heads > 1:
-        attention_mask = attention_mask.narrow(1, axis.rank * own, own)
+        attention_mask = _of_rank(attention_mask, 1, own, axis)
     if parts.ring > 1:
         mask, scale = _ring_mask(module, attention_mask, S, kwargs), kwargs.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return to_sequence(ring_attention(q, k, v, mask, scale, S, parts), P, axis), None
+    told = module.__dict__
+    whole: dict[str, Any] = {name: told[name] for name in config["of_heads"]}
+    change: dict[str, Any] = {name: _of_rank(x, 0, own, axis) for name, x in whole.items()}
+    # As arguments too: they are the same tensors.
+    kwargs |= {n: change[name] for n, x in kwargs.items() for name, y in whole.items() if x is y}
     groups = getattr(module, "num_key_value_groups", None)
-    if groups is None or groups * k.shape[1] == own:
+    if groups is not None and groups * k.shape[1] != own:
+        whole["num_key_value_groups"], change["num_key_value_groups"] = groups, own // k.shape[1]
+    told.update(change)
+    try:
         out, weights = function(module, q, k, v, attention_mask, **kwargs)
-    else:
-        setattr(module, "num_key_value_groups", own // k.shape[1])  # noqa: B010
-        try:
-            out, weights = function(module, q, k, v, attention_mask, **kwargs)
-        finally:
-            setattr(module, "num_key_value_groups", groups)  # noqa: B010
+    finally:
+        told.update(whole)
     return to_sequence(out, P, axis), weights
+
+
+def _of_rank(x: Tensor, dim: int, own: int, axis: Axis) -> Tensor:
+    """What belongs to the heads that this rank attends with."""
+    return x.narrow(dim, axis.rank * own, own)
 
 
 # Of what code may hand to an attention function: what changes its numbers, and no ring knows.

@@ -75,7 +75,8 @@ def _check_code(block: Block, modules: Modules) -> None:
     known = inspect.signature(forward).parameters.values()
     given = {p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD} - {"self"}
     calls = {"ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"} <= {*forward.__code__.co_names}
-    own = [n for n, p in module.named_parameters(recurse=False) if p is not None]
+    of_heads = {path.rpartition(".")[2] for path in block.of_heads}
+    own = [n for n, p in module.named_parameters(recurse=False) if n not in of_heads]
     if calls and given <= _GIVEN and not own and "config" in module.__dict__:
         return
     problem = f"it is given {', '.join(sorted(given - _GIVEN))}" if given - _GIVEN else ""

@@ -16,11 +16,14 @@ from hf_sp.context.ulysses import heads_of_ranks
 pytestmark = pytest.mark.slow
 
 TWO = (
+    # A sink for each head, which transformers' code reads of the module.
+    Case("gpt_oss", cp=2, attn="eager", accum=3, parallelize=(("ep", 1),)),
     Case("llama", cp=2, steps=1),
     Case("qwen3", cp=2, accum=3, optimizer="adamw", checkpoint="non_reentrant"),
     Case("llama_tied", cp=2, loaded=True, dtype="float32", checkpoint="reentrant"),
 )
 FOUR = (
+    Case("gpt_oss", cp=2, attn="eager", checkpoint="non_reentrant"),
     # One key/value head, which travels to all four.
     Case("llama_kv1", cp=4, steps=1),
     # Two windows and a bit in 17 tokens.

@@ -81,6 +81,11 @@ def a_head_that_travels_twice_is_trained_half() -> list[Patch]:
     return [(attention, "to_heads", halved)]
 
 
+@mutant(Case("gpt_oss", cp=2, attn="eager"))
+def sinks_of_the_first_heads() -> list[Patch]:
+    return [(attention, "_of_rank", lambda x, dim, own, axis: x.narrow(dim, 0, own))]
+
+
 @mutant(DENSE, check=touched_all)
 def the_entrys_gradient_is_cp_times_too_large() -> list[Patch]:
     original = cuts._TakeGather.backward

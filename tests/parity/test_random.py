@@ -27,8 +27,8 @@ SPARSE = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_
 MIXED = ("qwen3_5", "qwen3_next", "bamba")
 # Whose layers have several kinds of heads.
 SIZED = ("gemma4", *MIXED)
-# What cp does not take: an argument of layers by token, sinks, mixers.
-WHOLE = ("gpt_oss", *SIZED)
+# What cp does not take: an argument of layers by token.
+WHOLE = ("gemma4",)
 # (tp, cp, data parallel groups)
 DEGREES = (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 2)
 
