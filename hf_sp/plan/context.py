@@ -40,11 +40,12 @@ def check_cp(name: str, plan: Plan, modules: Modules, cp: int) -> None:
         if block.mixer is None:
             _check_code(block, modules)
     for layer in plan.layers:
-        if not any(inside(block.path, layer) for block in attentions):
+        # An MLP alone looks at each token by itself.
+        if not any(inside(block.path, layer) for block in plan.blocks):
             raise PlanError(
                 f"cp={cp} cannot be used with {name}",
                 where=layer,
-                got="a layer without an attention that hf_sp knows",
+                got="a layer without a block that hf_sp knows",
                 rule="between its attentions a rank has a part of the tokens: nothing else may "
                 "look at several",
                 legal="cp=1; tp and sp split such a model",

@@ -21,6 +21,7 @@ TWO = (
     Case("bamba", cp=2, model_kwargs=(("mamba_n_groups", 1),)),
     Case("falcon_h1", cp=2, accum=3),
     Case("granite_hybrid", cp=2, accum=3, checkpoint="non_reentrant"),
+    Case("nemotron_h", cp=2, accum=3),
     Case("granite_hybrid", cp=2, parallelize=(("cp_mode", "ring"),)),
 )
 FOUR = (

@@ -31,6 +31,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
@@ -236,6 +237,20 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
                 "residual_multiplier": 0.8,
             },
         ),
+        # layers of one block each: a Mamba-2, an MLP, an attention without positions
+        "nemotron_h": (
+            NemotronHConfig,
+            {
+                "num_hidden_layers": 3,
+                "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+                "head_dim": 8,
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 8,
+                "n_groups": 4,
+                "pad_token_id": None,
+            },
+        ),
         # low-rank projections that all heads share, a sigmoid router with groups and a correction
         "deepseek_v3": (
             DeepseekV3Config,
@@ -264,7 +279,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
 # tests/sparse/test_parity.py has it.
 FLOAT32 = dict.fromkeys(("gemma3", "olmo2", "deepseek_v3"), IN_FLOAT32)
 # Their scans are all float32, and make more of a rounding that falls otherwise.
-_SCANS = "qwen3_5", "qwen3_next", "bamba", "falcon_h1", "granite_hybrid"
+_SCANS = "qwen3_5", "qwen3_next", "bamba", "falcon_h1", "granite_hybrid", "nemotron_h"
 FLOAT32 |= dict.fromkeys(_SCANS, 1e-5)
 # Twice the layers, a dozen such norms and a router in each.
 FLOAT32["gemma4"] = 4e-6
