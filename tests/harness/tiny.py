@@ -274,6 +274,7 @@ MECHANISMS: Mapping[str, tuple[type, dict[str, Any]]] = MappingProxyType(
         ),
     }
 )
+# tests/parity/test_wide.py shows that nothing but transformers' casts is what these allow.
 # Where transformers computes in float32 whatever the dtype, and a rank has a part of the numbers:
 # norms over all heads (sums of squares), the weights of Gemma's norms, and routers, as
 # tests/sparse/test_parity.py has it.
