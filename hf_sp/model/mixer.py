@@ -5,16 +5,12 @@ Shape letters: B batch, S sequence, s this rank's tokens of it, H hidden.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_sp.comm import collectives as comm
-from hf_sp.comm.autograd import Node, once_differentiable
-from hf_sp.comm.collectives import Axis
 from hf_sp.comm.parts import Parts
 from hf_sp.model.block import (
     BlockBoundary,
@@ -24,9 +20,9 @@ from hf_sp.model.block import (
 )
 from hf_sp.model.columns import ColumnLinear
 from hf_sp.model.mixer_groups import NormOverGroups, SharedGroups, place
+from hf_sp.model.mixer_input import AppliedFactor, AppliedMask, masked, multiplied
 from hf_sp.model.parameters import LocalParameters, Partial
 from hf_sp.model.ports import BlockInput
-from hf_sp.model.recompute import Recompute, attach_recompute, recompute_of
 from hf_sp.plan.schema import Block, Mixer, OwnRows, own_size
 from hf_sp.state import ParallelState
 
@@ -111,7 +107,7 @@ class MixerBoundary(BlockBoundary):
             NormOverGroups.install(module.get_submodule(path), state)
         self.factor = module.__dict__[plan.factor] if plan.factor else None
         if self.factor is not None:
-            setattr(module, plan.factor, _Applied())
+            setattr(module, plan.factor, AppliedFactor())
         self.counts = _Counts(module, plan)
         self.counts(state.tp)
         self.module = module
@@ -127,29 +123,14 @@ class MixerBoundary(BlockBoundary):
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """All-gather the input as the mixer would change it, for its column linears."""
-        x = self._changed(get_hidden_states(args, kwargs), kwargs)
-        args, kwargs = replace_hidden_states(args, kwargs, x)
-        return self._hand_over(*super().enter(module, args, kwargs))
-
-    def _changed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Zeros where the padding mask has them; times the factor."""
-        state, mask = self.state, kwargs.get("attention_mask")
+        state = self.state
         if state.parts is not None:
             self.counts(place(state)[0])
-        y = x
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            where = state.cut, state.axis if state.sharded else None
-            y = _Masked.apply(x, mask, *where)
-            if (known := recompute_of(x)) is not None:
-                again = functools.partial(_masked_again, known.function, where)
-                attach_recompute(y, Recompute(again, (*known.inputs, mask)))
-        if self.factor is None:
-            return y
-        z = y * self.factor
-        if (known := recompute_of(y)) is not None:
-            again = functools.partial(_times, known.function, self.factor)
-            attach_recompute(z, Recompute(again, known.inputs))
-        return z
+        where = state.cut, state.axis if state.sharded else None
+        x = masked(get_hidden_states(args, kwargs), kwargs.get("attention_mask"), where)
+        x = x if self.factor is None else multiplied(x, self.factor)
+        args, kwargs = replace_hidden_states(args, kwargs, x)
+        return self._hand_over(*super().enter(module, args, kwargs))
 
     def _hand_over(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The mixer's arguments, with what has been gathered."""
@@ -213,70 +194,6 @@ class Shown:
 def children_shown(module: nn.Module) -> list[str]:
     """Names of the children in whose place something stands."""
     return [name for name, one in module.__dict__.items() if type(one) is Shown]
-
-
-class AppliedMask:
-    """A padding mask that has been multiplied into a mixer's input.
-
-    Its product with that is that; with anything else of the whole sequence (Mamba-2 masks what
-    comes out of its convolution too) it is the product with the mask.
-    """
-
-    def __init__(self, mask: Tensor, x: Tensor) -> None:
-        self.mask, self.x = mask, x
-
-    def __getitem__(self, index: Any) -> AppliedMask:
-        """As of the mask."""
-        return AppliedMask(self.mask[index], self.x)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["mask"], name)
-
-    def __rmul__(self, x: Tensor) -> Tensor:
-        return x if x is self.x else x * self.mask
-
-
-class _Applied:
-    """A number that has been multiplied into a mixer's input, whose product with that is that."""
-
-    def __rmul__(self, x: Tensor) -> Tensor:
-        return x
-
-
-class _Masked(Node):
-    """Hidden states of this rank's tokens, with zeros where a mask of the whole sequence has them.
-
-    Shapes:   x [B, s, H], mask [B, S] -> [B, s, H]
-    Forward, backward: no collective
-    Saves:    the mask, as it is: all layers have the same
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, parts: Parts | None, tp: Axis | None) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.where = parts, tp
-        return _masked(x, mask, parts, tp)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return _masked(grads[0], mask, *ctx.where), None, None, None
-
-
-def _masked(x: Tensor, mask: Tensor, parts: Parts | None, tp: Axis | None) -> Tensor:
-    own = mask if parts is None else parts.take(mask, 1)
-    own = own if tp is None else comm.own_shard(own, tp)
-    return (x * own[..., None]).to(x.dtype)
-
-
-def _times(function: Callable[..., Tensor], factor: float, *inputs: Tensor) -> Tensor:
-    return function(*inputs) * factor
-
-
-def _masked_again(function: Callable[..., Tensor], where: Any, *inputs: Tensor) -> Tensor:
-    *given, mask = inputs
-    return _masked(function(*given), mask, *where)
 
 
 class _Unfused:

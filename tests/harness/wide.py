@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness import parity
 from harness.parity import Case, train_all
 from harness.report import Report
+from hf_sp.plan.source import _of_form, _of_function
 
 
 @contextlib.contextmanager
@@ -45,5 +47,14 @@ def float32_is_float64() -> Iterator[None]:
 
 def train_wide(cases: Iterable[Case]) -> list[Report]:
     """`train_all`, in float64 throughout."""
-    with float32_is_float64():
-        return train_all(cases)
+    # What is kept is of other functions: runs of unsharded models, and texts of forwards, with the
+    # functions that they name.
+    kept = parity._reference_run, _of_form, _of_function
+    for one in kept:
+        one.cache_clear()
+    try:
+        with float32_is_float64():
+            return train_all(cases)
+    finally:
+        for one in kept:
+            one.cache_clear()

@@ -10,7 +10,7 @@ from harness.parity import Case
 from hf_sp.comm import collectives as comm
 from hf_sp.comm import pairs
 from hf_sp.context import mixer as heads
-from hf_sp.model import mixer, mixer_groups
+from hf_sp.model import mixer, mixer_groups, mixer_input
 from mutants.registry import Patch, mutant
 from mutants.wrongly import backward
 
@@ -23,28 +23,33 @@ SHARED, CUT_SHARED = Case("bamba", model_kwargs=_ONE), Case("bamba", cp=2, model
 
 @mutant(PADDED)
 def padding_runs_through_the_scan() -> list[Patch]:
-    return [(mixer, "_masked", lambda x, mask, parts, tp: x)]
+    return [(mixer_input, "_masked", lambda x, mask, parts, tp: x)]
 
 
 @mutant(PADDED)
 def masks_are_of_the_next_ranks_tokens() -> list[Patch]:
-    right = mixer._masked
-    return [(mixer, "_masked", lambda x, mask, *where: right(x, mask.roll(9, 1), *where))]
+    right = mixer_input._masked
+    return [(mixer_input, "_masked", lambda x, mask, *where: right(x, mask.roll(9, 1), *where))]
 
 
 @mutant(PADDED)
 def padding_has_a_gradient() -> list[Patch]:
-    return [backward(mixer._Masked, lambda ctx, grad: (grad, None, None, None))]
+    return [backward(mixer_input._Masked, lambda ctx, grad: (grad, None, None, None))]
 
 
 @mutant(PADDED)
 def what_is_made_again_is_not_masked() -> list[Patch]:
-    return [(mixer, "_masked_again", lambda function, where, *inputs: function(*inputs[:-1]))]
+    return [(mixer_input, "_masked_again", lambda function, where, *inputs: function(*inputs[:-1]))]
 
 
 @mutant(PADDED)
 def padding_comes_out_of_the_convolution() -> list[Patch]:
-    return [(mixer.AppliedMask, "__rmul__", lambda self, x: x)]
+    return [(mixer_input.AppliedMask, "__rmul__", lambda self, x: x)]
+
+
+@mutant(Case("falcon_h1"))
+def what_is_made_again_is_not_multiplied() -> list[Patch]:
+    return [(mixer_input, "_times", lambda function, factor, *inputs: function(*inputs))]
 
 
 @mutant(CUT)

@@ -16,7 +16,7 @@ LONGER = {}
 # The package in all, and the attributes that it leaves on modules and tensors of others. It was
 # 11,741 before checkpoints had a manifest, Trainer data parallel ranks, hf-sp its commands and
 # families plans of our own.
-MAX_LINES_OF_ALL = 23_800
+MAX_LINES_OF_ALL = 23_900
 MAX_ATTRIBUTES = 8
 
 # The one table. A module may import its own layer and those below; siblings of one row in separate
