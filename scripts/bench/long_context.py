@@ -103,8 +103,8 @@ def key(point: Point) -> tuple[str, int, str, str, int]:
 
 
 def lengths(gpus: int) -> tuple[int, int]:
-    """Of a row: the peak is a line in it, but for kinks among short ones."""
-    return (65536, 131072) if gpus == 1 else (131072 * gpus, 262144 * gpus)
+    """Of a row: the peak is convex in it, and a line but for kinks among short ones."""
+    return (32768, 131072) if gpus == 1 else (131072 * gpus, 262144 * gpus)
 
 
 def wanted() -> Iterable[tuple[tuple[str, int, str, str, int], Run]]:
